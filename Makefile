@@ -1,0 +1,60 @@
+# Needs Python 3.11 or newer and nothing else: every target sets up what it uses.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3 python; do \
+	command -v $$p >/dev/null && $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+TEST_FLAGS ?=
+
+.PHONY: help run test check format clean lock hooks
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+run: $(VENV)/.run ## set everything up and serve on 127.0.0.1:8080 (HOST= and PORT= override)
+	@exec $(BIN)/tollgate serve --config config.toml $(if $(HOST),--host $(HOST)) $(if $(PORT),--port $(PORT))
+
+test: $(VENV)/.dev ## set everything up and run the tests, on SQLite and on PostgreSQL
+	$(BIN)/python -m pytest $(TEST_FLAGS)
+
+check: $(VENV)/.dev ## format, lint, types, import contract, compose file
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec docker-compose.yml
+	$(BIN)/pre-commit validate-config
+
+format: $(VENV)/.dev ## rewrite the code in the house format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+hooks: $(VENV)/.dev ## run the fast checks before every commit
+	$(BIN)/pre-commit install
+
+lock: $(VENV)/.dev ## pin the newest dependencies anew
+	$(PIP) install uv
+	$(BIN)/uv pip compile $(LOCK_FLAGS) --upgrade pyproject.toml --group build -o .locks/run.txt
+	$(BIN)/uv pip compile $(LOCK_FLAGS) --upgrade --constraint .locks/run.txt pyproject.toml --group build --group dev -o .locks/dev.txt
+
+clean: ## forget the environment (the data folder stays)
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .coverage
+
+LOCK_FLAGS := --quiet --universal --generate-hashes --no-emit-index-url --no-emit-find-links --no-header --no-annotate
+
+$(VENV)/bin/python:
+	@if [ -z "$(PYTHON)" ]; then echo "Tollgate needs Python 3.11 or newer; set PYTHON=/path/to/python" >&2; exit 1; fi
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.run: $(VENV)/bin/python .locks/run.txt pyproject.toml
+	$(PIP) install --require-hashes --requirement .locks/run.txt
+	$(PIP) install --no-deps --no-build-isolation --editable .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.run .locks/dev.txt
+	$(PIP) install --require-hashes --requirement .locks/dev.txt
+	@touch $@

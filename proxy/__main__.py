@@ -1,0 +1,5 @@
+"""`python -m proxy` is `tollgate`."""
+
+from proxy.cli import main
+
+main()

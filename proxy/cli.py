@@ -1,0 +1,399 @@
+"""`tollgate`: serve, migrate, and the operator's commands.
+
+Every command prints for people, or with `--json` one object for programs. What is wrong is one line on standard
+error: exit status 2 for the configuration or the command's own words, 1 for everything else.
+"""
+
+import json
+import os
+import signal
+import socket
+import sys
+from collections.abc import Awaitable, Callable, Coroutine
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from proxy import __version__
+from proxy.errors import SettingsError, TollgateError
+from proxy.settings import Configuration, load
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from proxy.ledger.ledger import Ledger
+
+FIRST_ADMIN = "admin@example.com"
+FIRST_CREDITS = "10"
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+email_option = click.option("--email", required=True, help="The user's e-mail address.")
+config_option = click.option("--config", metavar="FILE", help="The configuration (default: config.toml here).")
+
+
+def main() -> None:
+    """Run the command line and exit."""
+    try:
+        cli.main(prog_name="tollgate", standalone_mode=True)
+    except SettingsError as exc:
+        click.echo(f"tollgate: {exc}", err=True)
+        sys.exit(2)
+    except TollgateError as exc:
+        click.echo(f"tollgate: {exc}", err=True)
+        sys.exit(1)
+
+
+@click.group()
+@click.version_option(__version__)
+def cli() -> None:
+    """An OpenAI-compatible proxy that sells model access on prepaid credits."""
+
+
+@cli.command()
+@config_option
+@click.option("--host", help="The address to listen on.")
+@click.option("--port", type=click.IntRange(0, 65535), help="The port to listen on; 0 takes any free one.")
+@json_option
+def serve(config: str | None, host: str | None, port: int | None, *, as_json: bool) -> None:
+    """Serve until SIGTERM or SIGINT."""
+    from proxy.observability import configure_logs  # noqa: PLC0415 - commands start fast without the server's parts
+    from proxy.storage.database import sole_process  # noqa: PLC0415 - likewise
+
+    configuration = load(os.environ, config=config, host=host, port=port)
+    configure_logs()
+    with ExitStack() as stack:
+        if configuration.is_embedded:
+            stack.enter_context(sole_process(configuration.sqlite_file))
+        listening = stack.enter_context(_listen(configuration))
+        _run(_serve(configuration, listening, as_json=as_json))
+
+
+@cli.command()
+@config_option
+@json_option
+def migrate(config: str | None, *, as_json: bool) -> None:
+    """Create the schema, or bring it up to date."""
+    from proxy.app import prepare  # noqa: PLC0415
+    from proxy.storage.database import SCHEMA_HEAD, sole_process  # noqa: PLC0415
+
+    configuration = load(os.environ, config=config)
+    with ExitStack() as stack:
+        if configuration.is_embedded:
+            stack.enter_context(sole_process(configuration.sqlite_file))
+        _run(prepare(configuration))
+    _show({"revision": SCHEMA_HEAD}, f"The schema is at revision {SCHEMA_HEAD}.", as_json=as_json)
+
+
+@cli.group()
+def users() -> None:
+    """Accounts."""
+
+
+@users.command("create")
+@email_option
+@click.option("--password", help="Needed only to log in; API keys work without.")
+@click.option("--admin", is_flag=True, help="May use the admin endpoints.")
+@json_option
+def users_create(email: str, password: str | None, *, admin: bool, as_json: bool) -> None:
+    """Add a user with an empty wallet."""
+    from proxy.identity.passwords import hash_password  # noqa: PLC0415
+    from proxy.identity.users import create_user  # noqa: PLC0415
+    from proxy.storage.database import writing  # noqa: PLC0415
+
+    async def work(books: "_Books") -> None:
+        password_hash = None if password is None else await hash_password(password)
+        async with writing(books.engine) as connection:
+            user = await create_user(connection, email, password_hash=password_hash, is_admin=admin)
+        _show(
+            {"id": user.id, "email": user.email, "is_admin": user.is_admin},
+            f"Created {user.email} ({user.id}).",
+            as_json=as_json,
+        )
+
+    _with_books(work)
+
+
+@cli.group()
+def keys() -> None:
+    """API keys."""
+
+
+@keys.command("create")
+@email_option
+@click.option("--name", default="", help="What the key is for.")
+@click.option(
+    "--scope",
+    type=click.Choice(["inference", "manage", "admin"]),
+    default="inference",
+    show_default=True,
+    help="What the key may be used for.",
+)
+@json_option
+def keys_create(email: str, name: str, scope: str, *, as_json: bool) -> None:
+    """Make an API key and print it, this once."""
+    from proxy.identity.keys import Scope, create_key  # noqa: PLC0415
+    from proxy.identity.users import find_user  # noqa: PLC0415
+    from proxy.storage.database import writing  # noqa: PLC0415
+
+    async def work(books: "_Books") -> None:
+        async with writing(books.engine) as connection:
+            user = await find_user(connection, email)
+            key = await create_key(connection, user, name=name, scope=Scope(scope))
+        _show({"key": key, "email": user.email, "name": name, "scope": scope}, key, as_json=as_json)
+
+    _with_books(work)
+
+
+@cli.group()
+def credits() -> None:  # noqa: A001 - the command's name
+    """Balances and top-ups."""
+
+
+@credits.command("grant")
+@email_option
+@click.option("--amount", required=True, help="Credits to add, such as 2.5.")
+@click.option("--description", default="granted by the operator", show_default=True)
+@click.option("--idempotency-key", help="Sent again with the same key, the grant is booked once.")
+@json_option
+def credits_grant(email: str, amount: str, description: str, idempotency_key: str | None, *, as_json: bool) -> None:
+    """Top up a user's wallet."""
+    from proxy.identity.users import find_user  # noqa: PLC0415
+    from proxy.ledger.decide import Credit, CreditType  # noqa: PLC0415
+    from proxy.storage.database import reading  # noqa: PLC0415
+    from proxy.units import AmountError, format_credits, parse_credits  # noqa: PLC0415
+
+    try:
+        nanos = parse_credits(amount)
+    except AmountError as exc:
+        raise click.BadParameter(str(exc), param_hint="--amount") from exc
+    if nanos <= 0:
+        raise click.BadParameter("must be above zero", param_hint="--amount")
+
+    async def work(books: "_Books") -> None:
+        async with reading(books.engine) as connection:
+            user = await find_user(connection, email)
+        async with books.ledger() as ledger:
+            credited = await ledger.credit(
+                Credit(
+                    wallet_id=user.wallet_id,
+                    type=CreditType.TOPUP,
+                    amount=nanos,
+                    description=description,
+                    idempotency_key=idempotency_key,
+                )
+            )
+        balance = format_credits(credited.transaction.balance_after)
+        _show(
+            {"email": user.email, "amount": format_credits(nanos), "balance": balance, "replayed": credited.is_replay},
+            f"{user.email} has {balance} credits" + (" (booked before)." if credited.is_replay else "."),
+            as_json=as_json,
+        )
+
+    _with_books(work)
+
+
+@credits.command("balance")
+@email_option
+@json_option
+def credits_balance(email: str, *, as_json: bool) -> None:
+    """Show what a user has."""
+    from proxy.edge.credits import read_balance  # noqa: PLC0415
+    from proxy.identity.users import find_user  # noqa: PLC0415
+    from proxy.storage.database import reading  # noqa: PLC0415
+
+    async def work(books: "_Books") -> None:
+        async with reading(books.engine) as connection:
+            user = await find_user(connection, email)
+            found = await read_balance(connection, user.wallet_id)
+        _show(
+            {
+                "email": user.email,
+                "balance": found.balance,
+                "reserved": found.reserved,
+                "available": found.available,
+            },
+            f"balance {found.balance}, reserved {found.reserved}, available {found.available}",
+            as_json=as_json,
+        )
+
+    _with_books(work)
+
+
+@cli.command()
+@json_option
+def audit(*, as_json: bool) -> None:
+    """Check that the books add up; exit status 1 when they do not."""
+    from proxy.ledger.audit import audit as check  # noqa: PLC0415
+
+    async def work(books: "_Books") -> bool:
+        report = await check(books.engine)
+        _show(report.as_object(), report.as_text(), as_json=as_json)
+        return report.is_clean
+
+    if not _with_books(work):
+        sys.exit(1)
+
+
+# ---- serving
+
+
+def _listen(configuration: Configuration) -> socket.socket:
+    server = configuration.settings.server
+    family = socket.AF_INET6 if ":" in server.host else socket.AF_INET
+    listening = socket.socket(family, socket.SOCK_STREAM)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((server.host, server.port))
+    except OSError as exc:
+        listening.close()
+        raise SettingsError(f"cannot listen on {server.host}:{server.port}: {exc.strerror}") from exc
+    return listening
+
+
+async def _serve(configuration: Configuration, listening: socket.socket, *, as_json: bool) -> None:
+    import uvicorn  # noqa: PLC0415
+
+    from proxy.app import Tollgate, build, prepare  # noqa: PLC0415
+
+    if configuration.is_embedded:
+        await prepare(configuration)
+    tollgate = Tollgate(configuration)
+    async with tollgate.open():
+        first_key = await _first_start(tollgate.engine, tollgate.ledger) if configuration.is_embedded else None
+        config = uvicorn.Config(
+            build(tollgate),
+            loop="none",
+            http="httptools",
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            proxy_headers=False,
+            server_header=False,
+            timeout_graceful_shutdown=configuration.settings.server.drain_s,
+        )
+
+        class Server(uvicorn.Server):
+            async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+                await super().startup(sockets)
+                _announce(configuration, listening, first_key, as_json=as_json)
+
+        # uvicorn raises the signal that stopped it once more when it is done; being stopped is no failure.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda _number, _frame: None)
+        await Server(config).serve(sockets=[listening])
+
+
+async def _first_start(engine: Any, ledger: "Ledger") -> str | None:
+    """Make the first admin and its key; None when there are users already."""
+    from proxy.identity.keys import create_key  # noqa: PLC0415
+    from proxy.identity.users import create_user, has_users  # noqa: PLC0415
+    from proxy.ledger.decide import Credit, CreditType  # noqa: PLC0415
+    from proxy.storage.database import writing  # noqa: PLC0415
+    from proxy.units import parse_credits  # noqa: PLC0415
+
+    async with writing(engine) as connection:
+        if await has_users(connection):
+            return None
+        admin = await create_user(connection, FIRST_ADMIN, is_admin=True)
+        key = await create_key(connection, admin, name="first key")
+    await ledger.credit(
+        Credit(
+            wallet_id=admin.wallet_id,
+            type=CreditType.TOPUP,
+            amount=parse_credits(FIRST_CREDITS),
+            description="first start",
+            idempotency_key="first-start",
+        )
+    )
+    return key
+
+
+def _announce(configuration: Configuration, listening: socket.socket, first_key: str | None, *, as_json: bool) -> None:
+    host, port = listening.getsockname()[:2]
+    shown = f"[{host}]" if ":" in host else "127.0.0.1" if host == "0.0.0.0" else host  # noqa: S104 - compared only
+    base_url = f"http://{shown}:{port}/v1"
+    if as_json:
+        click.echo(json.dumps({"base_url": base_url, "host": host, "port": port, "key": first_key}))
+        return
+    click.echo(f"Tollgate {__version__} serves on {base_url}")
+    click.echo(f"Database: {configuration.sqlite_file if configuration.is_embedded else 'PostgreSQL'}")
+    click.echo(f"Providers: {', '.join(configuration.providers) or 'none; name one in config.toml'}")
+    if first_key is not None:
+        click.echo(_FIRST_STEPS.format(key=first_key, base_url=base_url, credits=FIRST_CREDITS, email=FIRST_ADMIN))
+    elif configuration.is_embedded:
+        click.echo(f"New key: tollgate keys create --email {FIRST_ADMIN}   (the first one is not shown again)")
+
+
+_FIRST_STEPS = """
+This first start made an admin, {email}, with {credits} credits and an API key.
+It is shown this once:
+
+    {key}
+
+Try it with curl:
+
+    curl -N {base_url}/chat/completions -H "Authorization: Bearer {key}" \\
+      -H "Content-Type: application/json" \\
+      -d '{{"model": "demo-chat", "stream": true, "messages": [{{"role": "user", "content": "Hello!"}}]}}'
+
+or in Python, with `pip install openai`:
+
+    from openai import OpenAI
+    client = OpenAI(base_url="{base_url}", api_key="{key}")
+    print(client.chat.completions.create(model="demo-chat", messages=[{{"role": "user", "content": "Hello!"}}]).choices[0].message.content)
+"""  # noqa: E501 - three lines of Python are three lines
+
+
+# ---- the books, for commands
+
+
+class _Books:
+    """The database of a command, with the ledger when it is needed."""
+
+    def __init__(self, configuration: Configuration) -> None:
+        from proxy.storage.database import connect  # noqa: PLC0415
+
+        self._configuration = configuration
+        self.engine = connect(configuration.database_url, pooled=False)
+
+    @asynccontextmanager
+    async def ledger(self) -> "AsyncIterator[Ledger]":
+        from proxy.app import store  # noqa: PLC0415
+        from proxy.ledger.ledger import Ledger  # noqa: PLC0415
+
+        ledger = Ledger(store(self._configuration, self.engine, is_server=False))
+        ledger.start()
+        try:
+            yield ledger
+        finally:
+            await ledger.aclose()
+
+
+def _with_books(work: Callable[[_Books], Awaitable[Any]]) -> Any:
+    """Run `work` on the configured database, whose schema must be up to date."""
+    from proxy.storage.database import check_schema  # noqa: PLC0415
+
+    configuration = load(os.environ)
+    if configuration.is_embedded and not configuration.sqlite_file.exists():
+        raise SettingsError(f"there is no database {configuration.sqlite_file} yet: run `tollgate migrate` first")
+
+    async def run() -> Any:
+        books = _Books(configuration)
+        async with AsyncExitStack() as stack:
+            stack.push_async_callback(books.engine.dispose)
+            await check_schema(books.engine)
+            return await work(books)
+
+    return _run(run())
+
+
+def _run(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    import uvloop  # noqa: PLC0415
+
+    return uvloop.run(coroutine)
+
+
+def _show(shown: dict[str, Any], text: str, *, as_json: bool) -> None:
+    click.echo(json.dumps(shown) if as_json else text)

@@ -1,0 +1,1 @@
+"""HTTP in: with `proxy.app` the only importers of the web framework."""

@@ -1,0 +1,76 @@
+"""The two ends of a paid call's connection: its body in, its answer out."""
+
+import asyncio
+
+from litestar.types import HTTPScope, Receive, Send
+
+from proxy.errors import BadRequest, BodyTooLarge, UnsupportedEncoding
+
+Headers = list[tuple[bytes, bytes]]
+
+BODY_S_MAX = 60.0
+"""How long a client may take to send its body."""
+
+
+async def read_body(scope: HTTPScope, receive: Receive, bytes_max: int) -> bytes:
+    """The request's body.
+
+    Raises `BodyTooLarge` above `bytes_max`, `UnsupportedEncoding` when it is encoded, `BadRequest` when the client
+    leaves or stalls before its end.
+    """
+    for name, value in scope["headers"]:
+        if name == b"content-encoding" and value.strip().lower() != b"identity":
+            raise UnsupportedEncoding(value.decode("latin-1"))
+        if name == b"content-length" and int(value) > bytes_max:
+            raise BodyTooLarge(bytes_max)
+    parts: list[bytes] = []
+    size = 0
+    try:
+        async with asyncio.timeout(BODY_S_MAX):
+            while True:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise BadRequest("The client left before it had sent its request.")
+                if message["type"] != "http.request":
+                    raise BadRequest("This path speaks HTTP only.")
+                part = message["body"]
+                size += len(part)
+                if size > bytes_max:
+                    raise BodyTooLarge(bytes_max)
+                parts.append(part)
+                if not message["more_body"]:
+                    return b"".join(parts)
+    except TimeoutError as exc:
+        raise BadRequest(f"The body did not arrive within {BODY_S_MAX:g} seconds.", code="body_timeout") from exc
+
+
+class AsgiAnswer:
+    """`exchange.Answer` over ASGI.
+
+    A server's `send` neither fails nor waits once the client has gone, so that a call goes on to its own end,
+    and what is left to say is dropped there.
+    """
+
+    def __init__(self, request_id: str, send: Send) -> None:
+        self._request_id = request_id.encode()
+        self._send = send
+        self.is_started = False
+
+    async def start(self, status: int, headers: Headers) -> None:
+        """Send the head of the answer; the request id is added to it."""
+        self.is_started = True
+        await self._send(
+            {
+                "type": "http.response.start",
+                "status": status,
+                "headers": [*headers, (b"x-request-id", self._request_id)],
+            }
+        )
+
+    async def write(self, chunk: bytes) -> None:
+        """Send `chunk`; returns when the client's connection can take more."""
+        await self._send({"type": "http.response.body", "body": chunk, "more_body": True})
+
+    async def end(self, chunk: bytes = b"") -> None:
+        """Send `chunk` and the end of the answer."""
+        await self._send({"type": "http.response.body", "body": chunk, "more_body": False})

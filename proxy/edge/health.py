@@ -1,0 +1,22 @@
+"""Whether this process lives, and whether it can serve."""
+
+import sqlalchemy as sa
+from litestar import get
+from litestar.di import NamedDependency
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from proxy.storage.database import reading
+
+
+@get("/health/live", sync_to_thread=False, summary="The process answers")
+def live() -> dict[str, str]:
+    """Answer whatever else is down: restart the process when this fails."""
+    return {"status": "ok"}
+
+
+@get("/health/ready", summary="Calls can be served")
+async def ready(engine: NamedDependency[AsyncEngine]) -> dict[str, str]:
+    """Answer 503 while the database is out of reach: send no calls here then."""
+    async with reading(engine) as connection:
+        await connection.execute(sa.text("SELECT 1"))
+    return {"status": "ok"}

@@ -1,0 +1,95 @@
+"""`/v1/*`: what OpenAI's SDKs call.
+
+The paid paths are raw ASGI inside of the app, behind the same authentication: a routed handler would cost more
+than all the rest of a call.
+"""
+
+from collections.abc import Iterable
+from typing import Any, cast
+
+import msgspec
+import structlog
+from litestar import asgi, get
+from litestar.di import NamedDependency
+from litestar.exceptions import MethodNotAllowedException
+from litestar.types import HTTPScope, Receive, Scope, Send
+
+from proxy.catalog import Catalog
+from proxy.edge.answer import AsgiAnswer, read_body
+from proxy.edge.authentication import CHECKED_BY_LEDGER
+from proxy.edge.errors import answer_to
+from proxy.exchange import Call, Exchange
+from proxy.routing import candidates
+
+log = structlog.get_logger(__name__)
+
+_CLIENT_IDS = (b"x-client-request-id", b"x-request-id")
+_CLIENT_ID_CHARACTERS_MAX = 200
+
+
+class Model(msgspec.Struct):
+    """One entry of OpenAI's list of models."""
+
+    id: str
+    owned_by: str
+    object: str = "model"
+    created: int = 0
+
+
+class ModelList(msgspec.Struct):
+    """OpenAI's list of models."""
+
+    data: list[Model]
+    object: str = "list"
+
+
+@get("/v1/models", sync_to_thread=False, summary="The models on offer")
+def models(catalog: NamedDependency[Catalog]) -> ModelList:
+    """Every model that is priced and enabled."""
+    return ModelList([Model(id=name, owned_by=found[0].provider) for name, found in sorted(catalog.models.items())])
+
+
+@get("/v1/models/{model_id:path}", sync_to_thread=False, summary="One model")
+def model(catalog: NamedDependency[Catalog], model_id: str) -> Model:
+    """One model by its name, which may hold a slash."""
+    name = model_id.removeprefix("/")
+    return Model(id=name, owned_by=candidates(catalog.models, name)[0].provider)
+
+
+def chat_completions(exchange: Exchange, body_bytes_max: int) -> Any:
+    """The handler of `POST /v1/chat/completions`."""
+
+    async def serve(scope: Scope, receive: Receive, send: Send) -> None:
+        request_id = scope["state"]["request_id"]
+        answer = AsgiAnswer(request_id, send)
+        try:
+            await exchange.chat(await _call(cast("HTTPScope", scope), receive, body_bytes_max), answer)
+        except Exception as exc:
+            if answer.is_started:
+                log.exception("answer_cut_off", request_id=request_id)
+                raise
+            error = answer_to(exc, request_id)
+            await answer.start(error.status, [*error.headers, (b"content-length", str(len(error.body)).encode())])
+            await answer.end(error.body)
+
+    return asgi("/v1/chat/completions", opt={CHECKED_BY_LEDGER: True})(serve)
+
+
+async def _call(scope: HTTPScope, receive: Receive, body_bytes_max: int) -> Call:
+    if scope["method"] != "POST":
+        raise MethodNotAllowedException(headers={"Allow": "POST"})
+    return Call(
+        request_id=scope["state"]["request_id"],
+        client_request_id=_client_request_id(scope["headers"]),
+        caller=scope["user"],
+        headers=list(scope["headers"]),
+        body=await read_body(scope, receive, body_bytes_max),
+    )
+
+
+def _client_request_id(headers: Iterable[tuple[bytes, bytes]]) -> str | None:
+    """The id by which the client knows its call: stored beside ours, never used instead of it."""
+    for name, value in headers:
+        if name in _CLIENT_IDS:
+            return value.decode("ascii", "replace")[:_CLIENT_ID_CHARACTERS_MAX]
+    return None

@@ -1,0 +1,1 @@
+"""Who calls: users, their passwords, their API keys."""

@@ -1,0 +1,245 @@
+"""`tollgate audit`: whether the books add up, seen in one read-only snapshot."""
+
+from typing import Any, TypeVar
+
+import msgspec
+import sqlalchemy as sa
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+
+from proxy.pricing import Price, cost, provider_cost
+from proxy.storage.database import database_now, reading
+from proxy.units import MICROS_PER_SECOND, Usage
+
+ROWS_MAX = 20
+"""How many violating rows of each check are shown."""
+
+Row = dict[str, Any]
+T = TypeVar("T")
+
+
+class Check(msgspec.Struct, frozen=True):
+    """One invariant; `sql` selects the rows that violate it."""
+
+    name: str
+    says: str
+    sql: str
+
+
+CHECKS = (
+    Check(
+        "I1",
+        "a wallet's balance is the sum of its transactions",
+        "SELECT w.id AS wallet_id, w.balance, COALESCE(t.total, 0) AS transactions"
+        " FROM wallets w LEFT JOIN (SELECT wallet_id, CAST(SUM(amount) AS BIGINT) AS total"
+        " FROM credit_transactions GROUP BY wallet_id) t ON t.wallet_id = w.id"
+        " WHERE w.balance <> COALESCE(t.total, 0)",
+    ),
+    Check(
+        "I1",
+        "a wallet's transactions are chained by seq, without gaps, from zero to its balance",
+        "SELECT wallet_id, seq, balance_before, previous_seq, previous_after FROM ("
+        " SELECT wallet_id, seq, balance_before, LAG(seq, 1, 0) OVER chain AS previous_seq,"
+        " LAG(balance_after, 1, 0) OVER chain AS previous_after FROM credit_transactions"
+        " WINDOW chain AS (PARTITION BY wallet_id ORDER BY seq)) rows"
+        " WHERE seq <> previous_seq + 1 OR balance_before <> previous_after",
+    ),
+    Check(
+        "I1",
+        "a wallet's seq is that of its last transaction",
+        "SELECT w.id AS wallet_id, w.seq, t.last FROM wallets w"
+        " LEFT JOIN (SELECT wallet_id, MAX(seq) AS last FROM credit_transactions GROUP BY wallet_id) t"
+        " ON t.wallet_id = w.id WHERE w.seq <> COALESCE(t.last, 0)",
+    ),
+    Check(
+        "I1",
+        "every transaction and every reservation has a wallet",
+        "SELECT t.id, t.wallet_id FROM credit_transactions t LEFT JOIN wallets w ON w.id = t.wallet_id"
+        " WHERE w.id IS NULL UNION ALL"
+        " SELECT r.id, r.wallet_id FROM reservations r LEFT JOIN wallets w ON w.id = r.wallet_id WHERE w.id IS NULL",
+    ),
+    Check(
+        "I1",
+        "each transaction changes the balance by its amount",
+        "SELECT id, wallet_id, seq FROM credit_transactions WHERE balance_after - balance_before <> amount",
+    ),
+    Check(
+        "I2",
+        "a wallet's reserved credits and open calls are those of its open reservations",
+        "SELECT w.id AS wallet_id, w.reserved, w.open_calls, COALESCE(r.total, 0) AS open_amount,"
+        " COALESCE(r.calls, 0) AS open_reservations FROM wallets w LEFT JOIN (SELECT wallet_id,"
+        " CAST(SUM(amount) AS BIGINT) AS total, COUNT(*) AS calls FROM reservations WHERE state = 'open'"
+        " GROUP BY wallet_id) r ON r.wallet_id = w.id"
+        " WHERE w.reserved <> COALESCE(r.total, 0) OR w.open_calls <> COALESCE(r.calls, 0)",
+    ),
+    Check(
+        "I3",
+        "nobody has reserved more than there is",
+        "SELECT id AS wallet_id, balance, reserved FROM wallets WHERE reserved < 0 OR balance - reserved < 0",
+    ),
+    Check(
+        "I4",
+        "a key's counters are those of its reservations",
+        "SELECT k.id AS key_id, k.spent, k.reserved, k.open_calls, COALESCE(r.charged, 0) AS charged,"
+        " COALESCE(r.held, 0) AS held, COALESCE(r.calls, 0) AS calls FROM api_keys k LEFT JOIN (SELECT key_id,"
+        " CAST(SUM(charged) AS BIGINT) AS charged,"
+        " CAST(SUM(CASE WHEN state = 'open' THEN amount ELSE 0 END) AS BIGINT) AS held,"
+        " SUM(CASE WHEN state = 'open' THEN 1 ELSE 0 END) AS calls FROM reservations GROUP BY key_id) r"
+        " ON r.key_id = k.id WHERE k.spent <> COALESCE(r.charged, 0) OR k.reserved <> COALESCE(r.held, 0)"
+        " OR k.open_calls <> COALESCE(r.calls, 0)",
+    ),
+    Check(
+        "I4",
+        "a key's spending in its period is that of the calls settled in it",
+        "SELECT k.id AS key_id, k.period_spent, k.period_start, COALESCE(r.charged, 0) AS charged FROM api_keys k"
+        " LEFT JOIN (SELECT k2.id AS key_id, CAST(SUM(r2.charged) AS BIGINT) AS charged FROM api_keys k2"
+        " JOIN reservations r2 ON r2.key_id = k2.id AND r2.settled_at >= k2.period_start GROUP BY k2.id) r"
+        " ON r.key_id = k.id WHERE k.period_spent <> COALESCE(r.charged, 0)",
+    ),
+    Check(
+        "I6",
+        "every deduction has a settled reservation of its amount",
+        "SELECT t.id AS transaction_id, t.reservation_id, t.amount, r.charged, r.state FROM credit_transactions t"
+        " LEFT JOIN reservations r ON r.id = t.reservation_id AND r.wallet_id = t.wallet_id AND r.state = 'settled'"
+        " WHERE t.type = 'deduction' AND (r.id IS NULL OR t.amount <> -r.charged)",
+    ),
+    Check(
+        "I6",
+        "every settled reservation has one deduction",
+        "SELECT r.id AS reservation_id, r.charged, COUNT(t.id) AS deductions FROM reservations r"
+        " LEFT JOIN credit_transactions t ON t.reservation_id = r.id AND t.type = 'deduction'"
+        " WHERE r.state = 'settled' GROUP BY r.id, r.charged HAVING COUNT(t.id) <> 1",
+    ),
+    Check(
+        "I6",
+        "what a call gave back is the sum of its refunds",
+        "SELECT r.id AS reservation_id, r.refunded, COALESCE(t.total, 0) AS refunds FROM reservations r"
+        " LEFT JOIN (SELECT reservation_id, CAST(SUM(amount) AS BIGINT) AS total FROM credit_transactions"
+        " WHERE type = 'refund' GROUP BY reservation_id) t ON t.reservation_id = r.id"
+        " WHERE r.refunded <> COALESCE(t.total, 0)",
+    ),
+    Check(
+        "I7",
+        "nothing is open of an instance whose lease ended over a minute ago",
+        "SELECT r.id AS reservation_id, r.owner_id, i.lease_until FROM reservations r"
+        " LEFT JOIN instances i ON i.id = r.owner_id WHERE r.state = 'open'"
+        f" AND (i.id IS NULL OR i.lease_until < :now - {60 * MICROS_PER_SECOND})",
+    ),
+)
+
+LIMITS = Check(
+    "I5",
+    "a key's spending is within its limit (for the operator's eyes: a limit may have been lowered)",
+    "SELECT id AS key_id, limit_amount, limit_period, spent, period_spent, reserved FROM api_keys"
+    " WHERE limit_amount IS NOT NULL"
+    " AND reserved + (CASE WHEN limit_period IS NULL THEN spent ELSE period_spent END) > limit_amount",
+)
+
+_CHARGES = (
+    "SELECT id, usage, price, markup_bps, cost, charged, shortfall, provider_cost FROM reservations"
+    " WHERE state = 'settled'"
+)
+
+
+class Finding(msgspec.Struct):
+    """A check with the rows that violate it, at most `ROWS_MAX` of `count`."""
+
+    name: str
+    says: str
+    count: int
+    rows: list[Row]
+
+
+class Totals(msgspec.Struct):
+    """Sums over all settled calls, in nano-credits; `charged + shortfall = provider_cost + markup` (I9)."""
+
+    calls: int = 0
+    charged: int = 0
+    shortfall: int = 0
+    provider_cost: int = 0
+    markup: int = 0
+
+
+class Report(msgspec.Struct):
+    """What an audit found. `notes` are no violations."""
+
+    violations: list[Finding]
+    notes: list[Finding]
+    totals: Totals
+
+    @property
+    def is_clean(self) -> bool:
+        """Whether every invariant holds."""
+        return not self.violations
+
+    def as_object(self) -> Row:
+        """For `--json`; amounts in nano-credits."""
+        return {"clean": self.is_clean, **msgspec.to_builtins(self)}
+
+    def as_text(self) -> str:
+        """For people."""
+        lines = [f"{self.totals.calls} settled calls; the books {'add up' if self.is_clean else 'DO NOT ADD UP'}."]
+        for title, findings in (("VIOLATED", self.violations), ("note", self.notes)):
+            for finding in findings:
+                lines.append(f"{title} {finding.name}: {finding.says}: {finding.count} rows")
+                lines += [f"    {row}" for row in finding.rows]
+        return "\n".join(lines)
+
+
+async def audit(engine: AsyncEngine) -> Report:
+    """Check every invariant in one read-only snapshot, while everything else goes on.
+
+    Raises `Unavailable` when the database is out of reach.
+    """
+    report = Report(violations=[], notes=[], totals=Totals())
+    async with reading(engine, is_snapshot=True) as connection:
+        for check in CHECKS:
+            await _run(connection, check, report.violations)
+        await _run(connection, LIMITS, report.notes)
+        await _reproduce(connection, report)
+    return report
+
+
+async def _run(connection: AsyncConnection, check: Check, findings: list[Finding]) -> None:
+    statement = sa.text(check.sql)
+    if ":now" in check.sql:
+        statement = statement.bindparams(now=await database_now(connection))
+    rows = (await connection.execute(statement)).mappings().all()
+    if rows:
+        findings.append(Finding(check.name, check.says, len(rows), [dict(row) for row in rows[:ROWS_MAX]]))
+
+
+async def _reproduce(connection: AsyncConnection, report: Report) -> None:
+    """I8: each charge follows from its stored usage, prices and markup. I9: the sums of all charges agree."""
+    wrong = Finding("I8", "each charge follows from its stored usage, prices and markup", 0, [])
+    totals = report.totals
+    async for row in await connection.stream(sa.text(_CHARGES)):
+        expected = _expected(row)
+        if (row.cost, row.provider_cost, row.charged + row.shortfall) != expected:
+            wrong.count += 1
+            if wrong.count <= ROWS_MAX:
+                wrong.rows.append({"reservation_id": row.id, "cost": row.cost, "expected": expected and expected[0]})
+        totals.calls += 1
+        totals.charged += row.charged
+        totals.shortfall += row.shortfall
+        totals.provider_cost += row.provider_cost or 0
+        totals.markup += row.cost - (row.provider_cost or 0)
+    if wrong.count:
+        report.violations.append(wrong)
+    if totals.charged + totals.shortfall != totals.provider_cost + totals.markup:
+        sums = msgspec.to_builtins(totals)
+        report.violations.append(Finding("I9", "the charges are the providers' cost and the markup", 1, [sums]))
+
+
+def _expected(row: Any) -> tuple[int, int, int] | None:
+    """What a settled call must have cost, cost the operator, and been charged; None when its receipt is unreadable."""
+    try:
+        usage, price = _decode(row.usage, Usage), _decode(row.price, Price)
+        total = cost(usage, price, row.markup_bps)
+    except (msgspec.MsgspecError, TypeError):
+        return None
+    return total, provider_cost(usage, price), total
+
+
+def _decode(value: Any, type_: type[T]) -> T:
+    """A JSON column's value, which one driver gives as text and the other may give decoded."""
+    return msgspec.json.decode(value, type=type_) if isinstance(value, str) else msgspec.convert(value, type_)

@@ -1,0 +1,160 @@
+"""Many callers, one transaction: whatever waits while a batch is written becomes the next batch.
+
+There is no timer: a lone caller's batch of one starts at once, and under load batches grow by themselves. The
+contract, for every operation given to it:
+
+* A lost connection leaves the outcome unknown: the same operations are sent again until the database answers,
+  and nobody is told of a failure before that.
+* An operation that the database refuses fails alone: its batch is split in halves until it is found.
+* The same operation twice in one batch is decided once. Two credits alike are two, unless an idempotency key says
+  otherwise: one without gets a key of its own here, so that sending it again does not book it again.
+* A caller that has gone while its reserve waited holds nothing: what was granted is released.
+* Settles are never refused for load; reserves are, when too many wait.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Sequence
+
+import msgspec
+import structlog
+
+from proxy.errors import LedgerFault, Unavailable
+from proxy.ledger.decide import Credit, Faulted, Operation, Outcome, Receipt, Release, Reserve, Reserved
+from proxy.ledger.store import Store, StoreLostError
+from proxy.units import new_id
+
+log = structlog.get_logger(__name__)
+
+BATCH_MAX = 512
+"""Operations in one transaction: the gain is flat from here, and the wait of the last in line is not."""
+
+RESERVES_WAITING_MAX = 4096
+"""Beyond this a new call is refused: it would wait longer than its client does."""
+
+_RETRY_S = (0.05, 0.1, 0.2, 0.5, 1.0)
+"""Pauses between attempts while the database is out of reach; the last one repeats."""
+
+Waiting = tuple[Operation, "asyncio.Future[Outcome]"]
+
+
+class Batcher:
+    """The queue before one `Store`, and the task that empties it.
+
+    `owner_id` names the instance on whose lease reservations are held; it is asked at each batch.
+    """
+
+    def __init__(self, store: Store, owner_id: Callable[[], str | None]) -> None:
+        self._store = store
+        self._owner_id = owner_id
+        self._queue: deque[Waiting] = deque()
+        self._reserves_waiting = 0
+        self._work = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+        self._is_closing = False
+        self._is_lost = False
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether the last attempt did not reach the database."""
+        return self._is_lost
+
+    def start(self) -> None:
+        """Begin to empty the queue, in a task of its own on the running loop."""
+        self._task = asyncio.get_running_loop().create_task(self._run(), name="ledger-batcher")
+
+    async def aclose(self) -> None:
+        """Write what is queued, then stop. Waits for as long as the database is out of reach."""
+        self._is_closing = True
+        self._work.set()
+        if self._task is not None:
+            await self._task
+        await self._store.aclose()
+
+    def submit(self, operation: Operation) -> "asyncio.Future[Outcome]":
+        """Queue `operation` and return at once; from here on it no longer depends on the caller.
+
+        The future fails with `LedgerFault` when the operation cannot be booked. Raises `Unavailable` for a reserve
+        when too many wait, and once the ledger is closing.
+        """
+        if isinstance(operation, Credit) and operation.idempotency_key is None:
+            operation = msgspec.structs.replace(operation, idempotency_key=new_id("idem"))
+        is_reserve = isinstance(operation, Reserve)
+        if is_reserve and (self._is_closing or self._reserves_waiting >= RESERVES_WAITING_MAX):
+            raise Unavailable("Too many calls are waiting. Try again shortly.")
+        future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+        self._queue.append((operation, future))
+        self._reserves_waiting += is_reserve
+        self._work.set()
+        return future
+
+    async def _run(self) -> None:
+        while True:
+            if not self._queue:
+                if self._is_closing:
+                    return
+                self._work.clear()
+                await self._work.wait()
+                continue
+            batch = [self._queue.popleft() for _ in range(min(BATCH_MAX, len(self._queue)))]
+            self._reserves_waiting -= sum(isinstance(operation, Reserve) for operation, _ in batch)
+            await self._write(self._without_the_gone(batch))
+
+    @staticmethod
+    def _without_the_gone(batch: list[Waiting]) -> list[Waiting]:
+        """Reserves whose callers left before anything was sent are dropped; nothing else may be."""
+        return [
+            (operation, future)
+            for operation, future in batch
+            if not (isinstance(operation, Reserve) and future.cancelled())
+        ]
+
+    async def _write(self, batch: list[Waiting]) -> None:
+        if not batch:
+            return
+        operations = list(dict.fromkeys(operation for operation, _ in batch))
+        try:
+            outcomes = await self._until_answered(operations)
+        except Exception as exc:
+            if len(operations) > 1:
+                middle = len(batch) // 2
+                await self._write(batch[:middle])
+                await self._write(batch[middle:])
+                return
+            log.exception("ledger_refused", operation=repr(operations[0]))
+            for _, future in batch:
+                _fail(future, exc)
+            return
+        outcome_of = dict(zip(operations, outcomes, strict=True))
+        for operation, future in batch:
+            self._answer(operation, future, outcome_of[operation])
+
+    async def _until_answered(self, operations: Sequence[Operation]) -> list[Outcome]:
+        attempt = 0
+        while True:
+            try:
+                outcomes = await self._store.transact(operations, owner_id=self._owner_id())
+            except StoreLostError as exc:
+                if not self._is_lost:
+                    log.warning("ledger_lost", reason=str(exc), operations=len(operations))
+                self._is_lost = True
+                await asyncio.sleep(_RETRY_S[min(attempt, len(_RETRY_S) - 1)])
+                attempt += 1
+            else:
+                self._is_lost = False
+                return outcomes
+
+    def _answer(self, operation: Operation, future: "asyncio.Future[Outcome]", outcome: Outcome) -> None:
+        if isinstance(outcome, Faulted) and not isinstance(operation, Credit):
+            log.error("ledger_fault", request_id=operation.id, operation=type(operation).__name__, fault=outcome.fault)
+        if not future.done():
+            future.set_result(outcome)
+        elif isinstance(operation, Reserve) and isinstance(outcome, Reserved):
+            self.submit(Release(id=operation.id, wallet_id=operation.wallet_id, receipt=Receipt(outcome="caller_gone")))
+
+
+def _fail(future: "asyncio.Future[Outcome]", cause: Exception) -> None:
+    if not future.done():
+        fault = LedgerFault("The ledger could not book this operation.")
+        fault.__cause__ = cause
+        future.set_exception(fault)

@@ -1,0 +1,747 @@
+"""What the ledger answers to each operation: one pure function for both databases.
+
+`decide` takes what one transaction has read under its locks, decides the operations in order, each seeing those
+before it, and says what to write. It has no clock, no SQL and no randomness of its own. Settles are decided
+before reserves: they only ever free credits.
+
+The guard is on the reserve, never on the settle: a settle always records.
+"""
+
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
+from enum import StrEnum
+from fnmatch import fnmatchcase
+from typing import assert_never
+
+import msgspec
+
+from proxy.units import MICROS_PER_SECOND, NANOS_MAX, Micros, Nanos
+
+WINDOW = 60 * MICROS_PER_SECOND
+"""Rate limits are counted by the clock minute."""
+
+
+class ReservationState(StrEnum):
+    """Where a reservation is; it leaves `open` once, and only a late settle moves it again."""
+
+    OPEN = "open"
+    SETTLED = "settled"
+    RELEASED = "released"
+    EXPIRED = "expired"
+
+
+class CreditType(StrEnum):
+    """The four kinds of credit transaction."""
+
+    TOPUP = "topup"
+    DEDUCTION = "deduction"
+    REFUND = "refund"
+    ADJUSTMENT = "adjustment"
+
+
+# ---- what is read
+
+
+class Limits(msgspec.Struct, kw_only=True):
+    """Limits a minute and at once; None is no limit."""
+
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None
+    concurrent_calls_max: int | None = None
+
+
+class User(Limits, kw_only=True):
+    """The columns of `users` that a decision needs."""
+
+    id: str
+    is_active: bool
+    token_version: int
+    allowed_models: list[str] | None = None
+
+
+class Wallet(msgspec.Struct, kw_only=True):
+    """A row of `wallets`. Its window counts against the limits of its user."""
+
+    id: str
+    owner_id: str
+    balance: Nanos = 0
+    reserved: Nanos = 0
+    owed: Nanos = 0
+    seq: int = 0
+    window_start: Micros = 0
+    window_requests: int = 0
+    window_tokens: int = 0
+    open_calls: int = 0
+
+    @property
+    def available(self) -> Nanos:
+        """What a new call may use; negative while more is owed than is left."""
+        return self.balance - self.reserved - self.owed
+
+
+class Key(Limits, kw_only=True):
+    """The columns of `api_keys` that a decision needs."""
+
+    id: str
+    user_id: str
+    wallet_id: str
+    is_active: bool
+    expires_at: Micros | None = None
+    allowed_models: list[str] | None = None
+    limit_amount: Nanos | None = None
+    limit_period: str | None = None
+    spent: Nanos = 0
+    reserved: Nanos = 0
+    period_start: Micros = 0
+    period_spent: Nanos = 0
+    window_start: Micros = 0
+    window_requests: int = 0
+    window_tokens: int = 0
+    open_calls: int = 0
+
+    @property
+    def available(self) -> Nanos | None:
+        """What its limit leaves, its open reservations counted; None without a limit."""
+        if self.limit_amount is None:
+            return None
+        return self.limit_amount - self.reserved - (self.period_spent if self.limit_period else self.spent)
+
+
+class Receipt(msgspec.Struct, frozen=True, kw_only=True):
+    """What is put on record about a finished call, beside the money. `usage` and `price` are JSON."""
+
+    outcome: str
+    provider: str | None = None
+    request_model: str | None = None
+    response_model: str | None = None
+    usage: str | None = None
+    usage_source: str | None = None
+    price: str | None = None
+    markup_bps: int | None = None
+    provider_cost: Nanos | None = None
+    ttft_ms: int | None = None
+    duration_ms: int | None = None
+
+
+class Reservation(msgspec.Struct, kw_only=True):
+    """The columns of `reservations` that a decision needs."""
+
+    id: str
+    wallet_id: str
+    user_id: str
+    key_id: str | None
+    amount: Nanos
+    state: str
+    window_tokens: int
+    original_model: str
+    created_at: Micros
+    cost: Nanos | None = None
+    charged: Nanos = 0
+    shortfall: Nanos = 0
+    refunded: Nanos = 0
+    is_late: bool | None = None
+    settled_at: Micros | None = None
+
+
+class Transaction(msgspec.Struct, frozen=True, kw_only=True):
+    """A row of `credit_transactions`; whoever writes it gives it its id."""
+
+    wallet_id: str
+    user_id: str
+    seq: int
+    type: str
+    amount: Nanos
+    description: str
+    balance_before: Nanos
+    balance_after: Nanos
+    reservation_id: str | None
+    idempotency_key: str | None
+    created_at: Micros
+
+
+class State(msgspec.Struct, kw_only=True):
+    """What one transaction has read, by id. `decide` uses it up: afterwards it is what the database will hold.
+
+    `now` is the database's clock. `transactions` are those whose idempotency keys the operations name, by
+    wallet and key.
+    """
+
+    now: Micros
+    is_fenced: bool
+    wallets: dict[str, Wallet]
+    users: dict[str, User]
+    keys: dict[str, Key]
+    reservations: dict[str, Reservation]
+    transactions: dict[tuple[str, str], Transaction]
+
+
+# ---- what is asked
+
+
+class Reserve(msgspec.Struct, frozen=True, kw_only=True):
+    """Hold credits for the call `id`: at least `at_least`, at most `at_most`, else nothing.
+
+    `window_tokens` is what it counts against tokens a minute until it is settled, `models` everything that may
+    serve it (`provider/model`), `token_version` that of the JWT that came with it, None with an API key.
+    """
+
+    id: str
+    wallet_id: str
+    user_id: str
+    key_id: str | None
+    at_least: Nanos
+    at_most: Nanos
+    window_tokens: int
+    models: tuple[str, ...]
+    original_model: str
+    is_stream: bool
+    token_version: int | None = None
+    client_request_id: str | None = None
+
+
+class Settle(msgspec.Struct, frozen=True, kw_only=True):
+    """Charge `cost` for the call `id`, free the rest of what it holds, and count `tokens` in the rate window."""
+
+    id: str
+    wallet_id: str
+    cost: Nanos
+    tokens: int
+    receipt: Receipt
+
+
+class Release(msgspec.Struct, frozen=True, kw_only=True):
+    """Free all that the call `id` holds: nothing was delivered.
+
+    `is_undelivered` says that a settle was sent before and its answer never reached the client: if it turns out
+    to have been booked, it is refunded.
+    """
+
+    id: str
+    wallet_id: str
+    receipt: Receipt
+    is_undelivered: bool = False
+
+
+class Expire(msgspec.Struct, frozen=True, kw_only=True):
+    """The sweeper's release of the reservation `id`, whose owner is gone."""
+
+    id: str
+    wallet_id: str
+
+
+class Credit(msgspec.Struct, frozen=True, kw_only=True):
+    """Book `amount` into a wallet by hand: a top-up, a refund of the charge of `reservation_id`, an adjustment.
+
+    `idempotency_key` makes it happen once however often it is sent.
+    """
+
+    wallet_id: str
+    type: CreditType
+    amount: Nanos
+    description: str
+    idempotency_key: str | None = None
+    reservation_id: str | None = None
+
+
+Operation = Reserve | Settle | Release | Expire | Credit
+
+
+# ---- what is answered
+
+
+class Refusal(StrEnum):
+    """Why a reserve was refused."""
+
+    FENCED = "fenced"
+    UNKNOWN_CALLER = "unknown_caller"
+    INACTIVE_USER = "inactive_user"
+    INVALID_KEY = "invalid_key"
+    STALE_TOKEN = "stale_token"  # noqa: S105 - a word, not a secret
+    MODEL_NOT_ALLOWED = "model_not_allowed"
+    REQUEST_RATE = "request_rate"
+    TOKEN_RATE = "token_rate"  # noqa: S105 - a word, not a secret
+    CONCURRENCY = "concurrency"
+    KEY_LIMIT = "key_limit"
+    INSUFFICIENT_CREDITS = "insufficient_credits"
+
+
+class Reserved(msgspec.Struct, frozen=True):
+    """`amount` is held. `is_replay`: it was already, by this same operation."""
+
+    amount: Nanos
+    is_replay: bool = False
+
+
+class Refused(msgspec.Struct, frozen=True, kw_only=True):
+    """Nothing is held. Amounts are those of the wallet, or of the key for `KEY_LIMIT`; `retry_after_s` for rates."""
+
+    reason: Refusal
+    required: Nanos = 0
+    available: Nanos = 0
+    reserved: Nanos = 0
+    is_temporary: bool = False
+    retry_after_s: int = 0
+
+
+class Settled(msgspec.Struct, frozen=True, kw_only=True):
+    """`charged` was taken; `shortfall` is what the wallet or key could not bear. `balance` is the wallet's after it."""
+
+    charged: Nanos
+    shortfall: Nanos
+    balance: Nanos
+    is_late: bool = False
+    is_replay: bool = False
+
+
+class Released(msgspec.Struct, frozen=True):
+    """Nothing is held any more; `refunded` is what a charge that had been booked gave back."""
+
+    refunded: Nanos = 0
+    is_replay: bool = False
+
+
+class Credited(msgspec.Struct, frozen=True, kw_only=True):
+    """The transaction is booked; `is_replay`: it was already."""
+
+    transaction: Transaction
+    is_replay: bool = False
+
+
+class Fault(StrEnum):
+    """Why an operation cannot be booked. Of the calls' operations only a bug brings any of these about."""
+
+    UNKNOWN_WALLET = "unknown_wallet"
+    UNKNOWN_RESERVATION = "unknown_reservation"
+    OTHER_VALUES = "other_values"
+    NOT_OPEN = "not_open"
+    OUT_OF_RANGE = "out_of_range"
+    BELOW_RESERVED = "below_reserved"
+    ABOVE_CHARGE = "above_charge"
+
+
+class Faulted(msgspec.Struct, frozen=True):
+    """The operation changed nothing and never will."""
+
+    fault: Fault
+
+
+Outcome = Reserved | Refused | Settled | Released | Credited | Faulted
+
+
+class Changes(msgspec.Struct):
+    """What to write: whole rows, each at most once."""
+
+    wallets: dict[str, Wallet] = msgspec.field(default_factory=dict)
+    keys: dict[str, Key] = msgspec.field(default_factory=dict)
+    reserved: dict[str, tuple[Reservation, Reserve]] = msgspec.field(default_factory=dict)
+    closed: dict[str, tuple[Reservation, Receipt]] = msgspec.field(default_factory=dict)
+    refunded: dict[str, Reservation] = msgspec.field(default_factory=dict)
+    transactions: list[Transaction] = msgspec.field(default_factory=list)
+
+
+def decide(state: State, operations: Sequence[Operation]) -> tuple[Changes, list[Outcome]]:
+    """Decide all `operations` against `state`; the outcomes come in the operations' own order.
+
+    Greedy in arrival order, not by a running sum: with 100 available, reserves of 60, 50, 30 and 10 accept 60,
+    30 and 10.
+    """
+    decider = _Decider(state)
+    outcomes: dict[int, Outcome] = {}
+    for index in _settles_first(operations):
+        outcomes[index] = decider.one(operations[index])
+    return decider.changes, [outcomes[index] for index in range(len(operations))]
+
+
+def _settles_first(operations: Sequence[Operation]) -> Iterable[int]:
+    """The operations' indices, reserves last; but never a release or settle before a reserve of its own id."""
+    reserving = {operation.id for operation in operations if isinstance(operation, Reserve)}
+    late = [
+        isinstance(operation, Reserve) or (not isinstance(operation, Credit) and operation.id in reserving)
+        for operation in operations
+    ]
+    yield from (index for index, is_late in enumerate(late) if not is_late)
+    yield from (index for index, is_late in enumerate(late) if is_late)
+
+
+def period_start(now: Micros, period: str | None) -> Micros:
+    """When the UTC day or month that holds `now` began; 0 without a period."""
+    if period is None:
+        return 0
+    instant = datetime.fromtimestamp(now // MICROS_PER_SECOND, UTC).replace(hour=0, minute=0, second=0)
+    if period == "month":
+        instant = instant.replace(day=1)
+    return int(instant.timestamp()) * MICROS_PER_SECOND
+
+
+class _Decider:
+    """The state while it changes, and the record of what changed."""
+
+    def __init__(self, state: State) -> None:
+        self.state = state
+        self.changes = Changes()
+        self.window = state.now - state.now % WINDOW
+
+    def one(self, operation: Operation) -> Outcome:
+        match operation:
+            case Reserve():
+                return self.reserve(operation)
+            case Settle():
+                return self.settle(operation)
+            case Release():
+                return self.release(operation)
+            case Expire():
+                return self.expire(operation)
+            case Credit():
+                return self.credit(operation)
+            case _:
+                assert_never(operation)
+
+    # -- reserve
+
+    def reserve(self, operation: Reserve) -> Outcome:
+        state = self.state
+        existing = state.reservations.get(operation.id)
+        if existing is not None:
+            return _replayed_reserve(existing, operation)
+        if state.is_fenced:
+            return Refused(reason=Refusal.FENCED)
+        wallet = state.wallets.get(operation.wallet_id)
+        user = state.users.get(operation.user_id)
+        if wallet is None or user is None:
+            return Refused(reason=Refusal.UNKNOWN_CALLER)
+        key = state.keys.get(operation.key_id) if operation.key_id is not None else None
+        if key is not None:
+            self.turn_period(key)
+        refused = (
+            self.refuse_caller(operation, user, key)
+            or self.refuse_rate(operation, user, wallet, key)
+            or _refuse_amount(operation, wallet, key)
+        )
+        if refused is not None:
+            return refused
+        spendable = wallet.available
+        if key is not None and key.available is not None:
+            spendable = min(spendable, key.available)
+        amount = min(operation.at_most, spendable, max(operation.at_least, spendable // 4))
+        self.hold(operation, amount, wallet, key)
+        return Reserved(amount)
+
+    def refuse_caller(self, operation: Reserve, user: User, key: Key | None) -> Refused | None:
+        if not user.is_active:
+            return Refused(reason=Refusal.INACTIVE_USER)
+        if operation.token_version is not None and operation.token_version != user.token_version:
+            return Refused(reason=Refusal.STALE_TOKEN)
+        if operation.key_id is not None and not (
+            key is not None
+            and key.is_active
+            and key.user_id == operation.user_id
+            and key.wallet_id == operation.wallet_id
+            and (key.expires_at is None or key.expires_at > self.state.now)
+        ):
+            return Refused(reason=Refusal.INVALID_KEY)
+        allowances = (user.allowed_models, key.allowed_models if key is not None else None)
+        if not all(allows(patterns, model) for patterns in allowances for model in operation.models):
+            return Refused(reason=Refusal.MODEL_NOT_ALLOWED)
+        return None
+
+    def refuse_rate(self, operation: Reserve, user: User, wallet: Wallet, key: Key | None) -> Refused | None:
+        wait_s = -(-(self.window + WINDOW - self.state.now) // MICROS_PER_SECOND)
+        holders: list[tuple[Limits, Wallet | Key]] = [(user, wallet)]
+        if key is not None:
+            holders.append((key, key))
+        for limits, counters in holders:
+            self.turn_window(counters)
+            if _is_over(counters.open_calls + 1, limits.concurrent_calls_max):
+                return Refused(reason=Refusal.CONCURRENCY, retry_after_s=1)
+            if _is_over(counters.window_requests + 1, limits.requests_per_minute):
+                return Refused(reason=Refusal.REQUEST_RATE, retry_after_s=wait_s)
+            if _is_over(counters.window_tokens + operation.window_tokens, limits.tokens_per_minute):
+                return Refused(reason=Refusal.TOKEN_RATE, retry_after_s=wait_s)
+        return None
+
+    def hold(self, operation: Reserve, amount: Nanos, wallet: Wallet, key: Key | None) -> None:
+        reservation = Reservation(
+            id=operation.id,
+            wallet_id=operation.wallet_id,
+            user_id=operation.user_id,
+            key_id=operation.key_id,
+            amount=amount,
+            state=ReservationState.OPEN,
+            window_tokens=operation.window_tokens,
+            original_model=operation.original_model,
+            created_at=self.state.now,
+        )
+        self.state.reservations[operation.id] = reservation
+        self.changes.reserved[operation.id] = (reservation, operation)
+        for holder in self.touched(wallet, key):
+            holder.reserved += amount
+            holder.open_calls += 1
+            holder.window_requests += 1
+            holder.window_tokens += operation.window_tokens
+
+    # -- the ends of a call
+
+    def settle(self, operation: Settle) -> Outcome:
+        reservation = self.state.reservations.get(operation.id)
+        wallet = self.state.wallets.get(operation.wallet_id)
+        if reservation is None or wallet is None or reservation.wallet_id != wallet.id:
+            return Faulted(Fault.UNKNOWN_RESERVATION)
+        if reservation.state == ReservationState.SETTLED:
+            if reservation.cost != operation.cost:
+                return Faulted(Fault.OTHER_VALUES)
+            return self.settled(reservation, wallet, is_replay=True)
+        if reservation.state == ReservationState.RELEASED:
+            return Faulted(Fault.NOT_OPEN)
+        key = self.key_of(reservation)
+        is_late = reservation.state == ReservationState.EXPIRED
+        held = 0 if is_late else reservation.amount
+        more = max(0, wallet.available)
+        if key is not None and key.available is not None:
+            more = min(more, max(0, key.available))
+        charged = min(operation.cost, held + more)
+        if not is_late:
+            self.free(reservation, wallet, key)
+        self.charge(reservation, charged, wallet, key)
+        self.count_tokens(reservation, operation.tokens, wallet, key)
+        reservation.cost = operation.cost
+        reservation.charged = charged
+        reservation.shortfall = operation.cost - charged
+        reservation.is_late = is_late
+        self.close(reservation, ReservationState.SETTLED, operation.receipt)
+        return self.settled(reservation, wallet, is_replay=False)
+
+    def settled(self, reservation: Reservation, wallet: Wallet, *, is_replay: bool) -> Settled:
+        return Settled(
+            charged=reservation.charged,
+            shortfall=reservation.shortfall,
+            balance=wallet.balance,
+            is_late=bool(reservation.is_late),
+            is_replay=is_replay,
+        )
+
+    def charge(self, reservation: Reservation, charged: Nanos, wallet: Wallet, key: Key | None) -> None:
+        deduction = Credit(
+            wallet_id=wallet.id,
+            type=CreditType.DEDUCTION,
+            amount=-charged,
+            description=reservation.original_model,
+            reservation_id=reservation.id,
+        )
+        self.book(wallet, deduction, reservation.user_id)
+        if key is not None:
+            key.spent += charged
+            key.period_spent += charged
+
+    def count_tokens(self, reservation: Reservation, tokens: int, wallet: Wallet, key: Key | None) -> None:
+        """Correct the window by what was used; a call that began in an earlier one adds only what it used beyond."""
+        correction = tokens - reservation.window_tokens
+        if reservation.created_at < self.window:
+            correction = max(0, correction)
+        for holder in self.touched(wallet, key):
+            holder.window_tokens = max(0, holder.window_tokens + correction)
+
+    def release(self, operation: Release) -> Outcome:
+        reservation = self.state.reservations.get(operation.id)
+        wallet = self.state.wallets.get(operation.wallet_id)
+        if reservation is None or wallet is None or reservation.wallet_id != wallet.id:
+            return Faulted(Fault.UNKNOWN_RESERVATION)
+        match reservation.state:
+            case ReservationState.OPEN:
+                key = self.key_of(reservation)
+                self.free(reservation, wallet, key)
+                self.count_tokens(reservation, 0, wallet, key)
+                self.close(reservation, ReservationState.RELEASED, operation.receipt)
+                return Released()
+            case ReservationState.SETTLED if operation.is_undelivered:
+                return self.refund_undelivered(reservation, wallet)
+            case ReservationState.SETTLED:
+                return Faulted(Fault.NOT_OPEN)
+            case _:
+                return Released(is_replay=True)
+
+    def refund_undelivered(self, reservation: Reservation, wallet: Wallet) -> Released:
+        left = reservation.charged - reservation.refunded
+        if reservation.refunded and not left:
+            return Released(reservation.refunded, is_replay=True)
+        if left:
+            refund = Credit(
+                wallet_id=wallet.id,
+                type=CreditType.REFUND,
+                amount=left,
+                description="the answer was not delivered",
+                reservation_id=reservation.id,
+            )
+            self.book(wallet, refund, reservation.user_id)
+            reservation.refunded = reservation.charged
+            self.changes.refunded[reservation.id] = reservation
+        return Released(reservation.refunded)
+
+    def expire(self, operation: Expire) -> Outcome:
+        reservation = self.state.reservations.get(operation.id)
+        wallet = self.state.wallets.get(operation.wallet_id)
+        if reservation is None or wallet is None or reservation.wallet_id != wallet.id:
+            return Faulted(Fault.UNKNOWN_RESERVATION)
+        if reservation.state != ReservationState.OPEN:
+            return Released(is_replay=True)
+        self.free(reservation, wallet, self.key_of(reservation))
+        self.close(reservation, ReservationState.EXPIRED, Receipt(outcome="expired"))
+        return Released()
+
+    def free(self, reservation: Reservation, wallet: Wallet, key: Key | None) -> None:
+        for holder in self.touched(wallet, key):
+            holder.reserved -= reservation.amount
+            holder.open_calls -= 1
+
+    def close(self, reservation: Reservation, state: ReservationState, receipt: Receipt) -> None:
+        reservation.state = state
+        reservation.settled_at = self.state.now
+        self.changes.closed[reservation.id] = (reservation, receipt)
+
+    # -- credits by hand
+
+    def credit(self, operation: Credit) -> Outcome:
+        wallet = self.state.wallets.get(operation.wallet_id)
+        if wallet is None:
+            return Faulted(Fault.UNKNOWN_WALLET)
+        if operation.idempotency_key is not None:
+            booked = self.state.transactions.get((wallet.id, operation.idempotency_key))
+            if booked is not None:
+                return _replayed_credit(booked, operation)
+        fault = self.refuse_credit(operation, wallet)
+        if fault is not None:
+            return Faulted(fault)
+        transaction = self.book(wallet, operation, wallet.owner_id)
+        if operation.type == CreditType.REFUND and operation.reservation_id is not None:
+            reservation = self.state.reservations[operation.reservation_id]
+            reservation.refunded += operation.amount
+            self.changes.refunded[reservation.id] = reservation
+        return Credited(transaction=transaction)
+
+    def refuse_credit(self, operation: Credit, wallet: Wallet) -> Fault | None:
+        amount = operation.amount
+        if not 0 <= wallet.balance + amount <= NANOS_MAX:
+            return Fault.OUT_OF_RANGE
+        match operation.type:
+            case CreditType.TOPUP:
+                return None if amount > 0 else Fault.OUT_OF_RANGE
+            case CreditType.ADJUSTMENT:
+                if not amount:
+                    return Fault.OUT_OF_RANGE
+                return Fault.BELOW_RESERVED if wallet.balance + amount < wallet.reserved else None
+            case CreditType.REFUND:
+                reservation = self.state.reservations.get(operation.reservation_id or "")
+                if reservation is None or reservation.wallet_id != wallet.id:
+                    return Fault.UNKNOWN_RESERVATION
+                if amount <= 0:
+                    return Fault.OUT_OF_RANGE
+                return Fault.ABOVE_CHARGE if amount > reservation.charged - reservation.refunded else None
+            case CreditType.DEDUCTION:
+                return Fault.OUT_OF_RANGE
+            case _:
+                assert_never(operation.type)
+
+    # -- shared
+
+    def book(self, wallet: Wallet, credit: Credit, user_id: str) -> Transaction:
+        wallet.seq += 1
+        transaction = Transaction(
+            wallet_id=wallet.id,
+            user_id=user_id,
+            seq=wallet.seq,
+            type=credit.type,
+            amount=credit.amount,
+            description=credit.description,
+            balance_before=wallet.balance,
+            balance_after=wallet.balance + credit.amount,
+            reservation_id=credit.reservation_id,
+            idempotency_key=credit.idempotency_key,
+            created_at=self.state.now,
+        )
+        wallet.balance += credit.amount
+        self.changes.wallets[wallet.id] = wallet
+        self.changes.transactions.append(transaction)
+        if credit.idempotency_key is not None:
+            self.state.transactions[wallet.id, credit.idempotency_key] = transaction
+        return transaction
+
+    def touched(self, wallet: Wallet, key: Key | None) -> list[Wallet | Key]:
+        """The counters of a call, brought up to the current window and noted as changed."""
+        self.turn_window(wallet)
+        self.changes.wallets[wallet.id] = wallet
+        if key is None:
+            return [wallet]
+        self.turn_window(key)
+        self.changes.keys[key.id] = key
+        return [wallet, key]
+
+    def turn_window(self, holder: Wallet | Key) -> None:
+        if holder.window_start != self.window:
+            holder.window_start = self.window
+            holder.window_requests = 0
+            holder.window_tokens = 0
+
+    def turn_period(self, key: Key) -> None:
+        start = period_start(self.state.now, key.limit_period)
+        if key.period_start != start:
+            key.period_start = start
+            key.period_spent = 0
+
+    def key_of(self, reservation: Reservation) -> Key | None:
+        if reservation.key_id is None:
+            return None
+        key = self.state.keys.get(reservation.key_id)
+        if key is not None:
+            self.turn_period(key)
+        return key
+
+
+def allows(patterns: list[str] | None, model: str) -> bool:
+    """Whether `model` (`provider/model`, or without its provider) matches one of the `patterns`; None allows all."""
+    if patterns is None:
+        return True
+    bare = model.partition("/")[2]
+    return any(fnmatchcase(model, pattern) or fnmatchcase(bare, pattern) for pattern in patterns)
+
+
+def _is_over(count: int, limit: int | None) -> bool:
+    return limit is not None and count > limit
+
+
+def _refuse_amount(operation: Reserve, wallet: Wallet, key: Key | None) -> Refused | None:
+    required = operation.at_least
+    if wallet.available < required:
+        return Refused(
+            reason=Refusal.INSUFFICIENT_CREDITS,
+            required=required,
+            available=max(0, wallet.available),
+            reserved=wallet.reserved,
+            is_temporary=wallet.available + wallet.reserved >= required,
+        )
+    if key is not None and key.available is not None and key.available < required:
+        return Refused(
+            reason=Refusal.KEY_LIMIT, required=required, available=max(0, key.available), reserved=key.reserved
+        )
+    return None
+
+
+def _replayed_reserve(existing: Reservation, operation: Reserve) -> Outcome:
+    if existing.state != ReservationState.OPEN:
+        return Faulted(Fault.NOT_OPEN)
+    if (existing.wallet_id, existing.user_id, existing.key_id) != (
+        operation.wallet_id,
+        operation.user_id,
+        operation.key_id,
+    ) or not operation.at_least <= existing.amount <= operation.at_most:
+        return Faulted(Fault.OTHER_VALUES)
+    return Reserved(existing.amount, is_replay=True)
+
+
+def _replayed_credit(booked: Transaction, operation: Credit) -> Outcome:
+    if (booked.type, booked.amount, booked.reservation_id, booked.description) != (
+        operation.type,
+        operation.amount,
+        operation.reservation_id,
+        operation.description,
+    ):
+        return Faulted(Fault.OTHER_VALUES)
+    return Credited(transaction=booked, is_replay=True)

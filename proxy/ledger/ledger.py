@@ -1,0 +1,195 @@
+"""The ledger as the rest of Tollgate sees it: reserve, settle, release, credit."""
+
+import asyncio
+from collections.abc import Callable
+from typing import assert_never
+
+from proxy.errors import (
+    BadRequest,
+    Conflict,
+    Forbidden,
+    InsufficientCredits,
+    KeyLimitReached,
+    LedgerFault,
+    NotFound,
+    RateLimited,
+    TollgateError,
+    Unauthenticated,
+    Unavailable,
+)
+from proxy.ledger.batcher import Batcher
+from proxy.ledger.decide import (
+    Credit,
+    Credited,
+    Expire,
+    Fault,
+    Faulted,
+    Outcome,
+    Receipt,
+    Refusal,
+    Refused,
+    Release,
+    Released,
+    Reserve,
+    Reserved,
+    Settle,
+    Settled,
+)
+from proxy.ledger.store import Store
+
+RESERVE_WAIT_S_MAX = 5.0
+"""A call that cannot be reserved by then is refused with 503: no provider is asked for what may not be paid."""
+
+CREDIT_WAIT_S_MAX = 30.0
+
+
+class Ledger:
+    """Reservations and charges, durable when the awaited call returns.
+
+    What is settled or released no longer depends on whoever asked for it: a cancelled caller cancels its wait and
+    nothing else.
+    """
+
+    def __init__(self, store: Store, owner_id: Callable[[], str | None] = lambda: None) -> None:
+        self._batcher = Batcher(store, owner_id)
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether the last attempt did not reach the database."""
+        return self._batcher.is_lost
+
+    def start(self) -> None:
+        """Begin to work, on the running loop."""
+        self._batcher.start()
+
+    async def aclose(self) -> None:
+        """Book what is queued, then stop."""
+        await self._batcher.aclose()
+
+    async def reserve(self, operation: Reserve) -> Reserved:
+        """Hold credits for one call.
+
+        Raises `InsufficientCredits`, `KeyLimitReached`, `RateLimited`, `Forbidden`, `Unauthenticated` when the ledger
+        refuses, `Unavailable` when it cannot say within five seconds: then nothing stays held.
+        """
+        future = self._batcher.submit(operation)
+        try:
+            async with asyncio.timeout(RESERVE_WAIT_S_MAX):
+                outcome = await future
+        except asyncio.CancelledError:
+            self._give_back(operation, future)
+            raise
+        except TimeoutError as exc:
+            self._give_back(operation, future)
+            raise Unavailable("The ledger is out of reach just now; nothing was charged.", retry_after_s=2) from exc
+        match outcome:
+            case Reserved():
+                return outcome
+            case Refused():
+                raise _refusal(outcome)
+            case _:
+                raise LedgerFault(f"reserve {operation.id}: {outcome}")
+
+    def _give_back(self, operation: Reserve, future: "asyncio.Future[Outcome]") -> None:
+        """Release what was granted in the very moment in which its caller was cancelled.
+
+        A future that is itself cancelled is the batcher's to see to.
+        """
+        if not future.done() or future.cancelled() or future.exception() is not None:
+            return
+        if isinstance(future.result(), Reserved):
+            self._batcher.submit(
+                Release(id=operation.id, wallet_id=operation.wallet_id, receipt=Receipt(outcome="caller_gone"))
+            )
+
+    async def settle(self, operation: Settle) -> Settled:
+        """Charge for one call. Booked even when the wait for it is cancelled.
+
+        Raises `LedgerFault` when it cannot be booked; waits for as long as the database is out of reach.
+        """
+        outcome = await self._batcher.submit(operation)
+        if isinstance(outcome, Settled):
+            return outcome
+        raise LedgerFault(f"settle {operation.id}: {outcome}")
+
+    async def release(self, operation: Release) -> Released:
+        """Free what one call holds. Done even when the wait for it is cancelled; errors as with `settle`."""
+        outcome = await self._batcher.submit(operation)
+        if isinstance(outcome, Released):
+            return outcome
+        raise LedgerFault(f"release {operation.id}: {outcome}")
+
+    async def expire(self, operation: Expire) -> Released:
+        """Free what a call of a dead process holds; errors as with `settle`."""
+        outcome = await self._batcher.submit(operation)
+        if isinstance(outcome, Released):
+            return outcome
+        raise LedgerFault(f"expire {operation.id}: {outcome}")
+
+    async def credit(self, operation: Credit) -> Credited:
+        """Book a top-up, refund or adjustment.
+
+        Raises `Conflict` when its idempotency key was used with other values, `BadRequest` or `NotFound` when it
+        cannot be, `Unavailable` when the outcome is not known within thirty seconds.
+        """
+        try:
+            async with asyncio.timeout(CREDIT_WAIT_S_MAX):
+                outcome = await self._batcher.submit(operation)
+        except TimeoutError as exc:
+            raise Unavailable("The ledger is out of reach; send the same idempotency key again.") from exc
+        match outcome:
+            case Credited():
+                return outcome
+            case Faulted(fault):
+                raise _credit_fault(fault)
+            case _:
+                raise LedgerFault(f"credit: {outcome}")
+
+
+def _refusal(refused: Refused) -> TollgateError:
+    match refused.reason:
+        case Refusal.INSUFFICIENT_CREDITS:
+            return InsufficientCredits(
+                required=refused.required,
+                available=refused.available,
+                reserved=refused.reserved,
+                is_temporary=refused.is_temporary,
+            )
+        case Refusal.KEY_LIMIT:
+            return KeyLimitReached(required=refused.required, available=refused.available)
+        case Refusal.REQUEST_RATE:
+            return RateLimited("Too many requests this minute.", retry_after_s=refused.retry_after_s)
+        case Refusal.TOKEN_RATE:
+            return RateLimited("Too many tokens this minute.", retry_after_s=refused.retry_after_s)
+        case Refusal.CONCURRENCY:
+            return RateLimited("Too many calls at once.", retry_after_s=refused.retry_after_s)
+        case Refusal.MODEL_NOT_ALLOWED:
+            return Forbidden("This caller may not use this model.", code="model_not_allowed")
+        case Refusal.INACTIVE_USER:
+            return Forbidden("This account is not active.", code="inactive_user")
+        case Refusal.UNKNOWN_CALLER | Refusal.INVALID_KEY | Refusal.STALE_TOKEN:
+            return Unauthenticated("The API key is not valid any more.")
+        case Refusal.FENCED:
+            return Unavailable("This server has to register again; nothing was charged.")
+        case _:
+            assert_never(refused.reason)
+
+
+def _credit_fault(fault: Fault) -> TollgateError:
+    match fault:
+        case Fault.OTHER_VALUES:
+            return Conflict("This idempotency key was used for another transaction.", code="idempotency_key_reused")
+        case Fault.UNKNOWN_WALLET:
+            return NotFound("There is no such wallet.")
+        case Fault.UNKNOWN_RESERVATION:
+            return NotFound("There is no such charge.")
+        case Fault.BELOW_RESERVED:
+            return BadRequest("This would take the balance below what open calls hold.", param="amount")
+        case Fault.ABOVE_CHARGE:
+            return BadRequest("A refund gives back at most what its charge took.", param="amount")
+        case Fault.OUT_OF_RANGE:
+            return BadRequest("The amount is out of range.", param="amount")
+        case Fault.NOT_OPEN:
+            return LedgerFault(f"credit: {fault}")
+        case _:
+            assert_never(fault)

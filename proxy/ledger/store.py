@@ -1,0 +1,383 @@
+"""One transaction of the ledger, on PostgreSQL and on SQLite: lock, read, decide, write, commit.
+
+A store owns one connection and runs one transaction at a time; whoever shares it waits (see `batcher`).
+"""
+
+import asyncio
+import sqlite3
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import asyncpg
+import msgspec
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+
+from proxy.ledger import statements as sql
+from proxy.ledger.decide import (
+    Changes,
+    Credit,
+    Key,
+    Operation,
+    Outcome,
+    Reservation,
+    Reserve,
+    State,
+    Transaction,
+    User,
+    Wallet,
+    decide,
+)
+from proxy.units import Micros, new_id, now_micros
+
+Row = tuple[Any, ...]
+Holder = TypeVar("Holder", User, Key)
+T = TypeVar("T")
+
+TRANSACTION_S_MAX = 10.0
+"""After this the connection is given up and the outcome unknown. Longer than the server's own statement timeout."""
+
+STATEMENT_MS_MAX = 5_000
+
+SQLITE_BUSY_MS_MAX = 5_000
+"""How long to wait for the command line, the only other writer of an embedded database."""
+
+
+class StoreLostError(Exception):
+    """The database could not be reached, or was lost on the way.
+
+    The outcome is unknown: the same operations must be sent again until an answer comes.
+    """
+
+
+class StoreRefusedError(Exception):
+    """The database refused the transaction for what is in it; nothing was written."""
+
+
+class Store(Protocol):
+    """Where a batch of operations is decided and made durable."""
+
+    async def transact(self, operations: Sequence[Operation], *, owner_id: str | None) -> list[Outcome]:
+        """Decide and write `operations` in one transaction, durable on return; outcomes in the operations' order.
+
+        `owner_id` is the instance that holds what is reserved; None, for the command line, cannot reserve. Raises
+        `StoreLostError` and `StoreRefusedError`.
+        """
+        ...
+
+    async def aclose(self) -> None:
+        """Give the connection back."""
+        ...
+
+
+class _Ids(msgspec.Struct):
+    """What the operations name."""
+
+    wallets: list[str]
+    users: list[str]
+    keys: list[str]
+    reservations: list[str]
+    idempotency_keys: list[str]
+
+
+def _ids(operations: Iterable[Operation]) -> _Ids:
+    wallets: set[str] = set()
+    users: set[str] = set()
+    keys: set[str] = set()
+    reservations: set[str] = set()
+    idempotency_keys: set[str] = set()
+    for operation in operations:
+        wallets.add(operation.wallet_id)
+        if isinstance(operation, Credit):
+            if operation.reservation_id is not None:
+                reservations.add(operation.reservation_id)
+            if operation.idempotency_key is not None:
+                idempotency_keys.add(operation.idempotency_key)
+            continue
+        reservations.add(operation.id)
+        if isinstance(operation, Reserve):
+            users.add(operation.user_id)
+            if operation.key_id is not None:
+                keys.add(operation.key_id)
+    return _Ids(sorted(wallets), list(users), list(keys), list(reservations), list(idempotency_keys))
+
+
+class _Rows(msgspec.Struct):
+    """What was read, as the drivers give it: rows that can be asked by column."""
+
+    wallets: Iterable[Any]
+    users: Iterable[Any]
+    keys: Iterable[Any]
+    reservations: Iterable[Any]
+    transactions: Iterable[Any]
+
+
+def _state(now: Micros, rows: _Rows, *, is_fenced: bool) -> State:
+    return State(
+        now=now,
+        is_fenced=is_fenced,
+        wallets={row["id"]: Wallet(**row) for row in rows.wallets},
+        users={row["id"]: _with_patterns(User(**row)) for row in rows.users},
+        keys={row["id"]: _with_patterns(Key(**row)) for row in rows.keys},
+        reservations={row["id"]: Reservation(**row) for row in rows.reservations},
+        transactions={(row["wallet_id"], row["idempotency_key"]): Transaction(**row) for row in rows.transactions},
+    )
+
+
+def _with_patterns(holder: Holder) -> Holder:
+    """`holder` with its allowed models as a list, which SQLite's driver gives as JSON text."""
+    if isinstance(holder.allowed_models, str):
+        holder.allowed_models = msgspec.json.decode(holder.allowed_models)
+    return holder
+
+
+def _writes(changes: Changes, owner_id: str | None) -> list[tuple[sql.Statement, list[Row]]]:
+    """The statements of a batch with their rows, in an order that both databases can take."""
+    reserved = [
+        (
+            reservation.id,
+            operation.client_request_id,
+            reservation.wallet_id,
+            reservation.user_id,
+            reservation.key_id,
+            reservation.amount,
+            "open",
+            owner_id,
+            reservation.window_tokens,
+            reservation.original_model,
+            operation.is_stream,
+            reservation.created_at,
+        )
+        for reservation, operation in changes.reserved.values()
+    ]
+    closed = [
+        (
+            reservation.id,
+            reservation.state,
+            reservation.cost,
+            reservation.charged,
+            reservation.shortfall,
+            reservation.is_late,
+            reservation.settled_at,
+            receipt.outcome,
+            receipt.provider,
+            receipt.request_model,
+            receipt.response_model,
+            receipt.usage,
+            receipt.usage_source,
+            receipt.price,
+            receipt.markup_bps,
+            receipt.provider_cost,
+            receipt.ttft_ms,
+            receipt.duration_ms,
+        )
+        for reservation, receipt in changes.closed.values()
+    ]
+    refunded = [(reservation.id, reservation.refunded) for reservation in changes.refunded.values()]
+    transactions: list[Row] = [
+        (new_id("txn"), *(getattr(row, name) for name in sql.TRANSACTION_COLUMNS)) for row in changes.transactions
+    ]
+    writes: list[tuple[sql.Statement, list[Row]]] = [
+        (sql.INSERT_RESERVATIONS, reserved),
+        (sql.UPDATE_RESERVATIONS, closed),
+        (sql.UPDATE_REFUNDED, refunded),
+        (sql.INSERT_TRANSACTIONS, transactions),
+        (sql.UPDATE_WALLETS, _rows(sql.UPDATE_WALLETS, changes.wallets.values())),
+        (sql.UPDATE_KEYS, _rows(sql.UPDATE_KEYS, changes.keys.values())),
+    ]
+    return [(statement, rows) for statement, rows in writes if rows]
+
+
+def _rows(statement: sql.Statement, structs: Iterable[Wallet | Key]) -> list[Row]:
+    return [tuple(getattr(struct, name) for name in statement.columns) for struct in structs]
+
+
+def _keys_of(ids: _Ids, reservations: Iterable[Any]) -> list[str]:
+    """The keys that the operations name, and those of the reservations they are about."""
+    return list({*ids.keys, *(row["key_id"] for row in reservations if row["key_id"] is not None)})
+
+
+# ---- PostgreSQL
+
+_REFUSING_CLASSES = ("22", "23", "42")
+"""Data exception, integrity violation, syntax error or access rule (PostgreSQL manual, appendix A): sending it again
+cannot help. Everything else may pass.
+"""
+
+
+class PostgresStore:
+    """The ledger on PostgreSQL, over one connection of its own."""
+
+    def __init__(self, engine: AsyncEngine) -> None:
+        self._engine = engine
+        self._connection: AsyncConnection | None = None
+        self._driver: Any = None
+
+    async def transact(self, operations: Sequence[Operation], *, owner_id: str | None) -> list[Outcome]:
+        """See `Store`."""
+        try:
+            async with asyncio.timeout(TRANSACTION_S_MAX):
+                if self._driver is None:
+                    await self._connect()
+                return await self._transact(self._driver, operations, owner_id)
+        except BaseException as exc:
+            await self._after(exc)
+            refused = isinstance(exc, asyncpg.PostgresError) and str(exc.sqlstate).startswith(_REFUSING_CLASSES)
+            if refused or isinstance(exc, asyncpg.exceptions.DataError):
+                raise StoreRefusedError(str(exc)) from exc
+            if isinstance(exc, OSError | asyncpg.PostgresError | asyncpg.InterfaceError | asyncpg.InternalClientError):
+                raise StoreLostError(str(exc) or type(exc).__name__) from exc
+            raise
+
+    async def aclose(self) -> None:
+        """See `Store`."""
+        connection, self._connection, self._driver = self._connection, None, None
+        if connection is not None:
+            with suppress(Exception):
+                await connection.invalidate()
+                await connection.close()
+
+    async def _connect(self) -> None:
+        """Raises `StoreLostError` whatever goes wrong: nothing was sent yet, so it is not about the operations."""
+        try:
+            self._connection = await self._engine.connect()
+            raw = await self._connection.get_raw_connection()
+            self._driver = raw.driver_connection
+            await self._driver.execute(f"SET statement_timeout = {STATEMENT_MS_MAX}")
+        except Exception as exc:
+            raise StoreLostError(str(exc) or type(exc).__name__) from exc
+
+    async def _transact(self, driver: Any, operations: Sequence[Operation], owner_id: str | None) -> list[Outcome]:
+        ids = _ids(operations)
+        await driver.execute("BEGIN ISOLATION LEVEL READ COMMITTED")
+        wallets = await driver.fetch(sql.LOCK_WALLETS.postgresql, ids.wallets)
+        now, is_fenced = await driver.fetchrow(sql.READ_FENCE_POSTGRESQL, owner_id)
+        reservations = await _fetch(driver, sql.READ_RESERVATIONS, ids.reservations)
+        rows = _Rows(
+            wallets=wallets,
+            users=await _fetch(driver, sql.READ_USERS, ids.users),
+            keys=await _fetch(driver, sql.READ_KEYS, _keys_of(ids, reservations)),
+            reservations=reservations,
+            transactions=await driver.fetch(sql.READ_TRANSACTIONS.postgresql, ids.wallets, ids.idempotency_keys)
+            if ids.idempotency_keys
+            else (),
+        )
+        changes, outcomes = decide(_state(now, rows, is_fenced=is_fenced is not False), operations)
+        for statement, written in _writes(changes, owner_id):
+            await driver.execute(statement.postgresql, *zip(*written, strict=True))
+        await driver.execute("COMMIT")
+        return outcomes
+
+    async def _after(self, exc: BaseException) -> None:
+        """Leave no transaction open: roll back if the server can still be talked to, else drop the connection."""
+        if isinstance(exc, asyncpg.PostgresError) and self._driver is not None and not self._driver.is_closed():
+            try:
+                async with asyncio.timeout(1):
+                    await self._driver.execute("ROLLBACK")
+            except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
+                pass
+            else:
+                return
+        if self._driver is not None:
+            self._driver.terminate()
+        await self.aclose()
+
+
+async def _fetch(driver: Any, statement: sql.Statement, ids: list[str]) -> list[Any]:
+    if not ids:
+        return []
+    rows: list[Any] = await driver.fetch(statement.postgresql, ids)
+    return rows
+
+
+# ---- SQLite
+
+
+class SqliteStore:
+    """The ledger on SQLite: the only connection of its process that writes charges, in a thread of its own.
+
+    A whole transaction runs in one visit to the thread. `checkpoints` is true in the server alone: SQLite before
+    3.51.3 can damage a write-ahead log that two connections checkpoint.
+    """
+
+    def __init__(self, file: Path, *, checkpoints: bool) -> None:
+        self._file = file
+        self._checkpoints = checkpoints
+        self._connection: sqlite3.Connection | None = None
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ledger")
+
+    async def transact(self, operations: Sequence[Operation], *, owner_id: str | None) -> list[Outcome]:
+        """See `Store`."""
+        return await self._run(lambda: self._transact(operations, owner_id))
+
+    async def aclose(self) -> None:
+        """See `Store`."""
+        await self._run(self._close)
+        self._thread.shutdown()
+
+    async def _run(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+
+    def _transact(self, operations: Sequence[Operation], owner_id: str | None) -> list[Outcome]:
+        try:
+            connection = self._connection or self._connect()
+            connection.execute("BEGIN IMMEDIATE")
+            try:
+                outcomes = self._decide(connection, operations, owner_id)
+                connection.execute("COMMIT")
+            except BaseException:
+                if connection.in_transaction:
+                    connection.execute("ROLLBACK")
+                raise
+        except (sqlite3.IntegrityError, sqlite3.ProgrammingError, sqlite3.DataError, OverflowError) as exc:
+            raise StoreRefusedError(str(exc)) from exc
+        except sqlite3.Error as exc:
+            raise StoreLostError(str(exc)) from exc
+        return outcomes
+
+    def _decide(
+        self, connection: sqlite3.Connection, operations: Sequence[Operation], owner_id: str | None
+    ) -> list[Outcome]:
+        ids = _ids(operations)
+
+        def read(statement: sql.Statement, *lists: list[str]) -> list[sqlite3.Row]:
+            if not all(lists):
+                return []
+            return connection.execute(statement.sqlite, [msgspec.json.encode(ids).decode() for ids in lists]).fetchall()
+
+        fence = connection.execute(sql.READ_FENCE_SQLITE, (owner_id,)).fetchone()
+        reservations = read(sql.READ_RESERVATIONS, ids.reservations)
+        rows = _Rows(
+            wallets=read(sql.LOCK_WALLETS, ids.wallets),
+            users=read(sql.READ_USERS, ids.users),
+            keys=read(sql.READ_KEYS, _keys_of(ids, reservations)),
+            reservations=reservations,
+            transactions=read(sql.READ_TRANSACTIONS, ids.wallets, ids.idempotency_keys),
+        )
+        is_fenced = fence is None or bool(fence[0])
+        changes, outcomes = decide(_state(now_micros(), rows, is_fenced=is_fenced), operations)
+        for statement, written in _writes(changes, owner_id):
+            connection.executemany(statement.sqlite, written)
+        return outcomes
+
+    def _connect(self) -> sqlite3.Connection:
+        connection = sqlite3.connect(
+            f"{self._file.as_uri()}?mode=rw",
+            uri=True,
+            isolation_level=None,
+            check_same_thread=False,
+            timeout=SQLITE_BUSY_MS_MAX / 1000,
+        )
+        connection.row_factory = sqlite3.Row
+        connection.execute("PRAGMA synchronous = FULL")
+        if not self._checkpoints:
+            connection.execute("PRAGMA wal_autocheckpoint = 0")
+        self._connection = connection
+        return connection
+
+    def _close(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None

@@ -1,0 +1,276 @@
+"""The operator's configuration: `config.toml`, overridden by the environment, overridden by flags.
+
+Everything wrong is reported as one `SettingsError` that names the place, before anything starts.
+"""
+
+import tomllib
+from collections.abc import Mapping
+from decimal import Decimal
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+
+from proxy.errors import SettingsError
+from proxy.units import AmountError, parse_percent
+
+CONFIG_FILE = "config.toml"
+DATA_FOLDER = ".tollgate"
+JWT_SECRET_BYTES_MIN = 32
+
+_SQLITE = "sqlite+aiosqlite:///"
+_POSTGRESQL = "postgresql+asyncpg://"
+
+PositiveInt = Annotated[int, msgspec.Meta(ge=1)]
+Seconds = Annotated[float, msgspec.Meta(gt=0)]
+
+
+class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    pass
+
+
+class ServerSettings(_Section, frozen=True):
+    """Where to listen, and how much to take from a client."""
+
+    host: str = "127.0.0.1"
+    port: Annotated[int, msgspec.Meta(ge=0, le=65535)] = 8080
+    body_bytes_max: PositiveInt = 20_000_000
+    """The longest request body."""
+    answer_bytes_max: PositiveInt = 64_000_000
+    """The longest plain answer of a provider that is held back until its charge is durable."""
+    event_bytes_max: PositiveInt = 16_000_000
+    """The longest single event of a stream."""
+    call_s: Seconds = 900
+    """How long one call may take from its reservation to its last byte."""
+    settle_wait_s: Seconds = 30
+    """How long the end of an answer waits for its charge while the database is out of reach."""
+    drain_s: PositiveInt = 30
+    """How long calls in flight may go on after SIGTERM."""
+
+
+class DatabaseSettings(_Section, frozen=True):
+    """Where the books are."""
+
+    url: str = f"{_SQLITE}tollgate.db"
+
+
+class CreditsSettings(_Section, frozen=True):
+    """What a new database starts with."""
+
+    markup_percent: Decimal = Decimal(15)
+
+
+class AuthSettings(_Section, frozen=True):
+    """How callers are known."""
+
+    jwt_secret: str | None = None
+
+
+class ProviderSettings(_Section, frozen=True):
+    """One upstream.
+
+    `enabled = "auto"` enables it when the variable that `api_key_env` names is set.
+    """
+
+    kind: Literal["openai", "demo"]
+    enabled: bool | Literal["auto"] = True
+    base_url: str | None = None
+    api_key_env: str | None = None
+    knows_stream_options: bool = True
+    """Whether it accepts `stream_options.include_usage`; if not, usage it does not report is counted."""
+    connect_s: Seconds = 5
+    first_byte_s: Seconds = 300
+    idle_s: Seconds = 120
+
+
+class ModelSettings(_Section, frozen=True):
+    """A name that clients use, and who may serve it: `provider/model`, in order of preference."""
+
+    candidates: Annotated[list[str], msgspec.Meta(min_length=1)]
+
+
+class PriceSettings(_Section, frozen=True):
+    """Dollars per million tokens, and the limits of the model. A class without a price costs what its side does."""
+
+    input: Decimal
+    output: Decimal = Decimal(0)
+    cached_input: Decimal | None = None
+    cache_write: Decimal | None = None
+    audio_input: Decimal | None = None
+    audio_output: Decimal | None = None
+    max_output_tokens: PositiveInt | None = None
+    context_tokens: PositiveInt | None = None
+    tokenizer: str | None = None
+    maximum_field: Literal["max_tokens", "max_completion_tokens"] | None = None
+    """The field in which this model takes its maximum; reasoning models know only the second one."""
+    is_reasoning: bool = False
+    """Whether it thinks before it answers, on output tokens that are not shown."""
+
+
+class Settings(_Section, frozen=True):
+    """The whole file. `data_dir` is no part of it: it comes from the environment, or lies beside the file."""
+
+    server: ServerSettings = ServerSettings()
+    database: DatabaseSettings = DatabaseSettings()
+    credits: CreditsSettings = CreditsSettings()
+    auth: AuthSettings = AuthSettings()
+    providers: dict[str, ProviderSettings] = {}
+    models: dict[str, ModelSettings] = {}
+    prices: dict[str, PriceSettings] = {}
+
+
+class Configuration(msgspec.Struct, frozen=True):
+    """The settings with everything the environment decides about them filled in."""
+
+    settings: Settings
+    data_dir: Path
+    database_url: str
+    """Absolute: a relative SQLite path has been taken to lie in the data folder."""
+    providers: dict[str, ProviderSettings]
+    """Those that are enabled."""
+    api_keys: dict[str, str]
+    """The key of each enabled provider that has one. A secret: never log this struct."""
+
+    @property
+    def is_embedded(self) -> bool:
+        """Whether the database is SQLite, in a file of our own."""
+        return self.database_url.startswith(_SQLITE)
+
+    @property
+    def sqlite_file(self) -> Path:
+        """The database file of an embedded configuration."""
+        return Path(self.database_url.removeprefix(_SQLITE))
+
+
+def load(
+    environ: Mapping[str, str], *, config: str | None = None, host: str | None = None, port: int | None = None
+) -> Configuration:
+    """Read the file that `config`, `TOLLGATE_CONFIG` or the current folder names, then the environment and flags.
+
+    Raises `SettingsError` with one line that names the place: a file that cannot be read or parsed, unknown keys,
+    wrong types, values out of range, an enabled provider without its address or its variable.
+    """
+    path, raw = _read(config or environ.get("TOLLGATE_CONFIG"))
+    for section, key, value in (
+        ("server", "host", host),
+        ("server", "port", port),
+        ("database", "url", environ.get("TOLLGATE_DATABASE_URL")),
+        ("auth", "jwt_secret", environ.get("TOLLGATE_JWT_SECRET")),
+    ):
+        if value is not None and isinstance(raw.setdefault(section, {}), dict):
+            raw[section][key] = value
+    try:
+        settings = msgspec.convert(raw, Settings)
+    except msgspec.ValidationError as exc:
+        raise SettingsError(f"{path}: {_fault(raw, exc)}") from exc
+    _check(settings, path)
+    data_dir = Path(environ.get("TOLLGATE_DATA_DIR") or path.parent / DATA_FOLDER).absolute()
+    providers = {
+        name: provider for name, provider in settings.providers.items() if _is_enabled(name, provider, environ, path)
+    }
+    return Configuration(
+        settings=settings,
+        data_dir=data_dir,
+        database_url=_absolute(settings.database.url, data_dir),
+        providers=providers,
+        api_keys={name: environ[provider.api_key_env] for name, provider in providers.items() if provider.api_key_env},
+    )
+
+
+def _read(named: str | None) -> tuple[Path, dict[str, Any]]:
+    path = Path(named or CONFIG_FILE)
+    try:
+        return path, tomllib.loads(path.read_text(encoding="utf-8"), parse_float=Decimal)
+    except FileNotFoundError as exc:
+        if named is None:
+            return path, {}
+        raise SettingsError(f"{path}: there is no such file") from exc
+    except OSError as exc:
+        raise SettingsError(f"{path}: {exc.strerror}") from exc
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
+        raise SettingsError(f"{path}: {exc}") from exc
+
+
+def _fault(raw: dict[str, Any], error: msgspec.ValidationError) -> str:
+    """The error with its place first: ``Expected `int` - at `$.server.port` `` as `server.port: expected …`.
+
+    msgspec writes `[...]` for the key of a table, so the entry at fault is looked for by converting each alone.
+    """
+    message, _, place = str(error).partition(" - at `$.")
+    if "[...]" in place:
+        for section, entry_type in (
+            ("providers", ProviderSettings),
+            ("models", ModelSettings),
+            ("prices", PriceSettings),
+        ):
+            for name, entry in raw.get(section, {}).items():
+                try:
+                    msgspec.convert(entry, entry_type)
+                except msgspec.ValidationError as exc:
+                    message, _, inner = str(exc).partition(" - at `$")
+                    return f'{section}."{name}"{inner.rstrip("`")}: {_sentence(message)}'
+    return f"{place.rstrip('`')}: {_sentence(message)}" if place else _sentence(message)
+
+
+def _sentence(text: str) -> str:
+    return text[:1].lower() + text[1:]
+
+
+def _check(settings: Settings, path: Path) -> None:
+    try:
+        parse_percent(settings.credits.markup_percent)
+    except AmountError as exc:
+        raise SettingsError(f"{path}: credits.markup_percent: {exc}") from exc
+    secret = settings.auth.jwt_secret
+    if secret is not None and len(secret.encode()) < JWT_SECRET_BYTES_MIN:
+        raise SettingsError(f"{path}: auth.jwt_secret (TOLLGATE_JWT_SECRET): shorter than {JWT_SECRET_BYTES_MIN} bytes")
+    for name in settings.providers:
+        if not name or "/" in name:
+            raise SettingsError(f"{path}: providers.{name!r}: a provider's name must not be empty or hold a slash")
+    for alias, model in settings.models.items():
+        for candidate in model.candidates:
+            _check_target(candidate, settings, f'{path}: models."{alias}".candidates')
+    for target, price in settings.prices.items():
+        place = f'{path}: prices."{target}"'
+        _check_target(target, settings, place)
+        for name in ("input", "cached_input", "cache_write", "audio_input", "output", "audio_output"):
+            value = getattr(price, name)
+            if value is not None and not (value.is_finite() and 0 <= value <= _DOLLARS_PER_MTOK_MAX):
+                raise SettingsError(f"{place}.{name}: must be from 0 to {_DOLLARS_PER_MTOK_MAX} dollars")
+
+
+_DOLLARS_PER_MTOK_MAX = 1_000_000
+"""A dollar a token: more is a slip of the keyboard, and less keeps any one call within 64 bits."""
+
+
+def _check_target(target: str, settings: Settings, place: str) -> None:
+    provider, slash, model = target.partition("/")
+    if not (provider and slash and model):
+        raise SettingsError(f"{place}: {target!r} is not of the form provider/model")
+    if provider not in settings.providers:
+        raise SettingsError(f"{place}: there is no provider {provider!r}")
+
+
+def _is_enabled(name: str, provider: ProviderSettings, environ: Mapping[str, str], path: Path) -> bool:
+    variable = provider.api_key_env
+    if provider.enabled is False or (provider.enabled == "auto" and variable and not environ.get(variable)):
+        return False
+    place = f"{path}: providers.{name}"
+    if provider.kind == "openai":
+        if not provider.base_url or not provider.base_url.startswith(("http://", "https://")):
+            raise SettingsError(f"{place}.base_url: an http:// or https:// address is needed")
+    elif provider.base_url or variable:
+        raise SettingsError(f"{place}: a demo provider takes neither base_url nor api_key_env")
+    if variable and not environ.get(variable):
+        raise SettingsError(
+            f"{place}.api_key_env: the environment variable {variable} is not set (or set `enabled = false`)"
+        )
+    return True
+
+
+def _absolute(url: str, data_dir: Path) -> str:
+    if url.startswith(_POSTGRESQL):
+        return url
+    if not url.startswith(_SQLITE) or url in {_SQLITE, f"{_SQLITE}:memory:"} or "?" in url:
+        raise SettingsError(f"database.url: must begin with {_POSTGRESQL} or name a file as {_SQLITE}tollgate.db")
+    return f"{_SQLITE}{data_dir / url.removeprefix(_SQLITE)}"

@@ -1,0 +1,212 @@
+"""The engine, the transactions of everything but the ledger's hot path, and the state of the schema.
+
+On SQLite one process serves at a time, held by a lock file beside the database; the command line may write
+beside it. Every transaction begins explicitly: with the driver's own default, a read that turns into a write
+loses updates without an error.
+"""
+
+import fcntl
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import sqlalchemy as sa
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError, ProgrammingError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+from sqlalchemy.pool import NullPool
+
+from proxy.errors import SettingsError, Unavailable
+from proxy.units import Micros, now_micros
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+SCHEMA_HEAD = "0001"
+"""The revision this code is written for: the newest file in `migrations/versions`."""
+
+CONNECTIONS_MAX = 5
+STATEMENT_S_MAX = 5
+_MIGRATION_LOCK = 0x746F6C6C
+"""Any number, as long as every migration of Tollgate takes the same one."""
+
+
+def connect(url: str, *, pooled: bool = True) -> AsyncEngine:
+    """An engine for `url`; nothing is opened yet. Not pooled: each connection is opened when asked for."""
+    pool: dict[str, Any] = (
+        {"pool_size": CONNECTIONS_MAX, "max_overflow": 0, "pool_timeout": STATEMENT_S_MAX, "pool_pre_ping": True}
+        if pooled
+        else {"poolclass": NullPool}
+    )
+    if url.startswith("postgresql"):
+        return create_async_engine(
+            url,
+            isolation_level="READ COMMITTED",
+            connect_args={"timeout": STATEMENT_S_MAX, "command_timeout": 2 * STATEMENT_S_MAX},
+            **pool,
+        )
+    engine = create_async_engine(url, connect_args={"timeout": STATEMENT_S_MAX}, **pool)
+    sa.event.listen(engine.sync_engine, "connect", _prepare_sqlite)
+    sa.event.listen(engine.sync_engine, "begin", _begin_sqlite)
+    return engine
+
+
+def _prepare_sqlite(connection: Any, _record: object) -> None:
+    connection.isolation_level = None
+    cursor = connection.cursor()
+    for pragma in ("journal_mode = WAL", "synchronous = FULL", "wal_autocheckpoint = 0"):
+        cursor.execute(f"PRAGMA {pragma}")
+    cursor.close()
+
+
+def _begin_sqlite(connection: sa.Connection) -> None:
+    is_writing = connection.get_execution_options().get("is_writing")
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if is_writing else "BEGIN")
+
+
+@asynccontextmanager
+async def reading(engine: AsyncEngine, *, is_snapshot: bool = False) -> AsyncIterator[AsyncConnection]:
+    """A transaction that only reads; with `is_snapshot` all of its statements see the same moment.
+
+    On SQLite they always do. Raises `Unavailable` when the database is out of reach.
+    """
+    async with _reachable(), engine.connect() as connection:
+        if is_snapshot and connection.dialect.name == "postgresql":
+            await connection.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
+        async with connection.begin():
+            yield connection
+
+
+@asynccontextmanager
+async def writing(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
+    """A transaction that may write, committed at its end. Raises `Unavailable` when the database is out of reach."""
+    async with _reachable(), engine.connect() as connection:
+        await connection.execution_options(is_writing=True)
+        async with connection.begin():
+            yield connection
+
+
+@asynccontextmanager
+async def _reachable() -> AsyncIterator[None]:
+    try:
+        yield
+    except (OSError, PoolTimeoutError) as exc:
+        raise Unavailable(_OUT_OF_REACH, retry_after_s=2) from exc
+    except DBAPIError as exc:
+        state = str(getattr(exc.orig, "sqlstate", None) or "")
+        if isinstance(exc, OperationalError | InterfaceError) or exc.connection_invalidated or state[:2] in _PASSING:
+            raise Unavailable(_OUT_OF_REACH, retry_after_s=2) from exc
+        raise
+
+
+_OUT_OF_REACH = "The database is out of reach just now."
+
+_PASSING = ("08", "40", "53", "57")
+"""Connection exception, rollback, insufficient resources, operator intervention (PostgreSQL manual, appendix A)."""
+
+
+MICROS_POSTGRESQL = "(extract(epoch FROM clock_timestamp()) * 1000000)::bigint"
+
+
+async def database_now(connection: AsyncConnection) -> Micros:
+    """The database's clock. SQLite's is this machine's."""
+    if connection.dialect.name == "sqlite":
+        return now_micros()
+    now: Micros = await connection.scalar(sa.text(f"SELECT {MICROS_POSTGRESQL}"))
+    return now
+
+
+# ---- the schema
+
+
+async def revision(engine: AsyncEngine) -> str | None:
+    """The schema's revision; None in an empty database."""
+    try:
+        async with reading(engine) as connection:
+            version: str | None = await connection.scalar(sa.text("SELECT version_num FROM alembic_version"))
+            return version
+    except ProgrammingError:
+        return None
+    except Unavailable as exc:
+        if isinstance(exc.__cause__, OperationalError) and "no such table" in str(exc.__cause__):
+            return None
+        raise
+
+
+async def check_schema(engine: AsyncEngine) -> None:
+    """Raises `SettingsError` unless the schema is the one this code is written for."""
+    found = await revision(engine)
+    if found == SCHEMA_HEAD:
+        return
+    if found is None:
+        raise SettingsError(f"the database {name_of(engine)} holds no Tollgate schema: run `tollgate migrate` first")
+    if found > SCHEMA_HEAD:
+        raise SettingsError(
+            f"the database {name_of(engine)} is at revision {found}, newer than this program knows ({SCHEMA_HEAD}):"
+            " install the newer Tollgate"
+        )
+    raise SettingsError(
+        f"the database {name_of(engine)} is at revision {found}, older than {SCHEMA_HEAD}: run `tollgate migrate`"
+    )
+
+
+async def migrate(engine: AsyncEngine, target: str = "head") -> None:
+    """Bring the schema to revision `target`, or with `base` back to nothing, in one transaction.
+
+    Two at once wait for each other.
+    """
+    async with engine.connect() as connection:
+        await connection.execution_options(is_writing=True)
+        async with connection.begin():
+            if connection.dialect.name == "postgresql":
+                await connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_MIGRATION_LOCK)))
+            await connection.run_sync(_run_migrations, target)
+
+
+def _run_migrations(connection: sa.Connection, target: str) -> None:
+    from alembic import command  # noqa: PLC0415 - takes a fifth of a second, and most starts need no migration
+    from alembic.config import Config  # noqa: PLC0415 - likewise
+
+    config = Config()
+    config.set_main_option("script_location", str(_migrations()))
+    config.set_main_option("path_separator", "os")
+    config.attributes["connection"] = connection
+    (command.downgrade if target == "base" else command.upgrade)(config, target)
+
+
+def _migrations() -> Path:
+    """The folder of revisions: inside of the package when installed from a wheel, beside it in a checkout."""
+    package = Path(__file__).parents[1]
+    installed = package / "migrations"
+    return installed if installed.is_dir() else package.parent / "migrations"
+
+
+def name_of(engine: AsyncEngine) -> str:
+    """The engine's database for people, without its password."""
+    return engine.url.render_as_string(hide_password=True)
+
+
+# ---- the one process of an embedded database
+
+
+@contextmanager
+def sole_process(file: Path) -> "Iterator[None]":
+    """Hold the lock file of the SQLite database `file` for as long as the block runs.
+
+    Raises `SettingsError` when another process serves or migrates it. The lock is the kernel's: it ends with the
+    process, however that ends.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    lock = os.open(f"{file}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as exc:
+            raise SettingsError(
+                f"another process serves or migrates {file}; SQLite takes one (use PostgreSQL for more)"
+            ) from exc
+        yield
+    finally:
+        os.close(lock)

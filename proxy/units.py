@@ -1,0 +1,127 @@
+"""Money, usage and ids: the units everything else is counted in.
+
+Money is an `int` of nano-credits (1 credit = 1 USD = 10⁹ nanos) wherever it is kept, added or compared.
+`Decimal` and `str` exist only at the edges (JSON, command line, configuration), and floats nowhere.
+Instants are an `int` of microseconds since the Unix epoch, UTC.
+"""
+
+import os
+import time
+from datetime import UTC, datetime
+from decimal import Decimal, InvalidOperation
+
+import msgspec
+
+Nanos = int
+"""Nano-credits: 10⁻⁹ credit."""
+
+Micros = int
+"""Microseconds since the Unix epoch, UTC."""
+
+NANOS_PER_CREDIT = 10**9
+NANOS_MAX = 2**63 - 1
+"""What both databases can hold in one column; about 9.2 thousand million credits."""
+
+MICROS_PER_SECOND = 10**6
+MICROS_PER_DAY = 86_400 * MICROS_PER_SECOND
+
+MARKUP_BPS_WHOLE = 10_000
+"""Basis points in the whole: 15 % is 1,500."""
+
+MARKUP_BPS_MAX = 1_000_000
+"""10,000 %: more is a slip of the keyboard."""
+
+_CREDIT_DECIMALS = 9
+
+
+class AmountError(ValueError):
+    """A text is not an amount of credits; the message says why, for people."""
+
+
+def parse_credits(text: str | int) -> Nanos:
+    """The nano-credits in `text`, a decimal number of credits such as `"2.5"`.
+
+    Raises `AmountError` when it is not a finite decimal, has more than nine decimals, or does not fit in
+    64 bits: rounding money that somebody typed is never right.
+    """
+    try:
+        amount = Decimal(text)
+    except (InvalidOperation, ValueError) as exc:
+        raise AmountError(f"{text!r} is not a decimal number") from exc
+    if not amount.is_finite():
+        raise AmountError(f"{text!r} is not a finite number")
+    if abs(amount) * NANOS_PER_CREDIT > NANOS_MAX:
+        raise AmountError(f"{text!r} is too large")
+    nanos = amount.scaleb(_CREDIT_DECIMALS)
+    if nanos != nanos.to_integral_value():
+        raise AmountError(f"{text!r} has more than {_CREDIT_DECIMALS} decimals")
+    return int(nanos)
+
+
+def format_credits(nanos: Nanos) -> str:
+    """`nanos` as a decimal string of credits without exponent or trailing zeros: `115_000_000` is `"0.115"`."""
+    sign = "-" if nanos < 0 else ""
+    whole, fraction = divmod(abs(nanos), NANOS_PER_CREDIT)
+    if not fraction:
+        return f"{sign}{whole}"
+    return f"{sign}{whole}.{fraction:09d}".rstrip("0")
+
+
+def parse_percent(percent: Decimal) -> int:
+    """A markup in basis points. Raises `AmountError` beyond two decimals or outside of 0 to 10,000 %."""
+    bps = percent * 100
+    if not percent.is_finite() or bps != bps.to_integral_value() or not 0 <= bps <= MARKUP_BPS_MAX:
+        raise AmountError(f"must be from 0 to {MARKUP_BPS_MAX // 100} with at most two decimals")
+    return int(bps)
+
+
+def format_percent(markup_bps: int) -> str:
+    """Basis points as a decimal string of percent: 1,550 is `"15.5"`."""
+    whole, fraction = divmod(markup_bps, 100)
+    return f"{whole}.{fraction:02d}".rstrip("0").rstrip(".") if fraction else str(whole)
+
+
+def format_instant(instant: Micros) -> str:
+    """An instant in ISO 8601 with microseconds, UTC: `"2026-11-23T09:37:00.000000Z"`."""
+    seconds, micros = divmod(instant, MICROS_PER_SECOND)
+    return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%dT%H:%M:%S}.{micros:06d}Z"
+
+
+class Usage(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What one call consumed, in disjoint classes, each with a price of its own.
+
+    OpenAI reports cached and audio tokens *inside* `prompt_tokens`; here `input` is what is left of them, so
+    that a sum over all classes counts nothing twice. `reasoning` is the part of `output` that was not shown:
+    it is kept for the record and has no price of its own.
+    """
+
+    input: int = 0
+    cached_input: int = 0
+    cache_write: int = 0
+    audio_input: int = 0
+    output: int = 0
+    audio_output: int = 0
+    reasoning: int = 0
+
+    @property
+    def input_tokens(self) -> int:
+        """All tokens that went in, of every class."""
+        return self.input + self.cached_input + self.cache_write + self.audio_input
+
+    @property
+    def output_tokens(self) -> int:
+        """All tokens that came out, of every class."""
+        return self.output + self.audio_output
+
+
+def new_id(prefix: str) -> str:
+    """A fresh unguessable id, `prefix_` and 32 hexadecimal digits, that sorts by the millisecond of its making.
+
+    Sorting by time keeps the newest rows of an index together, as UUID version 7 does (RFC 9562, section 5.7).
+    """
+    return f"{prefix}_{time.time_ns() // 1_000_000:012x}{os.urandom(10).hex()}"
+
+
+def now_micros() -> Micros:
+    """This machine's clock. What the ledger decides by is the database's clock instead."""
+    return time.time_ns() // 1000

@@ -1,0 +1,163 @@
+"""Providers that speak OpenAI's protocol: OpenAI itself, and the many servers that took over its shapes.
+
+The module also says which header fields cross in either direction. Requests go by an allow-list, since what a
+client sends may identify or authorize it; answers by a deny-list, since unknown fields of a provider's answer are
+the client's to see.
+"""
+
+import re
+from urllib.parse import urlsplit
+
+from proxy import __version__
+from proxy.errors import SettingsError
+from proxy.upstream import Headers, ProviderCall, UpstreamResponse
+from proxy.upstream.client import HttpClient, Timeouts
+
+_USER_AGENT = b"tollgate/" + __version__.encode()
+
+_CLIENT_HEADERS = frozenset({b"openai-beta", b"user-agent"})
+_CLIENT_PREFIX = b"x-stainless-"
+"""What OpenAI's SDKs say of themselves: language, version, number of the retry."""
+
+_HEADER_VALUE = re.compile(rb"[\x21-\x7e\x80-\xff]+(?:[ \t]+[\x21-\x7e\x80-\xff]+)*")
+"""RFC 9110, section 5.5. A value that is none would break the whole call, and servers differ in what they let in."""
+
+_DROPPED = frozenset(
+    {
+        # Hop by hop (RFC 9110, section 7.6.1): they speak of the provider's connection, not of the client's.
+        b"connection",
+        b"keep-alive",
+        b"te",
+        b"trailer",
+        b"transfer-encoding",
+        b"upgrade",
+        # Said anew by our own server, of the answer that we send.
+        b"content-length",
+        b"date",
+        b"server",
+        # They bind the browser to an origin, and the origin is ours.
+        b"alt-svc",
+        b"clear-site-data",
+        b"nel",
+        b"report-to",
+        b"set-cookie",
+        b"set-cookie2",
+        b"strict-transport-security",
+        # The operator's account and credentials.
+        b"api-key",
+        b"authentication-info",
+        b"authorization",
+        b"cookie",
+        b"openai-organization",
+        b"openai-project",
+        b"www-authenticate",
+        b"x-api-key",
+    }
+)
+
+_DROPPED_PREFIXES = (
+    b"proxy-",
+    # Whom a browser shows our answers to is our edge's to say.
+    b"access-control-",
+    # Ours: a provider must not forge them.
+    b"x-credits-",
+    b"x-tollgate-",
+    b"x-upstream-",
+)
+
+
+class OpenAIProvider:
+    """A server with OpenAI's API under `base_url`, such as `https://api.openai.com/v1`.
+
+    Without an `api_key` no authorization is sent, as servers in one's own network often want it.
+
+    Raises `SettingsError` when `base_url` is not a plain HTTP address, or the key cannot be sent in a header:
+    better at start than with each call.
+    """
+
+    def __init__(self, name: str, base_url: str, api_key: str | None, client: HttpClient, timeouts: Timeouts) -> None:
+        self.name = name
+        self._base_url = _checked_base_url(base_url, provider=name)
+        self._authorization = _authorization(api_key, provider=name)
+        self._client = client
+        self._timeouts = timeouts
+
+    async def send(self, call: ProviderCall) -> UpstreamResponse:
+        """Post the body of `call` as it is; see `Provider.send`."""
+        return await self._client.send(
+            provider=self.name,
+            method="POST",
+            url=f"{self._base_url}/{call.path}",
+            headers=self._headers(call),
+            body=call.body,
+            timeouts=self._timeouts,
+        )
+
+    async def aclose(self) -> None:
+        """Nothing: the connections belong to the client."""
+
+    def _headers(self, call: ProviderCall) -> Headers:
+        headers = list(self._authorization)
+        headers.append((b"content-type", b"application/json"))
+        headers.append((b"accept", b"text/event-stream" if call.stream else b"application/json"))
+        headers.append((b"accept-encoding", b"identity"))
+        crossing = _crossing(call.headers)
+        if not any(name == b"user-agent" for name, _ in crossing):
+            headers.append((b"user-agent", _USER_AGENT))
+        return headers + crossing
+
+
+def relayed_headers(headers: Headers) -> Headers:
+    """Those of a provider's response `headers` that go to the client, in their order, some under other names.
+
+    The provider's request id and rate limits are the operator's, not the caller's: they come back as
+    `x-upstream-request-id` and `x-upstream-ratelimit-…`, beside our own.
+    """
+    named = {token.strip().lower() for name, value in headers if name == b"connection" for token in value.split(b",")}
+    return [
+        (_relayed_name(name), value)
+        for name, value in headers
+        if name not in _DROPPED and name not in named and not name.startswith(_DROPPED_PREFIXES)
+    ]
+
+
+def _relayed_name(name: bytes) -> bytes:
+    if name == b"x-request-id" or name.startswith(b"x-ratelimit-"):
+        return b"x-upstream-" + name.removeprefix(b"x-")
+    return name
+
+
+def _crossing(headers: Headers) -> Headers:
+    """Those of the client's `headers` that the provider gets."""
+    return [
+        (name, value)
+        for name, value in headers
+        if (name in _CLIENT_HEADERS or name.startswith(_CLIENT_PREFIX)) and _HEADER_VALUE.fullmatch(value)
+    ]
+
+
+def _checked_base_url(base_url: str, *, provider: str) -> str:
+    # The messages do not quote the address: it may hold a password.
+    place = f"The base_url of provider {provider!r}"
+    try:
+        parts = urlsplit(base_url)
+        # Encoding finds labels that are empty or too long, on which the look-up of the address would fail.
+        has_address = parts.scheme in {"http", "https"} and bool((parts.hostname or "").encode("idna"))
+        has_address = has_address and parts.port != 0
+    except ValueError as exc:
+        raise SettingsError(f"{place} is not a URL.") from exc
+    if not has_address or not re.fullmatch(r"[\x21-\x7e]+", base_url):
+        raise SettingsError(f"{place} must begin with http:// or https:// and a host, and be plain ASCII.")
+    if "@" in parts.netloc:
+        raise SettingsError(f"{place} must not hold credentials: put the key into the environment.")
+    if "?" in base_url or "#" in base_url:
+        raise SettingsError(f"{place} must not have a query or a fragment: paths are appended to it.")
+    return base_url.rstrip("/")
+
+
+def _authorization(api_key: str | None, *, provider: str) -> Headers:
+    if not api_key:
+        return []
+    if not re.fullmatch(r"[\x21-\x7e]+", api_key):
+        raise SettingsError(f"The key of provider {provider!r} has a space, line break or other unusable character.")
+    return [(b"authorization", b"Bearer " + api_key.encode())]

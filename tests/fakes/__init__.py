@@ -1,0 +1,1 @@
+"""Stand-ins for the world outside Tollgate: real servers on loopback sockets."""

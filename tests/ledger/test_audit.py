@@ -1,0 +1,366 @@
+"""What an auditor finds when one row is wrong, and that it finds nothing else."""
+
+import asyncio
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import msgspec
+import pytest
+import sqlalchemy as sa
+
+from proxy.ledger.audit import ROWS_MAX, Report, Totals
+from proxy.ledger.decide import Credit, CreditType
+from proxy.storage import database
+from tests.books import PRICE, Books, Person, opened_books, release_of, reserve_of, settle_of
+
+
+class Kept(NamedTuple):
+    """Books in which everything has happened once: 1,000 paid in, 35 charged, 4 refunded, 60 held."""
+
+    books: Books
+    person: Person
+    ids: dict[str, str]
+    """Of the wallet, the key, the instance and the calls `paid`, `refunded`, `released` and `open`."""
+
+
+@pytest.fixture
+async def kept(database_url):
+    """Books that are not audited at the end: the tests falsify them."""
+    async with opened_books(database_url) as books:
+        person = await books.person(1000)
+        calls = {name: reserve_of(person, 60) for name in ("paid", "refunded", "released", "open")}
+        for call in calls.values():
+            await books.ledger.reserve(call)
+        await books.ledger.settle(settle_of(calls["paid"], 25))
+        await books.ledger.settle(settle_of(calls["refunded"], 10))
+        await books.ledger.credit(
+            Credit(
+                wallet_id=person.wallet_id,
+                type=CreditType.REFUND,
+                amount=4,
+                description="test",
+                reservation_id=calls["refunded"].id,
+            )
+        )
+        await books.ledger.release(release_of(calls["released"]))
+        ids = {name: call.id for name, call in calls.items()}
+        yield Kept(books, person, {**ids, "wallet": person.wallet_id, "key": person.key_id, "instance": books.lease.id})
+
+
+async def falsify(kept: Kept, statements: Sequence[str]) -> None:
+    """Change rows without triggers and constraints in the way; `:paid` and the like are ids."""
+    is_sqlite = kept.books.url.startswith("sqlite")
+    unlocking = ["PRAGMA ignore_check_constraints = ON", "DROP TRIGGER append_only_update"]
+    if not is_sqlite:
+        unlocking = [
+            "DROP TRIGGER append_only ON credit_transactions",
+            "ALTER TABLE credit_transactions DROP CONSTRAINT ck_credit_transactions_chained",
+            "ALTER TABLE wallets DROP CONSTRAINT ck_wallets_covered",
+            "ALTER TABLE reservations DROP CONSTRAINT ck_reservations_cost",
+        ]
+    async with database.writing(kept.books.engine) as connection:
+        for statement in (*unlocking, *statements):
+            used = {name: id_ for name, id_ in kept.ids.items() if f":{name}" in statement}
+            await connection.execute(sa.text(statement), used)
+
+
+def found(report: Report) -> list[tuple[str, str]]:
+    return [(finding.name, finding.says) for finding in report.violations]
+
+
+async def test_clean_books_are_clean(kept):
+    """Nothing is found, and the totals are those of the settled calls."""
+    report = await kept.books.audit()
+    assert (report.is_clean, report.violations, report.notes) == (True, [], [])
+    assert report.totals == Totals(calls=2, charged=35, shortfall=0, provider_cost=35, markup=0)
+
+
+async def test_empty_books_are_clean(books):
+    """Before the first user there is nothing to find."""
+    report = await books.audit()
+    assert (report.is_clean, report.totals) == (True, Totals())
+
+
+def booked(wallet: str, seq: int, type_: str, amount: int, before: int, call: str = "NULL") -> str:
+    return (
+        "INSERT INTO credit_transactions (id, wallet_id, user_id, seq, type, amount, description, balance_before,"
+        f" balance_after, reservation_id, created_at) VALUES ('forged', {wallet}, 'nobody', {seq}, '{type_}', {amount},"
+        f" 'forged', {before}, {before + amount}, {call}, 1)"
+    )
+
+
+A_PRICE = msgspec.json.format(msgspec.json.encode(PRICE), indent=0).decode()
+"""With a space after each colon, which would else begin the name of a parameter."""
+
+A_RECEIPT = f"usage = '{{}}', price = '{A_PRICE}', markup_bps = 0, provider_cost = 0"
+
+
+class Falsehood(NamedTuple):
+    """One corruption, the only check that must report it, and what its first row must show."""
+
+    statements: list[str]
+    name: str
+    says: str
+    shows: dict[str, object]
+
+
+BALANCE = "a wallet's balance is the sum of its transactions"
+CHAIN = "a wallet's transactions are chained by seq, without gaps, from zero to its balance"
+LAST = "a wallet's seq is that of its last transaction"
+ORPHAN = "every transaction and every reservation has a wallet"
+AMOUNT = "each transaction changes the balance by its amount"
+HELD = "a wallet's reserved credits and open calls are those of its open reservations"
+COVERED = "nobody has reserved more than there is"
+KEY = "a key's counters are those of its reservations"
+PERIOD = "a key's spending in its period is that of the calls settled in it"
+DEDUCTION = "every deduction has a settled reservation of its amount"
+SETTLED = "every settled reservation has one deduction"
+REFUNDS = "what a call gave back is the sum of its refunds"
+LEASE = "nothing is open of an instance whose lease ended over a minute ago"
+CHARGE = "each charge follows from its stored usage, prices and markup"
+
+FALSEHOODS = {
+    "a balance from nowhere": Falsehood(
+        ["UPDATE wallets SET balance = balance + 1"], "I1", BALANCE, {"balance": 970, "transactions": 969}
+    ),
+    "a balance without any transaction": Falsehood(
+        ["INSERT INTO wallets (id, owner_id, balance) VALUES ('forged', 'nobody', 5)"],
+        "I1",
+        BALANCE,
+        {"wallet_id": "forged", "balance": 5, "transactions": 0},
+    ),
+    "a transaction that does not follow the one before": Falsehood(
+        [
+            "UPDATE credit_transactions SET balance_before = balance_before + 1 WHERE seq = 4",
+            "UPDATE credit_transactions SET balance_after = balance_after + 1 WHERE seq = 4",
+        ],
+        "I1",
+        CHAIN,
+        {"seq": 4, "balance_before": 966, "previous_after": 965},
+    ),
+    "a gap in the chain": Falsehood(
+        ["UPDATE credit_transactions SET seq = 5 WHERE seq = 4", "UPDATE wallets SET seq = 5"],
+        "I1",
+        CHAIN,
+        {"seq": 5, "previous_seq": 3},
+    ),
+    "a first transaction that is not the first": Falsehood(
+        [
+            "INSERT INTO wallets (id, owner_id, balance, seq) VALUES ('forged', 'nobody', 5, 2)",
+            booked("'forged'", 2, "topup", 5, 0),
+        ],
+        "I1",
+        CHAIN,
+        {"wallet_id": "forged", "seq": 2, "previous_seq": 0},
+    ),
+    "a wallet that has lost count": Falsehood(["UPDATE wallets SET seq = seq + 1"], "I1", LAST, {"seq": 5, "last": 4}),
+    "a transaction without a wallet": Falsehood(
+        [booked("'gone'", 1, "topup", 5, 0)], "I1", ORPHAN, {"id": "forged", "wallet_id": "gone"}
+    ),
+    "a call without a wallet": Falsehood(
+        ["UPDATE reservations SET wallet_id = 'gone' WHERE id = :released"],
+        "I1",
+        ORPHAN,
+        {"id": ":released", "wallet_id": "gone"},
+    ),
+    "a transaction that changes the balance by more": Falsehood(
+        ["UPDATE credit_transactions SET amount = 1001 WHERE seq = 1", "UPDATE wallets SET balance = balance + 1"],
+        "I1",
+        AMOUNT,
+        {"wallet_id": ":wallet", "seq": 1},
+    ),
+    "more reserved than calls hold": Falsehood(
+        ["UPDATE wallets SET reserved = reserved + 1"], "I2", HELD, {"reserved": 61, "open_amount": 60}
+    ),
+    "more open calls than there are": Falsehood(
+        ["UPDATE wallets SET open_calls = open_calls + 1"], "I2", HELD, {"open_calls": 2, "open_reservations": 1}
+    ),
+    "more reserved than there is": Falsehood(
+        [
+            booked(":wallet", 5, "adjustment", -910, 969),
+            "UPDATE wallets SET balance = 59, seq = 5",
+        ],
+        "I3",
+        COVERED,
+        {"wallet_id": ":wallet", "balance": 59, "reserved": 60},
+    ),
+    "a key that spent what no call cost": Falsehood(
+        ["UPDATE api_keys SET spent = spent + 1"], "I4", KEY, {"key_id": ":key", "spent": 36, "charged": 35}
+    ),
+    "a key that holds what no call does": Falsehood(
+        ["UPDATE api_keys SET reserved = reserved - 1"], "I4", KEY, {"reserved": 59, "held": 60}
+    ),
+    "a key with calls that are not": Falsehood(
+        ["UPDATE api_keys SET open_calls = 0"], "I4", KEY, {"open_calls": 0, "calls": 1}
+    ),
+    "a key that spent more in its period": Falsehood(
+        ["UPDATE api_keys SET period_spent = period_spent - 1"], "I4", PERIOD, {"period_spent": 34, "charged": 35}
+    ),
+    "a key that counts an earlier period": Falsehood(
+        [f"UPDATE api_keys SET period_start = {2**60}"], "I4", PERIOD, {"period_spent": 35, "charged": 0}
+    ),
+    "a deduction for a call that did not settle": Falsehood(
+        [booked(":wallet", 5, "deduction", 0, 969, ":released"), "UPDATE wallets SET seq = 5"],
+        "I6",
+        DEDUCTION,
+        {"transaction_id": "forged", "reservation_id": ":released", "state": None},
+    ),
+    "a deduction for a call that is not": Falsehood(
+        [booked(":wallet", 5, "deduction", 0, 969, "'gone'"), "UPDATE wallets SET seq = 5"],
+        "I6",
+        DEDUCTION,
+        {"transaction_id": "forged", "reservation_id": "gone"},
+    ),
+    "a settled call without a deduction": Falsehood(
+        [f"UPDATE reservations SET state = 'settled', cost = 0, {A_RECEIPT} WHERE id = :released"],
+        "I6",
+        SETTLED,
+        {"reservation_id": ":released", "deductions": 0},
+    ),
+    "a refund that was not booked": Falsehood(
+        ["UPDATE reservations SET refunded = 5 WHERE id = :refunded"],
+        "I6",
+        REFUNDS,
+        {"reservation_id": ":refunded", "refunded": 5, "refunds": 4},
+    ),
+    "a call that nobody sweeps": Falsehood(
+        ["UPDATE instances SET lease_until = 1"], "I7", LEASE, {"reservation_id": ":open", "owner_id": ":instance"}
+    ),
+    "a call of an instance that is not": Falsehood(
+        ["UPDATE reservations SET owner_id = 'gone' WHERE id = :open"],
+        "I7",
+        LEASE,
+        {"reservation_id": ":open", "owner_id": "gone"},
+    ),
+    "another usage": Falsehood(
+        ["UPDATE reservations SET usage = '{\"output\": 26}' WHERE id = :paid"],
+        "I8",
+        CHARGE,
+        {"reservation_id": ":paid", "cost": 25, "expected": 26},
+    ),
+    "another markup": Falsehood(
+        ["UPDATE reservations SET markup_bps = 10000 WHERE id = :paid"], "I8", CHARGE, {"cost": 25, "expected": 50}
+    ),
+    "another price": Falsehood(
+        [f"UPDATE reservations SET price = '{A_PRICE.replace('1', '2')}' WHERE id = :paid"],
+        "I8",
+        CHARGE,
+        {"cost": 25, "expected": 50},
+    ),
+    "another cost to the operator": Falsehood(
+        ["UPDATE reservations SET provider_cost = 24 WHERE id = :paid"], "I8", CHARGE, {"reservation_id": ":paid"}
+    ),
+    "another cost": Falsehood(
+        ["UPDATE reservations SET cost = 26, shortfall = 1 WHERE id = :paid"],
+        "I8",
+        CHARGE,
+        {"cost": 26, "expected": 25},
+    ),
+    "no usage": Falsehood(["UPDATE reservations SET usage = NULL WHERE id = :paid"], "I8", CHARGE, {"expected": None}),
+    "no price": Falsehood(["UPDATE reservations SET price = NULL WHERE id = :paid"], "I8", CHARGE, {"expected": None}),
+    "no markup": Falsehood(
+        ["UPDATE reservations SET markup_bps = NULL WHERE id = :paid"], "I8", CHARGE, {"expected": None}
+    ),
+    "no cost to the operator": Falsehood(
+        ["UPDATE reservations SET provider_cost = NULL WHERE id = :paid"], "I8", CHARGE, {"expected": 25}
+    ),
+    "a price that is none": Falsehood(
+        ['UPDATE reservations SET price = \'{"input": "dear"}\' WHERE id = :paid'], "I8", CHARGE, {"expected": None}
+    ),
+}
+
+
+@pytest.mark.parametrize("falsehood", FALSEHOODS.values(), ids=FALSEHOODS.keys())
+async def test_one_wrong_row_is_found_by_one_check(kept, falsehood):
+    """Exactly the check whose invariant is broken reports it, and shows the row."""
+    await falsify(kept, falsehood.statements)
+    report = await kept.books.audit()
+    assert found(report) == [(falsehood.name, falsehood.says)]
+    finding = report.violations[0]
+    shows = {name: kept.ids.get(str(value).removeprefix(":"), value) for name, value in falsehood.shows.items()}
+    assert shows.items() <= finding.rows[0].items()
+    assert (finding.count, len(finding.rows)) == (1, 1)
+    assert not report.is_clean
+
+
+async def test_a_charge_that_is_not_the_cost_breaks_the_totals_too(kept):
+    """Sums that do not agree are reported beside the call that is at fault."""
+    await falsify(kept, ["UPDATE reservations SET shortfall = 1 WHERE id = :paid"])
+    report = await kept.books.audit()
+    assert [name for name, _ in found(report)] == ["I8", "I9"]
+    assert report.violations[1].rows == [{"calls": 2, "charged": 35, "shortfall": 1, "provider_cost": 35, "markup": 0}]
+
+
+@pytest.mark.parametrize("period", ["NULL", "'day'"])
+async def test_a_limit_that_was_lowered_is_a_note(kept, period):
+    """An operator may do that: it is shown, and the books are clean."""
+    await falsify(kept, [f"UPDATE api_keys SET limit_amount = 94, limit_period = {period}"])
+    report = await kept.books.audit()
+    assert report.is_clean
+    [note] = report.notes
+    assert (note.name, note.count, note.rows[0]["key_id"]) == ("I5", 1, kept.person.key_id)
+    assert "note I5" in report.as_text()
+
+
+async def test_a_limit_that_is_just_kept_is_no_note(kept):
+    """Spent and reserved may be all of it."""
+    await falsify(kept, ["UPDATE api_keys SET limit_amount = 95"])
+    assert (await kept.books.audit()).notes == []
+
+
+async def test_many_wrong_rows_are_counted_and_some_shown(kept):
+    """A report stays readable whatever has happened."""
+    wallets = ", ".join(f"('forged{number}', 'nobody', 1)" for number in range(ROWS_MAX + 5))
+    await falsify(kept, [f"INSERT INTO wallets (id, owner_id, balance) VALUES {wallets}"])
+    [finding] = (await kept.books.audit()).violations
+    assert (finding.count, len(finding.rows)) == (ROWS_MAX + 5, ROWS_MAX)
+
+
+async def test_many_wrong_charges_are_counted_and_some_shown(kept):
+    """Likewise for what is computed anew call by call."""
+    reserves = [reserve_of(kept.person, 1) for _ in range(ROWS_MAX + 5)]
+    for reserve in reserves:
+        await kept.books.ledger.reserve(reserve)
+        await kept.books.ledger.settle(settle_of(reserve, 1))
+    await falsify(kept, ["UPDATE reservations SET markup_bps = 10000 WHERE cost = 1"])
+    [finding] = (await kept.books.audit()).violations
+    assert (finding.name, finding.count, len(finding.rows)) == ("I8", ROWS_MAX + 5, ROWS_MAX)
+
+
+async def test_a_report_is_for_programs_and_people(kept):
+    """As an object it is JSON with the verdict in front; as text it says what is wrong, where."""
+    clean = await kept.books.audit()
+    assert msgspec.json.decode(msgspec.json.encode(clean.as_object())) == {
+        "clean": True,
+        "violations": [],
+        "notes": [],
+        "totals": {"calls": 2, "charged": 35, "shortfall": 0, "provider_cost": 35, "markup": 0},
+    }
+    assert clean.as_text() == "2 settled calls; the books add up."
+    await falsify(kept, ["UPDATE wallets SET seq = seq + 1"])
+    report = await kept.books.audit()
+    broken = msgspec.json.decode(msgspec.json.encode(report.as_object()))
+    assert broken["clean"] is False
+    assert broken["violations"][0]["rows"] == [{"wallet_id": kept.person.wallet_id, "seq": 5, "last": 4}]
+    text = report.as_text()
+    assert text.startswith("2 settled calls; the books DO NOT ADD UP.\n")
+    assert f"VIOLATED I1: {LAST}: 1 rows" in text
+    assert kept.person.wallet_id in text
+
+
+async def test_an_audit_sees_one_moment(kept):
+    """While calls begin and end beside it, every audit finds the books of one instant, and they add up."""
+    person = await kept.books.person(10_000)
+
+    async def call() -> None:
+        for _ in range(10):
+            reserve = reserve_of(person, 10)
+            await kept.books.ledger.reserve(reserve)
+            await kept.books.ledger.settle(settle_of(reserve, 3))
+
+    calling = asyncio.gather(*(call() for _ in range(10)))
+    while not calling.done():
+        report = await kept.books.audit()
+        assert report.is_clean, report.as_text()
+    await calling
+    assert (await kept.books.audit()).totals.calls == 102

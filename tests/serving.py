@@ -1,0 +1,144 @@
+"""The real thing for tests: `tollgate serve` as a process, driven by its own command line."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx2
+
+MODEL = "fake-model"
+UPSTREAM_KEY = "sk-upstream-secret"
+
+CONFIG = """
+[server]
+port = 0
+
+[providers.fake]
+kind = "openai"
+base_url = "{base_url}"
+api_key_env = "UPSTREAM_KEY"
+first_byte_s = 5
+idle_s = 5
+
+[models."{model}"]
+candidates = ["fake/{model}"]
+
+[prices."fake/{model}"]
+input = "1"
+cached_input = "0.5"
+output = "2"
+max_output_tokens = 4096
+context_tokens = 128000
+
+[prices."fake/dear"]
+input = "1000"
+output = "1000"
+max_output_tokens = 1000
+context_tokens = 128000
+
+[providers.demo]
+kind = "demo"
+"""
+
+
+class Served:
+    """A running server, and the command line beside it."""
+
+    def __init__(self, environ: dict[str, str]) -> None:
+        self.environ = environ
+        self.process: subprocess.Popen[str] | None = None
+        self.base_url = ""
+        self.first_key: str | None = None
+        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed with the server
+
+    def start(self) -> None:
+        """Serve on a free port; returns when it is ready."""
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "proxy", "serve", "--json"],
+            env=self.environ,
+            stdout=subprocess.PIPE,
+            stderr=self.errors,
+            text=True,
+        )
+        line = self.process.stdout.readline()
+        assert line, self.log()
+        ready = json.loads(line)
+        self.base_url = ready["base_url"]
+        self.first_key = ready["key"]
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        """End it by its process id; returns its exit status."""
+        self.process.send_signal(number)
+        status = self.process.wait(40)
+        self.process.stdout.close()
+        return status
+
+    def log(self) -> str:
+        """What it wrote to standard error."""
+        self.errors.seek(0)
+        return self.errors.read()
+
+    def command(self, *words: str) -> dict:
+        """Run a command of `tollgate` with `--json`."""
+        done = self.run(*words, "--json")
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    def run(self, *words: str) -> subprocess.CompletedProcess[str]:
+        """Run a command of `tollgate`."""
+        return subprocess.run(
+            [sys.executable, "-m", "proxy", *words],
+            env=self.environ,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
+        )
+
+    def customer(self, email: str, amount: str | None = "10") -> str:
+        """A new user with credits; returns a key."""
+        self.command("users", "create", "--email", email)
+        if amount is not None:
+            self.command("credits", "grant", "--email", email, "--amount", amount)
+        return self.command("keys", "create", "--email", email)["key"]
+
+    def client(self, key: str | None) -> httpx2.Client:
+        """A plain HTTP client on the server, with `key`."""
+        headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+        return httpx2.Client(base_url=self.base_url.removesuffix("/v1"), headers=headers, timeout=30)
+
+
+def environment(folder: Path, database_url: str, upstream_url: str = "http://127.0.0.1:9/v1") -> dict[str, str]:
+    """The environment of a server whose configuration and data lie in `folder`."""
+    config = folder / "config.toml"
+    config.write_text(CONFIG.format(base_url=upstream_url, model=MODEL))
+    return {
+        **os.environ,
+        "PYTHONPATH": str(Path(__file__).parents[1]),
+        "TOLLGATE_CONFIG": str(config),
+        "TOLLGATE_DATA_DIR": str(folder / "data"),
+        "TOLLGATE_DATABASE_URL": database_url,
+        "UPSTREAM_KEY": UPSTREAM_KEY,
+    }
+
+
+@contextmanager
+def serving(folder: Path, database_url: str, upstream_url: str) -> Iterator[Served]:
+    """A migrated, running server; ended with the block, and its log free of secrets."""
+    served = Served(environment(folder, database_url, upstream_url))
+    served.command("migrate")
+    served.start()
+    try:
+        yield served
+        assert served.stop() == 0, served.log()
+        assert UPSTREAM_KEY not in served.log()
+    finally:
+        if served.process.poll() is None:
+            served.stop(signal.SIGKILL)
+        served.errors.close()

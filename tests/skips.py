@@ -1,0 +1,36 @@
+"""Skipped tests are listed with their reasons; in CI a skip fails, unless what it needs really is missing."""
+
+import os
+import shutil
+
+import pytest
+
+
+def needs(program: str) -> pytest.MarkDecorator:
+    """Skip a test on a machine without `program`, and nowhere else."""
+    return pytest.mark.skipif(shutil.which(program) is None, reason=f"needs {program}")
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    skipped = terminalreporter.stats.get("skipped", [])
+    if not skipped:
+        return
+    terminalreporter.section("skipped tests and their reasons")
+    for report in skipped:
+        terminalreporter.line(f"{report.nodeid}: {_reason(report)}")
+
+
+def pytest_sessionfinish(session, exitstatus):
+    if not os.environ.get("CI") or exitstatus:
+        return
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    for report in reporter.stats.get("skipped", []):
+        missing = _reason(report).removeprefix("needs ")
+        if shutil.which(missing) is not None or not _reason(report).startswith("needs "):
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+            reporter.line(f"skipped, although nothing is missing: {report.nodeid}: {_reason(report)}", red=True)
+
+
+def _reason(report) -> str:
+    reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+    return reason.removeprefix("Skipped: ")

@@ -1,0 +1,95 @@
+import os
+import subprocess
+import sys
+
+import pytest
+
+from proxy.errors import SettingsError
+from proxy.settings import load
+
+OPENAI = '[providers.openai]\nkind = "openai"\nbase_url = "http://127.0.0.1:9/v1"\napi_key_env = "UPSTREAM_KEY"\n'
+DEMO = '[providers.demo]\nkind = "demo"\n'
+
+
+@pytest.fixture
+def written(tmp_path):
+    def write(text):
+        file = tmp_path / "config.toml"
+        file.write_text(text)
+        return str(file)
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        ("[server]\nport = 'x'", "server.port"),
+        ("[server]\nprot = 1", "server"),
+        ("[server]\nport = 8080.5", "server.port"),
+        ("[sever]\nport = 1", "sever"),
+        ("server = 1", "server"),
+        ("[server", "config.toml"),
+        ("[credits]\nmarkup_percent = -1", "credits.markup_percent"),
+        ('[database]\nurl = "postgresql://localhost/x"', "database.url"),
+        ('[database]\nurl = "sqlite+aiosqlite:///:memory:"', "database.url"),
+        ('[auth]\njwt_secret = "short"', "auth.jwt_secret"),
+        ('[providers.x]\nkind = "magic"', "providers.x.kind"),
+        ('[providers.x]\nkind = "openai"', "providers.x.base_url"),
+        ('[providers."a/b"]\nkind = "demo"', "a/b"),
+        (OPENAI, "providers.openai.api_key_env"),
+        (DEMO + '[prices."demo/x"]\ninput = "cheap"', "prices.demo/x.input"),
+        (DEMO + '[prices."demo/x"]\ninput = "-1"', "prices.demo/x.input"),
+        (DEMO + '[prices."nobody/x"]\ninput = "1"', "prices.nobody/x"),
+        (DEMO + '[prices."demo"]\ninput = "1"', "prices.demo"),
+        (DEMO + '[models."x"]\ncandidates = []', "models.x.candidates"),
+        (DEMO + '[models."x"]\ncandidates = ["nobody/x"]', "models.x.candidates"),
+    ],
+)
+def test_what_is_wrong_is_named_with_its_place(written, text, place):
+    """One line, with the file and the place in it."""
+    with pytest.raises(SettingsError) as raised:
+        load({}, config=written(text))
+    assert place in str(raised.value).replace('"', "")
+    assert "\n" not in str(raised.value)
+
+
+def test_the_shipped_file_needs_no_environment():
+    """The file in the repository enables the demo provider, and openai once its key is there."""
+    assert set(load({}, config="config.toml").providers) == {"demo"}
+    configuration = load({"OPENAI_API_KEY": "sk-x"}, config="config.toml")
+    assert set(configuration.providers) == {"openai", "demo"}
+    assert configuration.api_keys == {"openai": "sk-x"}
+
+
+def test_flags_beat_the_environment_beats_the_file(written, tmp_path):
+    """The nearest to the hand wins."""
+    file = written('[server]\nport = 1\nhost = "0.0.0.0"\n[database]\nurl = "sqlite+aiosqlite:///a.db"')
+    environ = {"TOLLGATE_CONFIG": file, "TOLLGATE_DATABASE_URL": "sqlite+aiosqlite:///b.db"}
+    configuration = load(environ, port=2)
+    assert (configuration.settings.server.port, configuration.settings.server.host) == (2, "0.0.0.0")  # noqa: S104
+    assert configuration.sqlite_file == tmp_path / ".tollgate" / "b.db"
+    moved = load({**environ, "TOLLGATE_DATA_DIR": str(tmp_path / "data")})
+    assert moved.sqlite_file == tmp_path / "data" / "b.db"
+
+
+def test_a_named_file_must_exist_and_the_default_one_need_not(tmp_path, monkeypatch):
+    """A typing error in a path is no reason to start with other settings."""
+    monkeypatch.chdir(tmp_path)
+    assert load({}).providers == {}
+    with pytest.raises(SettingsError):
+        load({}, config="missing.toml")
+
+
+def test_the_command_line_says_it_in_one_line_and_exits_with_2(written):
+    """Operators see the place, never a traceback."""
+    done = subprocess.run(
+        [sys.executable, "-m", "proxy", "serve", "--config", written("[server]\nport = 'x'")],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "TOLLGATE_CONFIG": ""},
+    )
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "server.port" in done.stderr

@@ -1,0 +1,415 @@
+import json
+from contextlib import suppress
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from proxy.errors import BadRequest
+from proxy.wire.openai import (
+    ChatRequest,
+    Message,
+    Part,
+    StreamOptions,
+    decode_chat,
+    error_body,
+    has_media,
+    output_tokens_asked,
+    patch,
+)
+
+MESSAGES = [{"role": "user", "content": "hi"}]
+IMAGE = {"type": "image_url", "image_url": {"url": "https://example.test/cat.png"}}
+TEXT = {"type": "text", "text": "hi"}
+
+
+def body(**fields):
+    return json.dumps({"model": "m", "messages": MESSAGES} | fields).encode()
+
+
+def with_parts(*parts):
+    return body(messages=[{"role": "user", "content": list(parts)}])
+
+
+def compact(request_body):
+    return json.dumps(json.loads(request_body), separators=(",", ":")).encode()
+
+
+def refusal(request_body):
+    with pytest.raises(BadRequest) as caught:
+        decode_chat(request_body)
+    return caught.value
+
+
+def test_the_fields_we_read():
+    """Each is there under its name, and others are ignored."""
+    request = decode_chat(
+        body(
+            messages=[{"role": "system", "content": None}, {"role": "user", "content": [TEXT], "name": "x"}],
+            stream=True,
+            stream_options={"include_usage": True, "include_obfuscation": False},
+            max_tokens=5,
+            max_completion_tokens=7,
+            n=2,
+            modalities=["text"],
+            service_tier="auto",
+            store=True,
+            tools=[{"type": "function", "function": {"name": "f"}}, {"type": "custom", "custom": {"name": "c"}}],
+            temperature=0.5,
+            something={"new": [1, {"a": {}}]},
+        )
+    )
+    assert request.messages == [Message("system"), Message("user", [Part("text")])]
+    assert (request.model, request.stream, request.stream_options) == ("m", True, StreamOptions(include_usage=True))
+    assert (request.max_tokens, request.max_completion_tokens, request.n) == (5, 7, 2)
+    assert (request.modalities, request.service_tier, request.store) == (["text"], "auto", True)
+    assert [tool.type for tool in request.tools] == ["function", "custom"]
+
+
+def test_null_is_absent():
+    """Clients send null for what they leave out."""
+    optional = [name for name in ChatRequest.__struct_fields__ if name not in {"model", "messages"}]
+    absent = dict.fromkeys([*optional, "web_search_options", "audio", "prompt"])
+    assert decode_chat(body(**absent)) == decode_chat(body())
+
+
+@pytest.mark.parametrize(
+    ("request_body", "param", "code"),
+    [
+        (b"", None, "invalid_json"),
+        (b"{", None, "invalid_json"),
+        (body() + b" x", None, "invalid_json"),
+        (b"\xef\xbb\xbf{}", None, "invalid_json"),
+        (body()[:-1] + b',"\xff":1}', None, "invalid_json"),
+        (body(model="X").replace(b"X", b"\xff"), None, "invalid_json"),
+        (body(model="X").replace(b"X", b"\\ud800"), None, "invalid_json"),
+        (with_parts(TEXT | {"X": 1}).replace(b"X", b"\xff"), None, "invalid_json"),
+        (body(messages=[{"role": "u", "X": {}}]).replace(b"X", b"\xff"), None, "invalid_json"),
+        (body(tools=[{"type": "function", "X": 1}]).replace(b"X", b"\xff"), None, "invalid_json"),
+        (b"[" * 100_000, None, "invalid_type"),
+        (b'{"x":' + b"[" * 100_000, None, "invalid_json"),
+        (b'{"x":' + b'{"x":' * 100_000, None, "invalid_json"),
+        (b"[]", None, "invalid_type"),
+        (b"null", None, "invalid_type"),
+        (b"{}", "model", "missing_required_parameter"),
+        (b'{"model":"m"}', "messages", "missing_required_parameter"),
+        (body(model=""), "model", "invalid_value"),
+        (body(model=3), "model", "invalid_type"),
+        (body(messages=[]), "messages", "invalid_value"),
+        (body(messages="hi"), "messages", "invalid_type"),
+        (body(messages=[{"content": "hi"}]), "messages", "missing_required_parameter"),
+        (body(messages=[{"role": "user", "content": 3}]), "messages", "invalid_type"),
+        (with_parts({"text": "hi"}), "messages", "missing_required_parameter"),
+        (body(max_tokens=0), "max_tokens", "invalid_value"),
+        (body(max_tokens=-1), "max_tokens", "invalid_value"),
+        (body(max_tokens="9"), "max_tokens", "invalid_type"),
+        (body(max_tokens=True), "max_tokens", "invalid_type"),
+        (body(max_tokens=10**30), "max_tokens", "invalid_value"),
+        (body(max_completion_tokens=1.5), "max_completion_tokens", "invalid_type"),
+        (body(n=0), "n", "invalid_value"),
+        (body(n=129), "n", "invalid_value"),
+        (body(stream=1), "stream", "invalid_type"),
+        (body(stream_options={"include_usage": "yes"}), "stream_options", "invalid_type"),
+        (body(tools=[{}]), "tools", "missing_required_parameter"),
+    ],
+)
+def test_malformed_bodies(request_body, param, code):
+    """Each is refused with the field at fault and a stable code."""
+    error = refusal(request_body)
+    assert (error.param, error.code) == (param, code)
+
+
+def test_messages_name_the_place():
+    """A developer is told where in the body the fault is."""
+    error = refusal(body(messages=[{"role": 3}]))
+    assert str(error) == "Invalid type for 'messages[0].role': Expected `str`, got `int`."
+    assert str(refusal(body(messages=[{}]))) == "Missing required parameter: 'messages[0].role'."
+
+
+def test_every_depth():
+    """Around the limit of nesting there is still either a request or a refusal."""
+    for depth in range(500, 1_100):
+        nested = b'{"a":' * depth + b"1" + b"}" * depth
+        for request_body in (
+            body(messages=[{"role": "u", "X": 1}]),
+            with_parts(IMAGE | {"X": 1}),
+            body(tools=[{"type": "function", "X": 1}]),
+        ):
+            with suppress(BadRequest):
+                decode_chat(request_body.replace(b'"X": 1', b'"X":' + nested))
+
+
+@settings(deadline=None)
+@given(st.binary() | st.binary().map(lambda end: body()[:-1] + end))
+def test_any_bytes(request_body):
+    """There is a request or a refusal, never another exception."""
+    try:
+        decode_chat(request_body)
+    except BadRequest:
+        return
+
+
+odd_texts = st.text('aZ_é\u2028\U0001f600\ud800"\\{', max_size=8)
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | odd_texts,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(odd_texts, inner, max_size=4),
+    max_leaves=12,
+)
+field_names = st.sampled_from([*ChatRequest.__struct_fields__, "audio", "file_id", "content", "type", "Type", "role"])
+
+
+@settings(deadline=None)
+@given(
+    st.dictionaries(field_names, json_values | st.just(MESSAGES), max_size=6),
+    st.lists(st.dictionaries(field_names, json_values, max_size=4), max_size=3),
+    st.lists(st.dictionaries(field_names, json_values, max_size=4), max_size=3),
+)
+def test_any_json(fields, parts, tools):
+    """Odd values in the places that are looked at more closely are no surprise either."""
+    messages = [{"role": "user", "content": [part | {"type": "file"} for part in parts]}]
+    for request in (fields, {"model": "m", "messages": messages, "tools": tools} | fields):
+        try:
+            decode_chat(json.dumps(request).encode())
+        except BadRequest:
+            continue
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"web_search_options": {}}, "web_search_options"),
+        ({"search_parameters": {"mode": "auto"}}, "search_parameters"),
+        ({"plugins": [{"id": "web"}]}, "plugins"),
+        ({"previous_response_id": "resp_1"}, "previous_response_id"),
+        ({"conversation": "conv_1"}, "conversation"),
+        ({"prompt": {"id": "pmpt_1"}}, "prompt"),
+        ({"background": True}, "background"),
+        ({"models": ["dear/model"]}, "models"),
+        ({"audio": {"voice": "ash", "format": "wav"}}, "audio"),
+        ({"best_of": 5}, "best_of"),
+        ({"service_tier": "priority"}, "service_tier"),
+        ({"service_tier": "flex"}, "service_tier"),
+        ({"modalities": ["text", "audio"]}, "modalities"),
+        ({"tools": [{"type": "web_search"}]}, "tools"),
+        ({"tools": [{"type": "function", "function": {}}, {"type": "code_interpreter"}]}, "tools"),
+        ({"messages": [{"role": "user", "content": [{"type": "file", "file": {"file_id": "file-1"}}]}]}, "messages"),
+        ({"messages": [{"role": "user", "content": [{"type": "input_file", "file_id": "file-1"}]}]}, "messages"),
+        ({"messages": [{"role": "assistant", "audio": {"id": "audio_1"}}]}, "messages"),
+    ],
+)
+def test_what_has_no_bound_is_refused(fields, param):
+    """What is billed outside of tokens, or kept at the provider, is 400 and names the field."""
+    for request_body in (body(**fields), compact(body(**fields))):
+        error = refusal(request_body)
+        assert (error.param, error.code) == (param, "unsupported_parameter")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"background": False},
+        {"plugins": []},
+        {"best_of": 1},
+        {"service_tier": "default"},
+        {"modalities": ["text"]},
+        {"modalities": []},
+        {"messages": [{"role": "assistant", "content": "hi", "audio": None}]},
+        {"messages": [{"role": "user", "content": [{"type": "file", "file": {"file_data": "AA", "file_id": None}}]}]},
+        {"metadata": {"prompt": "x", "plugins": [1], "file_id": "mine"}},
+    ],
+)
+def test_what_is_switched_off_is_not_refused(fields):
+    """A field that asks for nothing is no reason for a refusal, nor is its name where it means nothing."""
+    decode_chat(body(**fields))
+
+
+M = b'{"model":"m","messages":[{"role":"user","content":"hi"}]'
+ATTACKS = [
+    (M + b',"max_tokens":1,"max_tokens":9000}', "max_tokens"),
+    (M + b',"max_tokens":1,"max_tokens":1}', "max_tokens"),
+    (M + b',"max_tokens":1,"Max_Tokens":9000}', "max_tokens"),
+    (M + b',"MAX_TOKENS":9000}', "max_tokens"),
+    (M + b',"maxTokens":9000,"max_tokens":1}', "max_tokens"),
+    (M + b',"max-tokens":9000}', "max_tokens"),
+    (M + b',"max_tokens":1,"max\\u005ftokens":9000}', "max_tokens"),
+    (M + b',"\\u006dax_tokens":1,"max_tokens":9000}', "max_tokens"),
+    (M + b',"max_tokens":1,"\\u004dax_tokens":9000}', "max_tokens"),
+    (M + ',"max_to\u212aens":9000}'.encode(), "max_tokens"),
+    (M + b',"max_token\\u017f":9000}', "max_tokens"),
+    (M + ',"l\u0131ne":1,"\u017ftream":true}'.encode(), "stream"),
+    (M + ',"serv\u0131ce_tier":"priority"}'.encode(), "service_tier"),
+    (M + b',"model":"m"}', "model"),
+    (M + b',"Model":"dear"}', "model"),
+    (M + b',"messages":[{"role":"user","content":"hi"}]}', "messages"),
+    (M + b',"stream":true,"stream":false}', "stream"),
+    (M + b',"n":1,"n":128}', "n"),
+    (M + b',"N":128}', "n"),
+    (M + b',"n":1,\n\t"n" : 128}', "n"),
+    (M + b',"user":"","n":1,"user":"","n":1}', "user"),
+    (M + b',"Web_Search_Options":{}}', "web_search_options"),
+    (M + b',"web_search_options":{},"web_search_options":null}', "web_search_options"),
+    (M + b',"stream_options":{"include_usage":true,"include_usage":false}}', "stream_options"),
+    (M + b',"stream_options":{"include_usage":true,"Include_Usage":false}}', "stream_options"),
+    (M + b',"stream_options":{"include_usage":true,"include\\u005fusage":false}}', "stream_options"),
+    (b'{"model":"m","messages":[{"role":"user","content":[{"type":"image_url"}],"content":"hi"}]}', "messages"),
+    (b'{"model":"m","messages":[{"role":"user","Content":[{"type":"image_url"}],"content":"hi"}]}', "messages"),
+    (b'{"model":"m","messages":[{"role":"user","content":[{"type":"image_url","type":"text"}]}]}', "messages"),
+    (b'{"model":"m","messages":[{"role":"user","content":[{"type":"text","Type":"image_url"}]}]}', "messages"),
+    (b'{"model":"m","messages":[{"role":"user","content":[{"type":"text","typ\\u0065":"image_url"}]}]}', "messages"),
+    (b'{"model":"m","messages":[{"role":"a","content":"","audio":{"id":"x"},"audio":null}]}', "messages"),
+    (b'{"model":"m","messages":[{"role":"a","content":"","Audio":{"id":"x"}}]}', "messages"),
+    (b'{"model":"m","messages":[{"role":"u","content":[{"type":"file","file":{"File_Id":"x"}}]}]}', "messages"),
+    (
+        b'{"model":"m","messages":[{"role":"u","content":[{"type":"file","file":{"file_id":"x","file_id":null}}]}]}',
+        "messages",
+    ),
+    (M + b',"tools":[{"type":"web_search","type":"function"}]}', "tools"),
+    (M + b',"tools":[{"type":"function"},{"type":"function","TYPE":"web_search"}]}', "tools"),
+]
+
+
+@pytest.mark.parametrize(("request_body", "param"), ATTACKS)
+def test_fields_that_another_parser_may_read_otherwise(request_body, param):
+    """A name twice, or in another spelling, is refused wherever we read it, whatever the white space around it."""
+    error = refusal(request_body)
+    assert (error.param, error.code in {"duplicate_field", "ambiguous_field"}) == (param, True)
+    for old, new in ((b",", b" , "), (b":", b": "), (b"{", b"{\n")):
+        assert refusal(request_body.replace(old, new)).param == param
+
+
+@settings(deadline=None)
+@given(st.sampled_from(ATTACKS), st.integers(0, 40), st.integers(0, 40))
+def test_white_space_hides_no_duplicate(attack, before, after):
+    """The check by length cannot be balanced by white space."""
+    request_body, param = attack
+    padded = b" " * before + request_body[:-1] + b" " * after + b"}"
+    assert refusal(padded).param == param
+
+
+def test_names_are_free_where_we_do_not_read():
+    """Contents, tool schemas and metadata may use every name and spelling, as often as they like."""
+    words = ["model", "n", "N", "max_tokens", "Max_Tokens", "stream", "type", "Type", "content", "audio"]
+    said = " ".join(f'"{word}": 1, "{word}": 2 {{' for word in words)
+    schema = {"type": "object", "properties": {word: {"type": "string"} for word in words}, "required": words}
+    request_body = body(
+        messages=[
+            {"role": "user", "content": said},
+            {"role": "user", "content": [{"type": "text", "text": said}]},
+            {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": said}}]},
+        ],
+        tools=[{"type": "function", "function": {"name": "model", "parameters": schema}}] * 2,
+        metadata=dict.fromkeys(words, "model"),
+        stream=True,
+        n=1,
+        max_tokens=3,
+    )
+    assert decode_chat(request_body) == decode_chat(compact(request_body))
+
+
+@pytest.mark.parametrize(
+    ("content", "is_media"),
+    [
+        ("hi", False),
+        (None, False),
+        ([], False),
+        ([TEXT], False),
+        ([TEXT, {"type": "refusal", "refusal": "no"}], False),
+        ([TEXT, IMAGE], True),
+        ([{"type": "input_audio", "input_audio": {"data": "AA", "format": "wav"}}], True),
+        ([{"type": "file", "file": {"file_data": "AA"}}], True),
+        ([{"type": "something_new"}], True),
+    ],
+)
+def test_has_media(content, is_media):
+    """Everything but text may be larger than its bytes."""
+    request = decode_chat(body(messages=[{"role": "user", "content": "x"}, {"role": "user", "content": content}]))
+    assert has_media(request) is is_media
+
+
+@pytest.mark.parametrize(
+    ("fields", "tokens"),
+    [
+        ({}, None),
+        ({"max_tokens": 5}, 5),
+        ({"max_completion_tokens": 6}, 6),
+        ({"max_tokens": 5, "max_completion_tokens": 6}, 6),
+        ({"max_tokens": 7, "max_completion_tokens": None}, 7),
+    ],
+)
+def test_output_tokens_asked(fields, tokens):
+    """Of several maxima the largest counts."""
+    assert output_tokens_asked(decode_chat(body(**fields))) == tokens
+
+
+@pytest.mark.parametrize(
+    ("old", "changes", "new"),
+    [
+        (b"{}", {"a": b"1"}, b'{"a":1}'),
+        (b" { } ", {"a": b"1", "b": b"[]"}, b' {"a":1,"b":[] } '),
+        (b'{"b":2}', {"a": b"1"}, b'{"a":1,"b":2}'),
+        (b'{"a" : 12 }', {"a": b"null"}, b'{"a" : null }'),
+        (b'{"x":{"a":1},"a":"}","y":"\\"a\\":1"}', {"a": b"{}"}, b'{"x":{"a":1},"a":{},"y":"\\"a\\":1"}'),
+        (b'{"x":["a","a"],"a":[1,\n2]}', {"a": b"3"}, b'{"x":["a","a"],"a":3}'),
+        (b'{"\\u0061":1}', {"a": b"2"}, b'{"\\u0061":2}'),
+        (b'{"a":1,"a":22}', {"a": b"3"}, b'{"a":3,"a":3}'),
+        (b'{"\\"a":1,"a\\\\":2,"a":3}', {"a": b"4"}, b'{"\\"a":1,"a\\\\":2,"a":4}'),
+        (b'{"a":1}', {}, b'{"a":1}'),
+    ],
+)
+def test_patch(old, changes, new):
+    """Only the named top-level fields change; names inside of values and strings are none."""
+    assert patch(old, changes) == new
+
+
+@pytest.mark.parametrize("not_an_object", [b"", b"[]", b'{"a":}', b"{" * 3000, b'{"\xff":1}'])
+def test_patch_of_something_else(not_an_object):
+    """What is no object is refused as a body would be."""
+    with pytest.raises(BadRequest):
+        patch(not_an_object, {"a": b"1"})
+
+
+texts = st.text('ab_é\u2028\U0001f600\0"\\{', max_size=8) | st.sampled_from(["a", "b", '"a":', "{", "\\", "é"])
+values = st.recursive(
+    st.none() | st.booleans() | st.integers(-(10**9), 10**9) | texts,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@settings(deadline=None)
+@given(
+    st.dictionaries(texts, values, max_size=5),
+    st.dictionaries(texts, values, max_size=3),
+    st.sampled_from([None, 0, 2, "\t"]),
+    st.sampled_from([(",", ":"), (", ", ": "), (" , ", " :\n")]),
+    st.booleans(),
+)
+def test_patch_sets_and_keeps(old, new, indent, separators, ensure_ascii):
+    """The patched body reads as the changed object, and without the new fields and values it is the old one's bytes."""
+    old_body = json.dumps(old, indent=indent, separators=separators, ensure_ascii=ensure_ascii).encode()
+    changes = {field: json.dumps(value).encode() for field, value in new.items()}
+    patched = patch(old_body, changes)
+    assert json.loads(patched) == old | new
+    # With the new fields out again, and the old values back in place, nothing else may differ.
+    added = [msgspec.json.encode(field) + b":" + changes[field] for field in new if field not in old]
+    inserted = b",".join(added) + (b"," if added and old else b"")
+    start = old_body.index(b"{") + 1
+    assert patched[start:].startswith(inserted)
+    rest = patched[:start] + patched[start + len(inserted) :]
+    fields = msgspec.json.decode(old_body, type=dict[str, msgspec.Raw])
+    assert patch(rest, {field: bytes(fields[field]) for field in new if field in old}) == old_body
+
+
+def test_error_body():
+    """An error has OpenAI's shape, with further fields beside the four."""
+    error = json.loads(error_body("Not é.", "insufficient_quota", None, "insufficient_credits", required="0.5"))
+    assert error == {
+        "error": {
+            "message": "Not é.",
+            "type": "insufficient_quota",
+            "param": None,
+            "code": "insufficient_credits",
+            "required": "0.5",
+        }
+    }
