@@ -176,7 +176,7 @@ def test_a_call_without_a_maximum_is_clamped_to_what_its_grant_buys(served, upst
     assert answer.status_code == 200
     bought = int(answer.headers["x-credits-max-tokens"])
     assert answer.json()["usage"]["completion_tokens"] == bought
-    assert upstream.journal[-1].request["max_tokens"] == bought
+    assert upstream.journal[-1].parsed["max_tokens"] == bought
     assert Decimal(answer.headers["x-credits-charged"]) <= Decimal(answer.headers["x-credits-reserved"])
 
 

@@ -2,13 +2,13 @@
 
 import base64
 import binascii
-from typing import Annotated, Any
+from typing import Any
 
 import msgspec
 import sqlalchemy as sa
 from litestar import Request, get
 from litestar.di import NamedDependency
-from litestar.params import FromQuery, Parameter
+from litestar.params import FromQuery
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from proxy.errors import BadRequest, NotFound
@@ -100,7 +100,7 @@ async def balance(request: CallerRequest, engine: NamedDependency[AsyncEngine]) 
 async def transactions(
     request: CallerRequest,
     engine: NamedDependency[AsyncEngine],
-    limit: Annotated[FromQuery[int], Parameter(ge=1, le=PAGE_MAX)] = PAGE_DEFAULT,
+    limit: FromQuery[int] = PAGE_DEFAULT,
     cursor: FromQuery[str | None] = None,
 ) -> TransactionPage:
     """Everything that ever changed the balance, newest first."""
@@ -108,6 +108,8 @@ async def transactions(
     query = sa.select(table).where(table.c.wallet_id == request.user.wallet_id)
     if cursor is not None:
         query = query.where(table.c.seq < _seq_of(cursor))
+    if not 1 <= limit <= PAGE_MAX:
+        raise BadRequest(f"A page has from 1 to {PAGE_MAX} items.", param="limit", code="invalid_value")
     async with reading(engine) as connection:
         rows = (await connection.execute(query.order_by(table.c.seq.desc()).limit(limit + 1))).all()
     items = [
