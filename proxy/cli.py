@@ -323,26 +323,34 @@ def _announce(configuration: Configuration, listening: socket.socket, first_key:
     if first_key is not None:
         click.echo(_FIRST_STEPS.format(key=first_key, base_url=base_url, credits=FIRST_CREDITS, email=FIRST_ADMIN))
     elif configuration.is_embedded:
-        click.echo(f"New key: tollgate keys create --email {FIRST_ADMIN}   (the first one is not shown again)")
+        click.echo(f"New key: {_program()} keys create --email {FIRST_ADMIN}   (the first one is not shown again)")
+    else:
+        click.echo(f"New user: {_program()} users create --email …   New key: {_program()} keys create --email …")
 
 
+def _program() -> str:
+    """How this program was called, to be called so again."""
+    return "python -m proxy" if sys.argv[0].endswith("__main__.py") else os.path.relpath(sys.argv[0])
+
+
+# Not indented: pasted into a Python prompt, an indented line is an error.
 _FIRST_STEPS = """
 This first start made an admin, {email}, with {credits} credits and an API key.
 It is shown this once:
 
-    {key}
+{key}
 
 Try it with curl:
 
-    curl -N {base_url}/chat/completions -H "Authorization: Bearer {key}" \\
-      -H "Content-Type: application/json" \\
-      -d '{{"model": "demo-chat", "stream": true, "messages": [{{"role": "user", "content": "Hello!"}}]}}'
+curl -N {base_url}/chat/completions -H "Authorization: Bearer {key}" \\
+  -H "Content-Type: application/json" \\
+  -d '{{"model": "demo-chat", "stream": true, "messages": [{{"role": "user", "content": "Hello!"}}]}}'
 
 or in Python, with `pip install openai`:
 
-    from openai import OpenAI
-    client = OpenAI(base_url="{base_url}", api_key="{key}")
-    print(client.chat.completions.create(model="demo-chat", messages=[{{"role": "user", "content": "Hello!"}}]).choices[0].message.content)
+from openai import OpenAI
+client = OpenAI(base_url="{base_url}", api_key="{key}")
+print(client.chat.completions.create(model="demo-chat", messages=[{{"role": "user", "content": "Hello!"}}]).choices[0].message.content)
 """  # noqa: E501 - three lines of Python are three lines
 
 

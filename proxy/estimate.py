@@ -13,7 +13,7 @@ from proxy.errors import BadRequest
 from proxy.pricing import bound, output_tokens_affordable
 from proxy.routing import Candidate
 from proxy.units import Nanos
-from proxy.wire.openai import ChatRequest, has_media, output_tokens_asked
+from proxy.wire.openai import ChatRequest, has_media, output_tokens_asked, prediction_bytes
 
 USEFUL_OUTPUT_TOKENS = 1_024
 USEFUL_OUTPUT_TOKENS_REASONING = 8_192
@@ -24,11 +24,13 @@ class Estimate(msgspec.Struct, frozen=True):
     """The bound of one call over all of its candidates, in tokens and in nano-credits.
 
     `input_tokens` and `output_tokens` are of the largest candidate, `output_tokens` for all `choices` together.
+    `prediction_tokens` of them come on top of the maximum of each choice.
     """
 
     input_tokens: int
     output_tokens: int
     choices: int
+    prediction_tokens: int
     is_maximum_named: bool
     at_least: Nanos
     at_most: Nanos
@@ -45,13 +47,16 @@ def estimate(request: ChatRequest, body_bytes: int, candidates: Sequence[Candida
     Raises `BadRequest` when it holds media and a candidate's context is not known.
     """
     asked = output_tokens_asked(request)
+    predicted = prediction_bytes(request)
     choices = request.n or 1
     at_least = at_most = input_most = output_most = 0
     for candidate in candidates:
         inputs = _input_tokens(request, body_bytes, candidate)
-        outputs = (_output_maximum(candidate) if asked is None else asked) * choices
+        maximum = _output_maximum(candidate) if asked is None else asked
+        least = maximum if asked is not None else min(maximum, _useful_output(candidate))
+        outputs = (maximum + predicted) * choices
+        useful = (least + predicted) * choices
         most = bound(inputs, outputs, candidate.price, markup_bps)
-        useful = outputs if asked is not None else min(outputs, _useful_output(candidate) * choices)
         at_most = max(at_most, most)
         at_least = max(at_least, bound(inputs, useful, candidate.price, markup_bps))
         input_most = max(input_most, inputs)
@@ -60,6 +65,7 @@ def estimate(request: ChatRequest, body_bytes: int, candidates: Sequence[Candida
         input_tokens=input_most,
         output_tokens=output_most,
         choices=choices,
+        prediction_tokens=predicted,
         is_maximum_named=asked is not None,
         at_least=at_least,
         at_most=at_most,
@@ -69,7 +75,7 @@ def estimate(request: ChatRequest, body_bytes: int, candidates: Sequence[Candida
 def maximum_bought(estimated: Estimate, candidate: Candidate, amount: Nanos, markup_bps: int) -> int | None:
     """The output tokens of each choice that `amount` covers at this candidate; None when it covers any number."""
     tokens = output_tokens_affordable(amount, estimated.input_tokens, candidate.price, markup_bps)
-    return None if tokens is None else max(0, tokens) // estimated.choices
+    return None if tokens is None else max(0, max(0, tokens) // estimated.choices - estimated.prediction_tokens)
 
 
 def maximum_affordable(

@@ -31,14 +31,14 @@ from proxy.estimate import Estimate, estimate, maximum_affordable, maximum_bough
 from proxy.identity.keys import Caller
 from proxy.ledger.decide import Receipt, Release, Reserve, Settle, Settled
 from proxy.ledger.ledger import Ledger
-from proxy.metering import EventKind, Metered, StreamMeter, meter_plain
+from proxy.metering import EventKind, Metered, StreamMeter, failure_status, meter_plain
 from proxy.pricing import cost, provider_cost
 from proxy.routing import Candidate, candidates
 from proxy.units import Usage, format_credits
 from proxy.upstream import Headers, Provider, ProviderCall, UpstreamResponse
 from proxy.upstream.openai import relayed_headers
-from proxy.wire.openai import ChatRequest, decode_chat, error_body, patch
-from proxy.wire.sse import EventSplitter, EventTooLong, event_data
+from proxy.wire.openai import ChatRequest, asking_for_usage, decode_chat, error_body, patch
+from proxy.wire.sse import EventSplitter, EventTooLong, event_data, with_data
 
 log = structlog.get_logger(__name__)
 
@@ -99,6 +99,8 @@ class _Open(msgspec.Struct):
     deadline: float
     candidate: Candidate
     first_byte: float | None = None
+    has_failed: bool = False
+    """Whether the provider has said in its stream that the call failed."""
     is_closed: bool = False
 
 
@@ -125,10 +127,12 @@ class _Tail:
         """Put what was charged into the usage that the client asked for, as `usage.cost` in credits."""
         if self._usage_at is None:
             return
-        data = event_data(self._held[self._usage_at]) or b""
+        event = self._held[self._usage_at]
+        # Outside of strings, where JSON has no raw line feeds, a space does as well.
+        data = (event_data(event) or b"").replace(b"\n", b" ")
         usage = bytes(msgspec.json.decode(data, type=dict[str, msgspec.Raw])["usage"])
         priced = patch(usage, {"cost": msgspec.json.encode(format_credits(settled.charged))})
-        self._held[self._usage_at] = b"data: " + patch(data, {"usage": priced}) + b"\n\n"
+        self._held[self._usage_at] = with_data(event, patch(data, {"usage": priced}))
 
     def bytes(self) -> bytes:
         return b"".join(self._held)
@@ -233,27 +237,16 @@ class Exchange:
             body = await _read_all(response, self._limits.answer_bytes_max, candidate.provider)
         finally:
             await asyncio.shield(response.aclose())
-        if response.status in _OPERATOR_STATUSES:
-            log.error("provider_refused_operator", provider=candidate.provider, status=response.status)
-            return UpstreamRefusedUs(
-                "The provider does not accept this server's account. The operator has been told.",
-                provider=candidate.provider,
-                status=response.status,
-            )
-        headers = dict(response.headers)
-        return UpstreamRejected(
-            provider=candidate.provider,
-            status=response.status,
-            body=body,
-            content_type=headers.get(b"content-type", b"").decode("latin-1"),
-            retry_after=headers.get(b"retry-after", b"").decode("latin-1") or None,
-        )
+        return _refused(candidate, response, response.status, body)
 
     # ---- plain answers
 
     async def _relay_plain(self, opened: _Open, response: UpstreamResponse, answer: Answer) -> None:
         async with _within(opened):
             body = await _read_all(response, self._limits.answer_bytes_max, opened.candidate.provider)
+        failed = failure_status(body)
+        if failed is not None:
+            raise _refused(opened.candidate, response, failed, body)
         opened.first_byte = _now()
         metered = meter_plain(body, prompt_bytes=len(opened.call.body), bound=_bound(opened))
         try:
@@ -296,14 +289,23 @@ class Exchange:
                 await self._settle(opened, _metered(opened, meter), "cut_off")
             raise
         try:
-            outcome = "completed" if failure is None else "provider_broke"
-            settled = await self._settle(opened, _metered(opened, meter), outcome)
+            settled = await self._settle_stream(opened, _metered(opened, meter), is_whole=failure is None)
         except Unavailable as exc:
             failure = exc
         else:
-            tail.price(settled)
+            if settled is not None:
+                tail.price(settled)
         await answer.end(tail.bytes() if failure is None else _error_event(failure))
         await _drain(chunks)
+
+    async def _settle_stream(self, opened: _Open, metered: Metered, *, is_whole: bool) -> Settled | None:
+        """Charge for what was relayed; None when that was a failure and nothing before it, which costs nothing."""
+        if is_whole and not opened.has_failed:
+            return await self._settle(opened, metered, "completed")
+        if metered.usage.output_tokens:
+            return await self._settle(opened, metered, "provider_broke")
+        await self._release(opened)
+        return None
 
     async def _forward(  # noqa: PLR0913, PLR0917 - the parts of one loop, kept apart to be read
         self,
@@ -319,12 +321,15 @@ class Exchange:
         shows_usage = _wants_usage(opened.request)
         try:
             async for chunk in chunks:
-                if opened.first_byte is None:
-                    await answer.start(response.status, _headers(opened, response))
-                    opened.first_byte = _now()
                 forwarded: list[bytes] = []
                 for event in splitter.feed(chunk):
-                    match meter.feed(event):
+                    kind = meter.feed(event)
+                    if kind is EventKind.ERROR:
+                        self._note_failure(opened, response, event)
+                    if opened.first_byte is None:
+                        opened.first_byte = _now()
+                        await answer.start(response.status, _headers(opened, response))
+                    match kind:
                         case EventKind.DONE:
                             tail.hold(event)
                             await _write(answer, forwarded)
@@ -344,6 +349,14 @@ class Exchange:
             raise UpstreamBroken("The provider sent an empty stream.", provider=opened.candidate.provider)
         meter.feed(splitter.rest)
         tail.hold(splitter.rest)
+
+    @staticmethod
+    def _note_failure(opened: _Open, response: UpstreamResponse, event: bytes) -> None:
+        """Raises the provider's error when nothing was relayed before it: it can still be an answer of its own."""
+        opened.has_failed = True
+        data = event_data(event) or b""
+        if opened.first_byte is None:
+            raise _refused(opened.candidate, response, failure_status(data) or 502, data)
 
     # ---- the end of the reservation
 
@@ -400,6 +413,25 @@ class Exchange:
             log.warning("release_deferred", request_id=opened.call.request_id)
 
 
+def _refused(candidate: Candidate, response: UpstreamResponse, status: int, body: bytes) -> UpstreamFailed:
+    """The provider's error, which came with `status` or as one in its body."""
+    if status in _OPERATOR_STATUSES:
+        log.error("provider_refused_operator", provider=candidate.provider, status=status)
+        return UpstreamRefusedUs(
+            "The provider does not accept this server's account. The operator has been told.",
+            provider=candidate.provider,
+            status=status,
+        )
+    headers = dict(response.headers)
+    return UpstreamRejected(
+        provider=candidate.provider,
+        status=status,
+        body=body,
+        content_type=headers.get(b"content-type", b"").decode("latin-1"),
+        retry_after=headers.get(b"retry-after", b"").decode("latin-1") or None,
+    )
+
+
 def _provider_call(opened: _Open) -> ProviderCall:
     """The client's own bytes, with only what must change patched."""
     candidate, request = opened.candidate, opened.request
@@ -407,7 +439,7 @@ def _provider_call(opened: _Open) -> ProviderCall:
     if candidate.model != request.model:
         changes["model"] = msgspec.json.encode(candidate.model)
     if request.stream and candidate.knows_stream_options and not _wants_usage(request):
-        changes["stream_options"] = b'{"include_usage":true}'
+        changes["stream_options"] = asking_for_usage(opened.call.body)
     if request.store:
         changes["store"] = b"false"
     maximum = _clamped_maximum(opened)
@@ -448,7 +480,9 @@ def _bound(opened: _Open) -> Usage:
     """The most that may be counted where the provider reports nothing: what was reserved for."""
     estimated = opened.estimated
     maximum = _clamped_maximum(opened)
-    output = estimated.output_tokens if maximum is None else maximum * estimated.choices
+    if maximum is None:
+        return Usage(input=estimated.input_tokens, output=estimated.output_tokens)
+    output = (maximum + estimated.prediction_tokens) * estimated.choices
     return Usage(input=estimated.input_tokens, output=output)
 
 

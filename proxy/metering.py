@@ -194,6 +194,24 @@ def read_usage(reported: bytes | Raw) -> Usage | None:
     )
 
 
+def failure_status(body: bytes) -> int | None:
+    """The HTTP status that an error in a body or event stands for, though it came with status 200; None without one.
+
+    Some providers put it into `error.code`, as a number or its digits; 502 where they do not.
+    """
+    if _ERROR not in body:
+        return None
+    try:
+        answer = _decode_chunk(body)
+    except _UNREADABLE:
+        return None
+    if not answer.error or answer.choices:
+        return None
+    code = answer.error.get("code") if isinstance(answer.error, dict) else None
+    text = str(code)
+    return int(text) if len(text) == 3 and text.isdecimal() and 400 <= int(text) <= 599 else 502
+
+
 def meter_plain(
     body: bytes,
     *,

@@ -279,6 +279,65 @@ def test_a_stream_that_breaks_is_charged_for_what_was_relayed(served, funded, fa
     assert 0 < Decimal(charge["charged"]) <= Decimal(charge["reserved"])
 
 
+RATE_LIMITED = '{"error": {"message": "slow down", "code": 429}}'
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_error_that_comes_with_status_200_is_an_error(served, funded, stream):
+    """A body or first event that is an error is answered as one, and costs nothing."""
+    raw = f"data: {RATE_LIMITED}\n\n" if stream else RATE_LIMITED
+    behaviour = {"raw": raw, "content_type": "text/event-stream" if stream else "application/json"}
+    with served.client(funded) as http:
+        answer = http.post(
+            "/v1/chat/completions", json={"model": MODEL, "stream": stream, "messages": wish(**behaviour)}
+        )
+    assert (answer.status_code, answer.text) == (429, RATE_LIMITED)
+    charge = charge_of(served, funded, answer.headers["x-request-id"])
+    assert (charge["state"], charge["charged"]) == ("released", "0")
+
+
+def test_a_stream_of_comments_and_an_error_costs_nothing(served, funded):
+    """What was relayed before the error is no answer; the bytes are the provider's all the same."""
+    raw = f": working\n\ndata: {RATE_LIMITED}\n\ndata: [DONE]\n\n"
+    behaviour = {"raw": raw, "content_type": "text/event-stream"}
+    with served.client(funded) as http:
+        answer = http.post("/v1/chat/completions", json={"model": MODEL, "stream": True, "messages": wish(**behaviour)})
+    assert (answer.status_code, answer.text) == (200, raw)
+    assert charge_of(served, funded, answer.headers["x-request-id"])["state"] == "released"
+
+
+def test_an_error_after_content_is_charged_for_the_content(served, funded):
+    """The error is relayed as it came, and what came before it was delivered."""
+    content = '{"choices": [{"index": 0, "delta": {"content": "12345678"}}]}'
+    raw = f"data: {content}\n\ndata: {RATE_LIMITED}\n\n"
+    behaviour = {"raw": raw, "content_type": "text/event-stream"}
+    with served.client(funded) as http:
+        answer = http.post("/v1/chat/completions", json={"model": MODEL, "stream": True, "messages": wish(**behaviour)})
+    assert answer.text == raw
+    charge = charge_of(served, funded, answer.headers["x-request-id"])
+    assert (charge["state"], charge["outcome"], charge["usage"]["output"]) == ("settled", "provider_broke", 2)
+
+
+def test_a_usage_event_keeps_its_other_lines(served, funded):
+    """The cost is put into usage that spans lines, beside an id and a comment."""
+    raw = 'id: 7\ndata: {"choices": [],\ndata: "usage": {"prompt_tokens": 3, "completion_tokens": 4}}\n: note\n\n'
+    behaviour = {"raw": raw + "data: [DONE]\n\n", "content_type": "text/event-stream"}
+    body = {"model": MODEL, "stream": True, "messages": wish(**behaviour), "stream_options": {"include_usage": True}}
+    with served.client(funded) as http:
+        answer = http.post("/v1/chat/completions", json=body)
+    *lines, data = answer.text.removesuffix("\n\ndata: [DONE]\n\n").splitlines()
+    assert lines == ["id: 7", ": note"]
+    assert Decimal(json.loads(data.removeprefix("data: "))["usage"]["cost"]) == expected(3, 4)
+
+
+def test_other_stream_options_survive(served, funded, upstream):
+    """Usage is asked for beside what the client asked for."""
+    body = {"model": MODEL, "stream": True, "messages": MESSAGES, "stream_options": {"include_obfuscation": False}}
+    with served.client(funded) as http:
+        http.post("/v1/chat/completions", json=body)
+    assert upstream.journal[-1].parsed["stream_options"] == {"include_usage": True, "include_obfuscation": False}
+
+
 def test_half_a_plain_answer_is_no_answer(served, funded):
     """What was cut off is not passed on, and not charged."""
     with served.client(funded) as http:

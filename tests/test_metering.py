@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from proxy.metering import EventKind, Metered, StreamMeter, UsageSource, meter_plain, read_usage
+from proxy.metering import EventKind, Metered, StreamMeter, UsageSource, failure_status, meter_plain, read_usage
 from proxy.units import Usage
 
 ROOMY = Usage(input=10_000, output=10_000)
@@ -439,3 +439,23 @@ def test_any_events(events):
     assert metered.source == UsageSource.REPORTED or (
         metered.usage.input_tokens <= 10 and metered.usage.output_tokens <= 5
     )
+
+
+@pytest.mark.parametrize(
+    ("answer", "status"),
+    [
+        (b'{"error": {"message": "x", "code": 429}}', 429),
+        (b'{"error": {"message": "x", "code": "503"}}', 503),
+        (b'{"error": {"message": "x", "code": "model_overloaded"}}', 502),
+        (b'{"error": {"message": "x", "code": 200}}', 502),
+        (b'{"error": {"message": "x", "code": true}}', 502),
+        (b'{"error": "overloaded", "choices": []}', 502),
+        (b'{"error": null, "choices": []}', None),
+        (b'{"error": {"code": 500}, "choices": [{"index": 0}]}', None),
+        (b'{"choices": [{"message": {"content": "an \\"error\\""}}]}', None),
+        (b'{"error": broken', None),
+    ],
+)
+def test_failure_status(answer, status):
+    """An error in place of an answer stands for a status; beside choices it is only a remark."""
+    assert failure_status(answer) == status

@@ -57,6 +57,9 @@ class Tool(msgspec.Struct, frozen=True):
     type: str
 
 
+_NULL = Raw(b"null")
+
+
 class ChatRequest(msgspec.Struct, frozen=True):
     """The fields of a chat completion request that decide what it may cost and how it is served."""
 
@@ -72,6 +75,7 @@ class ChatRequest(msgspec.Struct, frozen=True):
     service_tier: str | None = None
     store: bool | None = None
     tools: list[Tool] | None = None
+    prediction: Raw = _NULL  # `Raw | None` would take nothing but null
 
 
 _REFUSED: Final[Mapping[str, str]] = {
@@ -199,6 +203,20 @@ def output_tokens_asked(request: ChatRequest) -> int | None:
     """The client's maximum for each choice, the largest where it names several; None where it names none."""
     named = [tokens for tokens in (request.max_tokens, request.max_completion_tokens) if tokens is not None]
     return max(named, default=None)
+
+
+def prediction_bytes(request: ChatRequest) -> int:
+    """The size of the predicted output: of it, what does not come true is billed as output beside the maximum.
+
+    https://platform.openai.com/docs/guides/predicted-outputs
+    """
+    return 0 if bytes(request.prediction) == b"null" else len(request.prediction)
+
+
+def asking_for_usage(body: bytes) -> bytes:
+    """The `stream_options` of the request `body`, changed to ask for usage and otherwise as they were."""
+    options = _decode_fields(body).get("stream_options", _NULL)
+    return patch(b"{}" if bytes(options) == b"null" else bytes(options), {"include_usage": b"true"})
 
 
 def patch(body: bytes, changes: Mapping[str, bytes]) -> bytes:

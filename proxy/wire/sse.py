@@ -100,8 +100,18 @@ def event_data(event: bytes) -> bytes | None:
     return b"\n".join(lines) if lines else None
 
 
+def with_data(event: bytes, data: bytes) -> bytes:
+    """The raw `event` with `data`, which must not hold a line end, in place of its own; its other lines stay."""
+    kept = [
+        line
+        for line in event.removeprefix(_BOM).splitlines(keepends=True)
+        if line.strip(b"\r\n") and not _is_data(line)
+    ]
+    return b"".join(kept) + _PLAIN_START + data + _PLAIN_END
+
+
 def _is_data(line: bytes) -> bool:
-    return line.startswith(b"data:") or line == b"data"
+    return line.startswith(b"data:") or line.rstrip(b"\r\n") == b"data"
 
 
 def _value(line: bytes) -> bytes:

@@ -12,11 +12,13 @@ from proxy.wire.openai import (
     Message,
     Part,
     StreamOptions,
+    asking_for_usage,
     decode_chat,
     error_body,
     has_media,
     output_tokens_asked,
     patch,
+    prediction_bytes,
 )
 
 MESSAGES = [{"role": "user", "content": "hi"}]
@@ -413,3 +415,25 @@ def test_error_body():
             "required": "0.5",
         }
     }
+
+
+@pytest.mark.parametrize(
+    ("options", "asking"),
+    [
+        ({}, b'{"include_usage":true}'),
+        ({"stream_options": None}, b'{"include_usage":true}'),
+        ({"stream_options": {"include_usage": False}}, b'{"include_usage": true}'),
+        ({"stream_options": {"include_obfuscation": False}}, b'{"include_usage":true,"include_obfuscation": false}'),
+    ],
+)
+def test_asking_for_usage(options, asking):
+    """Usage is asked for, and whatever else the client wished of its stream stays."""
+    assert asking_for_usage(body(**options)) == asking
+
+
+def test_prediction_bytes():
+    """The raw size of what was predicted; none when there is none."""
+    assert prediction_bytes(decode_chat(body())) == 0
+    assert prediction_bytes(decode_chat(body(prediction=None))) == 0
+    prediction = {"type": "content", "content": "é"}
+    assert prediction_bytes(decode_chat(body(prediction=prediction))) == len(json.dumps(prediction))

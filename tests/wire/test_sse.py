@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from proxy.wire.sse import EventSplitter, EventTooLong, event_data
+from proxy.wire.sse import EventSplitter, EventTooLong, event_data, with_data
 
 STREAMS = {
     "lf": [b'data: {"a":1}\n\n', b"data: b\n\n", b"data: [DONE]\n\n"],
@@ -122,3 +122,18 @@ def test_a_long_event_takes_linear_time():
 def test_event_data(event, value):
     """The values of the data lines, joined by line feeds."""
     assert event_data(event) == value
+
+
+@pytest.mark.parametrize(
+    ("event", "changed"),
+    [
+        (b"data: a\n\n", b"data: {}\n\n"),
+        (b"id: 1\r\ndata: a\r\ndata: b\r\n: note\r\n\r\n", b"id: 1\r\n: note\r\ndata: {}\n\n"),
+        (b"\n\nevent: x\ndata\n\n", b"event: x\ndata: {}\n\n"),
+        (b"\xef\xbb\xbfdata: a\n\n", b"data: {}\n\n"),
+    ],
+)
+def test_with_data(event, changed):
+    """One data line takes the place of all; the other lines of the event stay."""
+    assert with_data(event, b"{}") == changed
+    assert event_data(changed) == b"{}"

@@ -1,0 +1,106 @@
+"""The bound of a call, against what a provider could bill for it."""
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from proxy.errors import BadRequest
+from proxy.estimate import (
+    USEFUL_OUTPUT_TOKENS,
+    USEFUL_OUTPUT_TOKENS_REASONING,
+    estimate,
+    maximum_affordable,
+    maximum_bought,
+)
+from proxy.pricing import Price, bound, cost
+from proxy.routing import Candidate
+from proxy.units import Usage
+from proxy.wire.openai import decode_chat
+
+CHEAP = Price(input=1000, cached_input=500, cache_write=1250, audio_input=3000, output=4000, audio_output=8000)
+DEAR = Price(input=9000, cached_input=900, cache_write=9000, audio_input=9000, output=30_000, audio_output=30_000)
+MARKUP_BPS = 1500
+
+
+def candidate(**changes) -> Candidate:
+    """One model at one provider."""
+    fields = {
+        "provider": "p",
+        "model": "m",
+        "price": CHEAP,
+        "output_tokens_max": 4096,
+        "context_tokens": 128_000,
+        "maximum_field": "max_tokens",
+        "is_reasoning": False,
+        "knows_stream_options": True,
+    }
+    return Candidate(**{**fields, **changes})
+
+
+def estimated(candidates, **fields):
+    """The estimate of a chat with these fields."""
+    body = msgspec.json.encode({"model": "m", "messages": [{"role": "user", "content": "hello"}], **fields})
+    return estimate(decode_chat(body), len(body), candidates, MARKUP_BPS), len(body)
+
+
+def test_a_maximum_that_was_named_is_the_bound():
+    """Nothing less would cover it and nothing more is needed."""
+    found, size = estimated([candidate()], max_tokens=100, n=3)
+    assert (found.input_tokens, found.output_tokens, found.choices) == (size, 300, 3)
+    assert found.at_least == found.at_most
+    assert found.is_maximum_named
+
+
+@pytest.mark.parametrize(
+    ("is_reasoning", "useful"), [(False, USEFUL_OUTPUT_TOKENS), (True, USEFUL_OUTPUT_TOKENS_REASONING)]
+)
+def test_without_a_maximum_the_least_is_a_useful_answer(is_reasoning, useful):
+    """The most is the model's own maximum; the least what is worth starting for."""
+    found, size = estimated([candidate(is_reasoning=is_reasoning, output_tokens_max=50_000)])
+    assert found.at_most == bound(size, 50_000, CHEAP, MARKUP_BPS)
+    assert found.at_least == bound(size, useful, CHEAP, MARKUP_BPS)
+
+
+def test_the_dearest_candidate_sets_the_bound():
+    """Whoever serves it in the end, it is covered."""
+    both, _ = estimated([candidate(), candidate(price=DEAR, output_tokens_max=10)])
+    dear, _ = estimated([candidate(price=DEAR, output_tokens_max=10)])
+    cheap, _ = estimated([candidate()])
+    assert both.at_most == max(dear.at_most, cheap.at_most)
+    assert both.at_least == max(dear.at_least, cheap.at_least)
+
+
+def test_a_prediction_is_paid_on_top_of_the_maximum():
+    """What of it does not come true is billed as output, beside what the maximum allows."""
+    prediction = {"type": "content", "content": "x" * 1000}
+    with_it, _ = estimated([candidate()], max_tokens=100, n=2, prediction=prediction)
+    assert with_it.output_tokens == 2 * (100 + with_it.prediction_tokens)
+    assert with_it.prediction_tokens >= 1000
+
+
+def test_media_count_as_the_whole_context():
+    """Their size is not that of the body; where the context is unknown too, they are refused."""
+    image = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "https://x/y.png"}}]}]
+    found, _ = estimated([candidate()], messages=image)
+    assert found.input_tokens == 128_000
+    with pytest.raises(BadRequest, match="cannot be priced"):
+        estimated([candidate(context_tokens=None)], messages=image)
+
+
+@given(
+    amount=st.integers(0, 10**12),
+    n=st.integers(1, 5),
+    predicted=st.integers(0, 500),
+    named=st.none() | st.integers(1, 10_000),
+)
+def test_what_a_grant_buys_is_within_the_grant(amount, n, predicted, named):
+    """A provider that obeys the clamped maximum, and bills every token of a prediction, stays within the grant."""
+    fields = {"n": n, "max_tokens": named, "prediction": {"type": "content", "content": "x" * predicted}}
+    found, size = estimated([candidate()], **fields)
+    bought = maximum_bought(found, candidate(), amount, MARKUP_BPS)
+    assert bought == maximum_affordable(found, [candidate()], amount, MARKUP_BPS)
+    if not bought:
+        return
+    worst = Usage(audio_input=size, audio_output=(bought + predicted) * n)
+    assert cost(worst, CHEAP, MARKUP_BPS) <= amount
