@@ -100,7 +100,8 @@ def build(tollgate: Tollgate) -> ASGIApp:
     authentication = Authentication(tollgate.engine)
     app = Litestar(
         route_handlers=[
-            inference.chat_completions(tollgate.exchange, tollgate.configuration.settings.server.body_bytes_max),
+            *inference.paid_handlers(tollgate.exchange, tollgate.configuration.settings.server.body_bytes_max),
+            inference.kept_responses,
             inference.models,
             inference.model,
             credit_routes.balance,
@@ -171,6 +172,7 @@ def _limits(configuration: Configuration) -> ExchangeLimits:
         event_bytes_max=server.event_bytes_max,
         call_s=server.call_s,
         settle_wait_s=server.settle_wait_s,
+        keep_alive_s=server.keep_alive_s,
     )
 
 

@@ -80,6 +80,7 @@ def _candidate(provider: str, model: str, price: PriceSettings, *, knows_stream_
         maximum_field=price.maximum_field or ("max_completion_tokens" if price.is_reasoning else "max_tokens"),
         is_reasoning=price.is_reasoning,
         knows_stream_options=knows_stream_options,
+        tokenizer=price.tokenizer,
     )
 
 

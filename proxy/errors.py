@@ -104,15 +104,23 @@ class Conflict(TollgateError):
 
 
 class NotCovered(TollgateError):
-    """Base of the refusals for want of money: nothing was sent to a provider."""
+    """Base of the refusals for want of money: nothing was sent to a provider.
+
+    `required` is the least that the call needs, `available` what is left for it, in nano-credits.
+    """
+
+    def __init__(self, message: str, *, required: Nanos, available: Nanos) -> None:
+        super().__init__(message)
+        self.required = required
+        self.available = available
 
 
 class InsufficientCredits(NotCovered):
     """The wallet does not cover the call.
 
-    `required` is the least that the call needs, `available` what the wallet has left, `reserved` what its other
-    open calls hold, all in nano-credits. `tokens_affordable` is the maximum of output tokens with which this
-    call would be covered, where that is known. `is_temporary` when only the other open calls stand in the way.
+    `reserved` is what its other open calls hold, in nano-credits. `tokens_affordable` is the maximum of output tokens
+    with which this call would be covered, where that is known. `is_temporary` when only the other open calls stand in
+    the way.
     """
 
     def __init__(
@@ -124,9 +132,7 @@ class InsufficientCredits(NotCovered):
         tokens_affordable: int | None = None,
         is_temporary: bool = False,
     ) -> None:
-        super().__init__("Your credits do not cover this call.")
-        self.required = required
-        self.available = available
+        super().__init__("Your credits do not cover this call.", required=required, available=available)
         self.reserved = reserved
         self.tokens_affordable = tokens_affordable
         self.is_temporary = is_temporary
@@ -136,9 +142,8 @@ class KeyLimitReached(NotCovered):
     """The key's own spending limit does not cover the call, whatever the wallet holds."""
 
     def __init__(self, *, required: Nanos, available: Nanos) -> None:
-        super().__init__("This API key's spending limit does not cover this call.")
-        self.required = required
-        self.available = available
+        message = "This API key's spending limit does not cover this call."
+        super().__init__(message, required=required, available=available)
 
 
 class RateLimited(TollgateError):

@@ -13,7 +13,7 @@ from proxy.errors import BadRequest
 from proxy.pricing import bound, output_tokens_affordable
 from proxy.routing import Candidate
 from proxy.units import Nanos
-from proxy.wire.openai import ChatRequest, has_media, output_tokens_asked, prediction_bytes
+from proxy.wire.requests import PaidRequest
 
 USEFUL_OUTPUT_TOKENS = 1_024
 USEFUL_OUTPUT_TOKENS_REASONING = 8_192
@@ -41,32 +41,27 @@ class Estimate(msgspec.Struct, frozen=True):
         return self.input_tokens // 4 + min(self.output_tokens, USEFUL_OUTPUT_TOKENS)
 
 
-def estimate(request: ChatRequest, body_bytes: int, candidates: Sequence[Candidate], markup_bps: int) -> Estimate:
-    """The estimate of `request`, whose body has `body_bytes` bytes.
+def estimate(request: PaidRequest, prompt_tokens: int, candidates: Sequence[Candidate], markup_bps: int) -> Estimate:
+    """The estimate of `request`, of which what is in its body is at most `prompt_tokens` tokens: its bytes, at worst.
 
-    Raises `BadRequest` when it holds media and a candidate's context is not known.
+    Raises `BadRequest` when more of it is not in its body, and a candidate's context is not known.
     """
-    asked = output_tokens_asked(request)
-    predicted = prediction_bytes(request)
-    choices = request.n or 1
     at_least = at_most = input_most = output_most = 0
     for candidate in candidates:
-        inputs = _input_tokens(request, body_bytes, candidate)
-        maximum = _output_maximum(candidate) if asked is None else asked
-        least = maximum if asked is not None else min(maximum, _useful_output(candidate))
-        outputs = (maximum + predicted) * choices
-        useful = (least + predicted) * choices
-        most = bound(inputs, outputs, candidate.price, markup_bps)
-        at_most = max(at_most, most)
+        inputs = _input_tokens(request, prompt_tokens, candidate)
+        maximum, least = _output_tokens(request, candidate)
+        outputs = (maximum + request.prediction_tokens) * request.choices
+        useful = (least + request.prediction_tokens) * request.choices
+        at_most = max(at_most, bound(inputs, outputs, candidate.price, markup_bps))
         at_least = max(at_least, bound(inputs, useful, candidate.price, markup_bps))
         input_most = max(input_most, inputs)
         output_most = max(output_most, outputs)
     return Estimate(
         input_tokens=input_most,
         output_tokens=output_most,
-        choices=choices,
-        prediction_tokens=predicted,
-        is_maximum_named=asked is not None,
+        choices=request.choices,
+        prediction_tokens=request.prediction_tokens,
+        is_maximum_named=request.maximum is not None or not request.has_output,
         at_least=at_least,
         at_most=at_most,
     )
@@ -86,21 +81,34 @@ def maximum_affordable(
     return min((tokens for tokens in bought if tokens is not None), default=None)
 
 
-def _input_tokens(request: ChatRequest, body_bytes: int, candidate: Candidate) -> int:
-    if has_media(request):
-        if candidate.context_tokens is None:
+def plausible_tokens_max(request: PaidRequest, candidate: Candidate) -> int | None:
+    """The most tokens that this candidate can have used, even if it ignores maxima; None where nobody knows."""
+    if candidate.context_tokens is None:
+        return None
+    maximum = max(_output_tokens(request, candidate)[0], candidate.output_tokens_max or candidate.context_tokens)
+    return candidate.context_tokens * request.prompts + (maximum + request.prediction_tokens) * request.choices
+
+
+def _input_tokens(request: PaidRequest, prompt_tokens: int, candidate: Candidate) -> int:
+    if candidate.context_tokens is None:
+        if request.is_unsized:
             raise BadRequest(
                 f"The context of {candidate.target} is not known here, so images, audio and files cannot be priced.",
-                param="messages",
                 code="unsupported_content",
             )
-        return candidate.context_tokens
-    return body_bytes if candidate.context_tokens is None else min(body_bytes, candidate.context_tokens)
+        return prompt_tokens
+    contexts = candidate.context_tokens * request.prompts
+    return contexts if request.is_unsized else min(prompt_tokens, contexts)
 
 
-def _output_maximum(candidate: Candidate) -> int:
-    return candidate.output_tokens_max or candidate.context_tokens or 0
-
-
-def _useful_output(candidate: Candidate) -> int:
-    return USEFUL_OUTPUT_TOKENS_REASONING if candidate.is_reasoning else USEFUL_OUTPUT_TOKENS
+def _output_tokens(request: PaidRequest, candidate: Candidate) -> tuple[int, int]:
+    """The most output of one choice beside a prediction, and the least that is worth starting for."""
+    if not request.has_output:
+        return 0, 0
+    if request.maximum is not None:
+        return request.maximum, request.maximum
+    maximum = candidate.output_tokens_max or candidate.context_tokens or 0
+    useful = USEFUL_OUTPUT_TOKENS_REASONING if candidate.is_reasoning else USEFUL_OUTPUT_TOKENS
+    if request.thinking_tokens:
+        useful = max(useful, request.thinking_tokens + USEFUL_OUTPUT_TOKENS)
+    return maximum, min(maximum, useful)

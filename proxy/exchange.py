@@ -9,15 +9,17 @@ call ends.
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from typing import Protocol
 
 import msgspec
 import structlog
 
+from proxy import relay, tokens
 from proxy.catalog import Catalog
 from proxy.errors import (
     InsufficientCredits,
+    NotCovered,
     TollgateError,
     Unavailable,
     UpstreamBroken,
@@ -27,18 +29,20 @@ from proxy.errors import (
     UpstreamTimeout,
     UpstreamUnreachable,
 )
-from proxy.estimate import Estimate, estimate, maximum_affordable, maximum_bought
+from proxy.estimate import Estimate, estimate, maximum_affordable, maximum_bought, plausible_tokens_max
 from proxy.identity.keys import Caller
 from proxy.ledger.decide import Receipt, Release, Reserve, Settle, Settled
 from proxy.ledger.ledger import Ledger
-from proxy.metering import EventKind, Metered, StreamMeter, failure_status, meter_plain
-from proxy.pricing import cost, provider_cost
+from proxy.metering import BY_BYTES, Metered, StreamMeter, UsageSource, failure_status, meter_plain, stream_meter
+from proxy.pricing import cost, dearest_usage, provider_cost
+from proxy.relay import Head, StreamRelay
 from proxy.routing import Candidate, candidates
 from proxy.units import Usage, format_credits
 from proxy.upstream import Headers, Provider, ProviderCall, UpstreamResponse
 from proxy.upstream.openai import relayed_headers
-from proxy.wire.openai import ChatRequest, asking_for_usage, decode_chat, error_body, patch
-from proxy.wire.sse import EventSplitter, EventTooLong, event_data, with_data
+from proxy.wire.endpoints import decode
+from proxy.wire.objects import error_body, patch
+from proxy.wire.requests import Endpoint, PaidRequest, asking_for_usage
 
 log = structlog.get_logger(__name__)
 
@@ -48,13 +52,24 @@ DRAIN_S_MAX = 0.5
 METERED_BYTES_MAX = 4_000_000
 """How much of a stream is kept for counting, should the provider report no usage."""
 
+COUNTED_BYTES_MAX = 8_000_000
+"""Prompts above it are not counted before a call, whatever a counted one could save: it would take seconds."""
+
+COUNTS_AT_ONCE_MAX = 2
+
+FITTING_BYTES_PER_TOKEN = 16
+"""Nobody writes texts of longer tokens: where not even a token for so many bytes fits, nothing needs to be counted."""
+
 _PASSING_STATUSES = frozenset({408, 429})
 _OPERATOR_STATUSES = frozenset({401, 402, 403})
+_CHUNKED = frozenset({Endpoint.CHAT, Endpoint.COMPLETIONS})
+"""The endpoints whose streams report usage only when asked, in `stream_options`."""
 
 
 class Call(msgspec.Struct, frozen=True):
     """One paid call as it came in."""
 
+    endpoint: Endpoint
     request_id: str
     client_request_id: str | None
     caller: Caller
@@ -62,19 +77,11 @@ class Call(msgspec.Struct, frozen=True):
     body: bytes
 
 
-class Answer(Protocol):
-    """Where the answer goes: its head, then its body in pieces, then its end."""
+class Answer(relay.Answer, Protocol):
+    """An answer whose client may leave before its end."""
 
-    async def start(self, status: int, headers: Headers) -> None:
-        """Send the head."""
-        ...
-
-    async def write(self, chunk: bytes) -> None:
-        """Send a piece of the body; returns when there is room for more."""
-        ...
-
-    async def end(self, chunk: bytes = b"") -> None:
-        """Send the last piece: the client now knows that the answer is complete."""
+    def on_gone(self, callback: Callable[[], None]) -> None:
+        """Call `callback` once when the client leaves; at once if it has left already."""
         ...
 
 
@@ -85,13 +92,14 @@ class ExchangeLimits(msgspec.Struct, frozen=True):
     event_bytes_max: int
     call_s: float
     settle_wait_s: float
+    keep_alive_s: float
 
 
 class _Open(msgspec.Struct):
     """A call with its reservation, from the reserve to its settle or release."""
 
     call: Call
-    request: ChatRequest
+    request: PaidRequest
     estimated: Estimate
     markup_bps: int
     reserved: int
@@ -99,43 +107,35 @@ class _Open(msgspec.Struct):
     deadline: float
     candidate: Candidate
     first_byte: float | None = None
-    has_failed: bool = False
-    """Whether the provider has said in its stream that the call failed."""
     is_closed: bool = False
+    is_client_gone: bool = False
+    is_stopped: bool = False
+    """Whether its provider was stopped because the client had left."""
+    timeout: asyncio.Timeout | None = None
 
+    def begin(self) -> None:
+        """The first of the answer has come."""
+        self.first_byte = _now()
 
-class _Tail:
-    """The end of a stream, held back until its charge is durable: the usage that was asked for, and the end marker."""
+    def leave(self) -> None:
+        """The client has left: stop the provider if what it did so far can be counted, else let it come to its end."""
+        self.is_client_gone = True
+        if self.timeout is not None and self.is_countable:
+            self.is_stopped = True
+            self.timeout.reschedule(_now())
 
-    def __init__(self) -> None:
-        self._held: list[bytes] = []
-        self._usage_at: int | None = None
-
-    def hold(self, event: bytes) -> None:
-        self._held.append(event)
-
-    def hold_usage(self, event: bytes) -> None:
-        self._usage_at = len(self._held)
-        self._held.append(event)
-
-    def let_go(self) -> list[bytes]:
-        """What was held turns out not to be the end: content comes after it."""
-        held, self._held, self._usage_at = self._held, [], None
-        return held
-
-    def price(self, settled: Settled) -> None:
-        """Put what was charged into the usage that the client asked for, as `usage.cost` in credits."""
-        if self._usage_at is None:
-            return
-        event = self._held[self._usage_at]
-        # Outside of strings, where JSON has no raw line feeds, a space does as well.
-        data = (event_data(event) or b"").replace(b"\n", b" ")
-        usage = bytes(msgspec.json.decode(data, type=dict[str, msgspec.Raw])["usage"])
-        priced = patch(usage, {"cost": msgspec.json.encode(format_credits(settled.charged))})
-        self._held[self._usage_at] = with_data(event, patch(data, {"usage": priced}))
-
-    def bytes(self) -> bytes:
-        return b"".join(self._held)
+    @property
+    def is_countable(self) -> bool:
+        """Whether what was relayed until now is all that can be billed, and can be counted."""
+        candidate = self.candidate
+        return (
+            self.first_byte is not None
+            and self.call.endpoint in _CHUNKED
+            and tokens.is_known(candidate.tokenizer)
+            and not candidate.is_reasoning
+            and not self.request.is_unsized
+            and not self.request.prediction_tokens
+        )
 
 
 class Exchange:
@@ -153,65 +153,109 @@ class Exchange:
         self._catalog = catalog
         self._limits = limits
         self._background: set[asyncio.Task[object]] = set()
+        self._counting = asyncio.Semaphore(COUNTS_AT_ONCE_MAX)
 
-    async def chat(self, call: Call, answer: Answer) -> None:
-        """Serve one chat completion, streamed or not.
+    async def serve(self, call: Call, answer: Answer) -> None:
+        """Serve one call, streamed or not.
 
         Raises what `proxy.errors` names when nothing was charged and nothing sent; once the answer has begun, what
         goes wrong is said in the answer.
         """
-        request = decode_chat(call.body)
+        request = decode(call.endpoint, call.body)
         opened, offered = await self._preflight(call, request)
+        answer.on_gone(opened.leave)
         try:
             response = await self._send(opened, offered)
             try:
-                if request.stream and _is_event_stream(response.headers):
+                if _is_stream(request, response.headers):
                     await self._relay_stream(opened, response, answer)
                 else:
                     await self._relay_plain(opened, response, answer)
             finally:
                 await response.aclose()
+        except UpstreamTimeout:
+            if opened.is_client_gone and not opened.is_closed:
+                await self._settle(opened, _assumed(opened), "client_left")
+            raise
         finally:
             if not opened.is_closed:
                 await self._release(opened)
 
-    async def _preflight(self, call: Call, request: ChatRequest) -> tuple[_Open, tuple[Candidate, ...]]:
+    # ---- before the provider is called
+
+    async def _preflight(self, call: Call, request: PaidRequest) -> tuple[_Open, tuple[Candidate, ...]]:
         """The hook before the provider is called: route, price, estimate, reserve."""
         started = _now()
         catalog = self._catalog()
         offered = candidates(catalog.models, request.model)
         estimated = estimate(request, len(call.body), offered, catalog.markup_bps)
         try:
-            reserved = await self._ledger.reserve(
-                Reserve(
-                    id=call.request_id,
-                    wallet_id=call.caller.wallet_id,
-                    user_id=call.caller.user_id,
-                    key_id=call.caller.key_id,
-                    at_least=estimated.at_least,
-                    at_most=estimated.at_most,
-                    window_tokens=estimated.window_tokens,
-                    models=tuple(candidate.target for candidate in offered),
-                    original_model=request.model,
-                    is_stream=bool(request.stream),
-                    token_version=call.caller.token_version,
-                    client_request_id=call.client_request_id,
-                )
-            )
-        except InsufficientCredits as exc:
-            exc.tokens_affordable = maximum_affordable(estimated, offered, exc.available, catalog.markup_bps)
-            raise
+            reserved = await self._reserve(call, request, estimated, offered)
+        except NotCovered as exc:
+            counted = await self._counted(call, request, offered, exc, catalog.markup_bps)
+            if counted is None:
+                raise _with_affordable(exc, estimated, offered, catalog.markup_bps) from None
+            estimated = counted
+            try:
+                reserved = await self._reserve(call, request, estimated, offered)
+            except NotCovered as again:
+                raise _with_affordable(again, estimated, offered, catalog.markup_bps) from None
         opened = _Open(
             call=call,
             request=request,
             estimated=estimated,
             markup_bps=catalog.markup_bps,
-            reserved=reserved.amount,
+            reserved=reserved,
             started=started,
             deadline=started + self._limits.call_s,
             candidate=offered[0],
         )
         return opened, offered
+
+    async def _reserve(
+        self, call: Call, request: PaidRequest, estimated: Estimate, offered: tuple[Candidate, ...]
+    ) -> int:
+        """Hold what `estimated` says; returns the amount. Raises what `Ledger.reserve` does."""
+        reserved = await self._ledger.reserve(
+            Reserve(
+                id=call.request_id,
+                wallet_id=call.caller.wallet_id,
+                user_id=call.caller.user_id,
+                key_id=call.caller.key_id,
+                at_least=estimated.at_least,
+                at_most=estimated.at_most,
+                window_tokens=estimated.window_tokens,
+                models=tuple(candidate.target for candidate in offered),
+                original_model=request.model,
+                is_stream=request.is_stream,
+                token_version=call.caller.token_version,
+                client_request_id=call.client_request_id,
+            )
+        )
+        return reserved.amount
+
+    async def _counted(
+        self,
+        call: Call,
+        request: PaidRequest,
+        offered: tuple[Candidate, ...],
+        refused: NotCovered,
+        markup_bps: int,
+    ) -> Estimate | None:
+        """An estimate by counted tokens where bytes are too coarse; None where counting cannot help."""
+        tokenizers = {candidate.tokenizer for candidate in offered}
+        if request.is_unsized or len(call.body) > COUNTED_BYTES_MAX or not all(map(tokens.is_known, tokenizers)):
+            return None
+        hoped_for = estimate(request, len(call.body) // FITTING_BYTES_PER_TOKEN, offered, markup_bps)
+        if hoped_for.at_least > refused.available:
+            return None
+        async with self._counting:
+            counts = [
+                await asyncio.to_thread(tokens.count_bound, tokenizer, call.body)
+                for tokenizer in tokenizers
+                if tokenizer is not None
+            ]
+        return estimate(request, min(max(counts), len(call.body)), offered, markup_bps)
 
     async def _send(self, opened: _Open, offered: tuple[Candidate, ...]) -> UpstreamResponse:
         """The response of the first candidate that takes the call; the last one's failure when none does."""
@@ -223,7 +267,7 @@ class Exchange:
                     response = await self._providers[candidate.provider].send(_provider_call(opened))
                 if response.status < 300:
                     return response
-                failure = await self._rejection(candidate, response)
+                failure = await self._rejection(opened, response)
             except UpstreamUnreachable as exc:
                 failure = exc
             if isinstance(failure, UpstreamRejected) and not _is_passing(failure.status):
@@ -232,25 +276,27 @@ class Exchange:
         assert failure is not None, "there is at least one candidate"  # noqa: S101 - routing refuses an empty list
         raise failure
 
-    async def _rejection(self, candidate: Candidate, response: UpstreamResponse) -> UpstreamFailed:
+    async def _rejection(self, opened: _Open, response: UpstreamResponse) -> UpstreamFailed:
         try:
-            body = await _read_all(response, self._limits.answer_bytes_max, candidate.provider)
+            async with _within(opened):
+                body = await _read_all(response, self._limits.answer_bytes_max, opened.candidate.provider)
         finally:
             await asyncio.shield(response.aclose())
-        return _refused(candidate, response, response.status, body)
+        return _refused(opened.candidate, response, response.status, body)
 
     # ---- plain answers
 
     async def _relay_plain(self, opened: _Open, response: UpstreamResponse, answer: Answer) -> None:
         async with _within(opened):
             body = await _read_all(response, self._limits.answer_bytes_max, opened.candidate.provider)
-        failed = failure_status(body)
+        encoding = relay.content_encoding(response.headers)
+        content = body if encoding is None else relay.inflate(body, encoding, self._limits.answer_bytes_max)
+        failed = failure_status(content)
         if failed is not None:
-            raise _refused(opened.candidate, response, failed, body)
-        opened.first_byte = _now()
-        metered = meter_plain(body, prompt_bytes=len(opened.call.body), bound=_bound(opened))
+            raise _refused(opened.candidate, response, failed, content)
+        opened.begin()
         try:
-            settled = await self._settle(opened, metered, "completed")
+            settled = await self._settle(opened, await self._metered_plain(opened, content), _outcome(opened))
         except Unavailable:
             self._take_back(opened)
             raise
@@ -263,6 +309,26 @@ class Exchange:
         await answer.start(response.status, headers)
         await answer.end(body)
 
+    async def _metered_plain(self, opened: _Open, content: bytes) -> Metered:
+        def metered(counter: tokens.TokenCounter | None = None) -> Metered:
+            return meter_plain(
+                opened.call.endpoint,
+                content,
+                prompt=opened.call.body,
+                bound=_bound(opened),
+                counter=counter or BY_BYTES,
+                tokens_max=plausible_tokens_max(opened.request, opened.candidate),
+            )
+
+        by_bytes = metered()
+        if by_bytes.is_implausible:
+            log.error("usage_implausible", request_id=opened.call.request_id, provider=opened.candidate.provider)
+        counter = _token_counter(opened)
+        if by_bytes.source is UsageSource.REPORTED or counter is None:
+            return by_bytes
+        async with self._counting:
+            return await asyncio.to_thread(metered, counter)
+
     def _take_back(self, opened: _Open) -> None:
         """An answer that is not delivered costs nothing, whether its settle is booked in the end or not."""
         release = self._ledger.release(_release(opened, "undelivered", is_undelivered=True))
@@ -273,90 +339,72 @@ class Exchange:
 
     async def _relay_stream(self, opened: _Open, response: UpstreamResponse, answer: Answer) -> None:
         """Forward events as they come; hold back the end until the charge is durable."""
-        meter = StreamMeter(METERED_BYTES_MAX)
+        candidate = opened.candidate
+        meter = stream_meter(
+            opened.call.endpoint, METERED_BYTES_MAX, tokens_max=plausible_tokens_max(opened.request, candidate)
+        )
+        encoding = relay.content_encoding(response.headers)
         chunks = response.chunks()
-        tail = _Tail()
+        if encoding is not None:
+            chunks = relay.inflated(chunks, encoding, candidate.provider)
+        relayed = StreamRelay(
+            answer,
+            meter,
+            Head(response.status, _stream_headers(opened, response)),
+            provider=candidate.provider,
+            shows_usage=opened.request.wants_usage,
+            event_bytes_max=self._limits.event_bytes_max,
+            keep_alive_s=self._limits.keep_alive_s,
+            raises_early=lambda data: _refused(candidate, response, failure_status(data) or 502, data),
+            on_first=opened.begin,
+        )
         failure: TollgateError | None = None
         try:
             async with _within(opened):
-                await self._forward(opened, response, chunks, answer, meter, tail)
+                await relayed.forward(chunks)
         except UpstreamFailed as exc:
-            if opened.first_byte is None:
+            if not answer.is_started:
                 raise
             failure = exc
         except BaseException:
             if opened.first_byte is not None:
-                await self._settle(opened, _metered(opened, meter), "cut_off")
+                metered = meter.result(prompt=opened.call.body, bound=_bound(opened))
+                await self._settle(opened, metered, "cut_off")
             raise
+        metered = await self._metered_stream(opened, meter, failure)
         try:
-            settled = await self._settle_stream(opened, _metered(opened, meter), is_whole=failure is None)
+            settled = await self._settle_stream(opened, metered, is_whole=failure is None and not relayed.has_failed)
         except Unavailable as exc:
             failure = exc
         else:
             if settled is not None:
-                tail.price(settled)
-        await answer.end(tail.bytes() if failure is None else _error_event(failure))
-        await _drain(chunks)
+                relayed.add_usage(metered.usage)
+                relayed.tail.price(settled.charged)
+        if failure is not None:
+            await relayed.end_early(_error_event(failure, opened.call.endpoint))
+        else:
+            await relayed.end(chunks, relayed.tail.bytes(), rest_s_max=DRAIN_S_MAX)
+
+    async def _metered_stream(self, opened: _Open, meter: StreamMeter, failure: TollgateError | None) -> Metered:
+        if meter.is_implausible:
+            log.error("usage_implausible", request_id=opened.call.request_id, provider=opened.candidate.provider)
+        is_silent = isinstance(failure, UpstreamTimeout) and opened.is_client_gone and not opened.is_stopped
+        if is_silent and not meter.is_reported:
+            return _assumed(opened)
+        counter = _token_counter(opened)
+        if meter.is_reported or counter is None:
+            return meter.result(prompt=opened.call.body, bound=_bound(opened))
+        async with self._counting:
+            return await asyncio.to_thread(meter.result, prompt=opened.call.body, bound=_bound(opened), counter=counter)
 
     async def _settle_stream(self, opened: _Open, metered: Metered, *, is_whole: bool) -> Settled | None:
         """Charge for what was relayed; None when that was a failure and nothing before it, which costs nothing."""
-        if is_whole and not opened.has_failed:
-            return await self._settle(opened, metered, "completed")
+        if is_whole or opened.is_client_gone:
+            return await self._settle(opened, metered, _outcome(opened))
         if metered.usage.output_tokens:
             return await self._settle(opened, metered, "provider_broke")
         await self._release(opened)
         return None
-
-    async def _forward(  # noqa: PLR0913, PLR0917 - the parts of one loop, kept apart to be read
-        self,
-        opened: _Open,
-        response: UpstreamResponse,
-        chunks: AsyncIterator[bytes],
-        answer: Answer,
-        meter: StreamMeter,
-        tail: _Tail,
-    ) -> None:
-        """Relay until the provider's end marker, or the end of its stream."""
-        splitter = EventSplitter(self._limits.event_bytes_max)
-        shows_usage = _wants_usage(opened.request)
-        try:
-            async for chunk in chunks:
-                forwarded: list[bytes] = []
-                for event in splitter.feed(chunk):
-                    kind = meter.feed(event)
-                    if kind is EventKind.ERROR:
-                        self._note_failure(opened, response, event)
-                    if opened.first_byte is None:
-                        opened.first_byte = _now()
-                        await answer.start(response.status, _headers(opened, response))
-                    match kind:
-                        case EventKind.DONE:
-                            tail.hold(event)
-                            await _write(answer, forwarded)
-                            return
-                        case EventKind.USAGE_ONLY:
-                            if shows_usage:
-                                tail.hold_usage(event)
-                        case _:
-                            forwarded += tail.let_go()
-                            forwarded.append(event)
-                await _write(answer, forwarded)
-        except EventTooLong as exc:
-            raise UpstreamBroken(
-                "The provider sent an event over the limit.", provider=opened.candidate.provider
-            ) from exc
-        if opened.first_byte is None:
-            raise UpstreamBroken("The provider sent an empty stream.", provider=opened.candidate.provider)
-        meter.feed(splitter.rest)
-        tail.hold(splitter.rest)
-
-    @staticmethod
-    def _note_failure(opened: _Open, response: UpstreamResponse, event: bytes) -> None:
-        """Raises the provider's error when nothing was relayed before it: it can still be an answer of its own."""
-        opened.has_failed = True
-        data = event_data(event) or b""
-        if opened.first_byte is None:
-            raise _refused(opened.candidate, response, failure_status(data) or 502, data)
 
     # ---- the end of the reservation
 
@@ -413,6 +461,15 @@ class Exchange:
             log.warning("release_deferred", request_id=opened.call.request_id)
 
 
+def _with_affordable(
+    refused: NotCovered, estimated: Estimate, offered: tuple[Candidate, ...], markup_bps: int
+) -> NotCovered:
+    """The refusal with the maximum that would have been covered."""
+    if isinstance(refused, InsufficientCredits):
+        refused.tokens_affordable = maximum_affordable(estimated, offered, refused.available, markup_bps)
+    return refused
+
+
 def _refused(candidate: Candidate, response: UpstreamResponse, status: int, body: bytes) -> UpstreamFailed:
     """The provider's error, which came with `status` or as one in its body."""
     if status in _OPERATOR_STATUSES:
@@ -434,24 +491,37 @@ def _refused(candidate: Candidate, response: UpstreamResponse, status: int, body
 
 def _provider_call(opened: _Open) -> ProviderCall:
     """The client's own bytes, with only what must change patched."""
-    candidate, request = opened.candidate, opened.request
-    changes: dict[str, bytes] = {}
+    candidate, request, body = opened.candidate, opened.request, opened.call.body
+    changes: dict[str, bytes | None] = {}
     if candidate.model != request.model:
         changes["model"] = msgspec.json.encode(candidate.model)
-    if request.stream and candidate.knows_stream_options and not _wants_usage(request):
-        changes["stream_options"] = asking_for_usage(opened.call.body)
-    if request.store:
+    if request.is_stream and request.endpoint in _CHUNKED:
+        if not candidate.knows_stream_options:
+            changes["stream_options"] = None
+        elif not request.wants_usage:
+            changes["stream_options"] = asking_for_usage(body)
+    if request.must_unstore:
         changes["store"] = b"false"
     maximum = _clamped_maximum(opened)
     if maximum is not None:
-        changes[candidate.maximum_field] = str(maximum).encode()
+        changes[_maximum_field(candidate, request.endpoint)] = str(maximum).encode()
     return ProviderCall(
-        path="chat/completions",
+        path=request.endpoint,
         model=candidate.model,
-        body=patch(opened.call.body, changes) if changes else opened.call.body,
+        body=patch(body, changes) if changes else body,
         headers=opened.call.headers,
-        stream=bool(request.stream),
+        stream=request.is_stream,
     )
+
+
+def _maximum_field(candidate: Candidate, endpoint: Endpoint) -> str:
+    match endpoint:
+        case Endpoint.CHAT:
+            return candidate.maximum_field
+        case Endpoint.RESPONSES:
+            return "max_output_tokens"
+        case _:
+            return "max_tokens"
 
 
 def _clamped_maximum(opened: _Open) -> int | None:
@@ -472,8 +542,21 @@ def _headers(opened: _Open, response: UpstreamResponse) -> Headers:
     return headers
 
 
-def _metered(opened: _Open, meter: StreamMeter) -> Metered:
-    return meter.result(prompt_bytes=len(opened.call.body), bound=_bound(opened))
+def _stream_headers(opened: _Open, response: UpstreamResponse) -> Headers:
+    """As `_headers`; a stream is sent without an encoding, and with its type even if the provider forgot it."""
+    headers = [(name, value) for name, value in _headers(opened, response) if name != b"content-encoding"]
+    if not any(name == b"content-type" for name, _ in headers):
+        headers.append((b"content-type", b"text/event-stream"))
+    return headers
+
+
+def _token_counter(opened: _Open) -> tokens.TokenCounter | None:
+    tokenizer = opened.candidate.tokenizer
+    return tokens.TokenCounter(tokenizer) if tokenizer is not None and tokens.is_known(tokenizer) else None
+
+
+def _outcome(opened: _Open) -> str:
+    return "client_left" if opened.is_client_gone else "completed"
 
 
 def _bound(opened: _Open) -> Usage:
@@ -484,6 +567,13 @@ def _bound(opened: _Open) -> Usage:
         return Usage(input=estimated.input_tokens, output=estimated.output_tokens)
     output = (maximum + estimated.prediction_tokens) * estimated.choices
     return Usage(input=estimated.input_tokens, output=output)
+
+
+def _assumed(opened: _Open) -> Metered:
+    """The whole reservation: nobody knows what was used."""
+    bound = _bound(opened)
+    usage = dearest_usage(bound.input, bound.output, opened.candidate.price)
+    return Metered(usage, UsageSource.ASSUMED)
 
 
 def _release(opened: _Open, outcome: str, *, is_undelivered: bool = False) -> Release:
@@ -504,10 +594,12 @@ def _release(opened: _Open, outcome: str, *, is_undelivered: bool = False) -> Re
 async def _within(opened: _Open) -> AsyncIterator[None]:
     """The time that one call may take. Raises `UpstreamTimeout` beyond it."""
     try:
-        async with asyncio.timeout_at(opened.deadline):
+        async with asyncio.timeout_at(opened.deadline) as opened.timeout:
             yield
     except TimeoutError as exc:
         raise UpstreamTimeout("The call took longer than it may.", provider=opened.candidate.provider) from exc
+    finally:
+        opened.timeout = None
 
 
 async def _read_all(response: UpstreamResponse, bytes_max: int, provider: str) -> bytes:
@@ -521,30 +613,23 @@ async def _read_all(response: UpstreamResponse, bytes_max: int, provider: str) -
     return b"".join(parts)
 
 
-async def _write(answer: Answer, events: list[bytes]) -> None:
-    if events:
-        await answer.write(b"".join(events))
-
-
-async def _drain(chunks: AsyncIterator[bytes]) -> None:
-    """Read what follows the end marker, so that the connection can be used again; but do not wait for it for long."""
-    with suppress(TimeoutError, UpstreamFailed):
-        async with asyncio.timeout(DRAIN_S_MAX):
-            async for _ in chunks:
-                pass
-
-
-def _error_event(failure: TollgateError) -> bytes:
+def _error_event(failure: TollgateError, endpoint: Endpoint) -> bytes:
     """An error in the middle of a stream, as OpenAI sends it; no end marker follows."""
-    return b"data: " + error_body(str(failure), "upstream_error", None, "stream_broken") + b"\n\n"
+    body = error_body(str(failure), "upstream_error", None, "stream_broken")
+    if endpoint is not Endpoint.RESPONSES:
+        return b"data: " + body + b"\n\n"
+    # Its clients know an error by the type of the event, those of the other endpoints by the field.
+    said = {"type": "error", "code": "stream_broken", "message": str(failure), "param": None}
+    fields = {name: msgspec.json.encode(value) for name, value in said.items()}
+    return b"event: error\ndata: " + patch(body, fields) + b"\n\n"
 
 
-def _wants_usage(request: ChatRequest) -> bool:
-    return request.stream_options is not None and bool(request.stream_options.include_usage)
-
-
-def _is_event_stream(headers: Headers) -> bool:
-    return any(name == b"content-type" and value.startswith(b"text/event-stream") for name, value in headers)
+def _is_stream(request: PaidRequest, headers: Headers) -> bool:
+    """Whether an answer is a stream of events: it says so, or it was asked for and does not say that it is not."""
+    content_type = next((value.lower() for name, value in headers if name == b"content-type"), b"")
+    if content_type.startswith(b"text/event-stream"):
+        return True
+    return request.is_stream and b"json" not in content_type
 
 
 def _is_passing(status: int) -> bool:

@@ -1,9 +1,9 @@
 """What a call consumed, from the bytes of its answer: as the provider reports it, else counted.
 
-`Usage` has disjoint classes; OpenAI's usage object (https://platform.openai.com/docs/api-reference/chat/object) has
-totals with details inside of them. The rules, in their order:
+`Usage` has disjoint classes; providers report totals with details inside of them. The rules, in their order:
 
-* `prompt_tokens` holds audio tokens, tokens written to the cache and tokens read from it; `input` is the rest.
+* OpenAI's `prompt_tokens` (`input_tokens` in Responses) hold audio tokens, tokens written to the cache and tokens
+  read from it; `input` is the rest. Anthropic's `input_tokens` are that rest already.
 * `total_tokens` above prompt and completion means output that was hidden. It is billed, so it counts as output.
 * `reasoning_tokens` are output already; some providers leave them out of `completion_tokens`, and then the total
   above has them.
@@ -12,13 +12,16 @@ What is counted is never more than what was reserved for.
 """
 
 import re
+from collections.abc import Iterable
 from enum import StrEnum
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol
 
 import msgspec
 from msgspec import Meta, Raw
 
 from proxy.units import Usage
+from proxy.wire.objects import NULL, UNREADABLE
+from proxy.wire.requests import Endpoint
 from proxy.wire.sse import event_data
 
 BYTES_PER_TOKEN = 4
@@ -26,8 +29,6 @@ BYTES_PER_TOKEN = 4
 
 _INT64_MAX = 2**63 - 1
 """What both databases can hold in one column."""
-
-_NULL = Raw(b"null")
 
 _Tokens = Annotated[int, Meta(ge=0, le=_INT64_MAX)]
 
@@ -41,9 +42,14 @@ class UsageSource(StrEnum):
 
 
 class EventKind(StrEnum):
-    """What a relay has to know of an event."""
+    """What a relay has to know of an event.
+
+    `USAGE` is content that brings the usage along, where it would be the last of the content. `DONE` is an end
+    marker. `OTHER` has no data at all.
+    """
 
     CONTENT = "content"
+    USAGE = "usage"
     USAGE_ONLY = "usage_only"
     DONE = "done"
     ERROR = "error"
@@ -63,6 +69,33 @@ class Metered(msgspec.Struct, frozen=True):
     is_implausible: bool = False
 
 
+class Counter(Protocol):
+    """How tokens are counted where none are reported."""
+
+    def prompt(self, body: bytes) -> int:
+        """The tokens of the prompt in a request's body."""
+        ...
+
+    def texts(self, texts: Iterable[str]) -> int:
+        """The tokens of all these texts."""
+        ...
+
+
+class ByteCounter:
+    """Counts by the rule of thumb."""
+
+    def prompt(self, body: bytes) -> int:
+        """See `Counter`."""
+        return _divided_up(len(body), BYTES_PER_TOKEN)
+
+    def texts(self, texts: Iterable[str]) -> int:
+        """See `Counter`."""
+        return _divided_up(sum(map(_utf8_bytes, texts)), BYTES_PER_TOKEN)
+
+
+BY_BYTES = ByteCounter()
+
+
 class _PromptDetails(msgspec.Struct):
     cached_tokens: _Tokens | None = None
     audio_tokens: _Tokens | None = None
@@ -76,16 +109,59 @@ class _CompletionDetails(msgspec.Struct):
 
 
 class _Reported(msgspec.Struct):
-    """OpenAI's usage object, and where other providers put the same: Moonshot, DeepSeek and LiteLLM at its top."""
+    """OpenAI's usage object in both of its shapes, and where others put the same.
+
+    Moonshot, DeepSeek and LiteLLM report caches at the top; Anthropic's shape has `input_tokens` beside them.
+    """
 
     prompt_tokens: _Tokens | None = None
     completion_tokens: _Tokens | None = None
     total_tokens: _Tokens | None = None
     prompt_tokens_details: _PromptDetails | None = None
     completion_tokens_details: _CompletionDetails | None = None
+    input_tokens: _Tokens | None = None
+    output_tokens: _Tokens | None = None
+    input_tokens_details: _PromptDetails | None = None
+    output_tokens_details: _CompletionDetails | None = None
     cached_tokens: _Tokens | None = None
     prompt_cache_hit_tokens: _Tokens | None = None
     cache_creation_input_tokens: _Tokens | None = None
+    cache_read_input_tokens: _Tokens | None = None
+
+    @property
+    def written(self) -> int:
+        """Tokens that were written to the cache."""
+        inside = self.prompt_details
+        return inside.cache_write_tokens or inside.cache_creation_tokens or self.cache_creation_input_tokens or 0
+
+    @property
+    def cached(self) -> int:
+        """Tokens that were read from the cache."""
+        inside = self.prompt_details.cached_tokens
+        return inside or self.cached_tokens or self.prompt_cache_hit_tokens or self.cache_read_input_tokens or 0
+
+    @property
+    def prompt_details(self) -> _PromptDetails:
+        """What is said of the prompt's tokens."""
+        return self.prompt_tokens_details or self.input_tokens_details or _NO_PROMPT_DETAILS
+
+    @property
+    def completion_details(self) -> _CompletionDetails:
+        """What is said of the output's tokens."""
+        return self.completion_tokens_details or self.output_tokens_details or _NO_COMPLETION_DETAILS
+
+    @property
+    def prompt(self) -> int | None:
+        """All tokens of the prompt, those of the caches included."""
+        if self.prompt_tokens is not None or self.input_tokens is None:
+            return self.prompt_tokens
+        beside = (self.cache_read_input_tokens or 0) + (self.cache_creation_input_tokens or 0)
+        return self.input_tokens + beside
+
+    @property
+    def completion(self) -> int | None:
+        """All tokens of the output."""
+        return self.output_tokens if self.completion_tokens is None else self.completion_tokens
 
 
 class _Called(msgspec.Struct):
@@ -111,6 +187,7 @@ class _Text(msgspec.Struct):
 
 
 class _Choice(msgspec.Struct):
+    index: int | None = None
     delta: _Text | None = None
     message: _Text | None = None
     text: str | None = None
@@ -123,21 +200,59 @@ class _Written(msgspec.Struct):
     choices: list[_Choice] | None = None
 
 
+class _End(msgspec.Struct):
+    finish_reason: Any = None
+
+
 class _Chunk(msgspec.Struct):
     """An answer, or a chunk of one, as far as its usage is concerned."""
 
     model: str | None = None
-    choices: list[Raw] | None = None
-    usage: Raw = _NULL  # `Raw | None` would take nothing but null
+    choices: list[_End] | None = None
+    usage: Raw = NULL  # `Raw | None` would take nothing but null
     error: Any = None
+
+
+class _Part(msgspec.Struct):
+    text: str | None = None
+    refusal: str | None = None
+
+
+class _Item(msgspec.Struct):
+    """An item of a response's output."""
+
+    name: str | None = None
+    arguments: str | None = None
+    input: str | None = None
+    content: list[_Part] | None = None
+    summary: list[_Part] | None = None
+
+
+class _Response(msgspec.Struct):
+    """A response, as the body of an answer or inside of an event."""
+
+    model: str | None = None
+    usage: Raw = NULL
+    error: Any = None
+    output: list[_Item] | None = None
+
+
+class _ResponseEvent(msgspec.Struct):
+    """An event of a streamed response."""
+
+    type: str | None = None
+    delta: Any = None
+    item_id: str | None = None
+    response: _Response | None = None
+    error: Any = None
+    message: str | None = None
 
 
 _decode_reported = msgspec.json.Decoder(_Reported).decode
 _decode_written = msgspec.json.Decoder(_Written).decode
 _decode_chunk = msgspec.json.Decoder(_Chunk).decode
-
-_UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
-"""What msgspec raises for bytes that are not what was expected."""
+_decode_response = msgspec.json.Decoder(_Response).decode
+_decode_response_event = msgspec.json.Decoder(_ResponseEvent).decode
 
 _NO_PROMPT_DETAILS = _PromptDetails()
 _NO_COMPLETION_DETAILS = _CompletionDetails()
@@ -150,18 +265,24 @@ _ERROR_VALUE = re.compile(rb'"error"\s*:\s*[^\sn]')
 
 _DONE = b"[DONE]"
 
+_RESPONSE_END = re.compile(rb'"type"\s*:\s*"(?:response\.(?:completed|incomplete|failed|cancelled)|error)"')
+_RESPONSE_ENDS = frozenset({"response.completed", "response.incomplete", "response.cancelled"})
+
+_Texts = dict[object, str]
+"""Pieces of text by what they are pieces of, such as the content of one choice."""
+
 
 def read_usage(reported: bytes | Raw) -> Usage | None:
-    """The usage in OpenAI's usage object; None when it cannot be right.
+    """The usage in a usage object of OpenAI's or Anthropic's; None when it cannot be right.
 
     That is: a number that is negative, not whole or beyond 64 bits, a detail above its total, or neither prompt
     nor completion tokens.
     """
     try:
         usage = _decode_reported(reported)
-    except _UNREADABLE:
+    except UNREADABLE:
         return None
-    prompt, completion, total = usage.prompt_tokens, usage.completion_tokens, usage.total_tokens or 0
+    prompt, completion, total = usage.prompt, usage.completion, usage.total_tokens or 0
     if prompt is None:
         if completion is None:
             return None
@@ -171,13 +292,11 @@ def read_usage(reported: bytes | Raw) -> Usage | None:
     if prompt + output > _INT64_MAX:
         return None
 
-    inside = usage.prompt_tokens_details or _NO_PROMPT_DETAILS
-    audio = inside.audio_tokens or 0
-    written = inside.cache_write_tokens or inside.cache_creation_tokens or usage.cache_creation_input_tokens or 0
-    cached = inside.cached_tokens or usage.cached_tokens or usage.prompt_cache_hit_tokens or 0
-    shown = usage.completion_tokens_details or _NO_COMPLETION_DETAILS
-    spoken = shown.audio_tokens or 0
-    reasoning = shown.reasoning_tokens or 0
+    audio = usage.prompt_details.audio_tokens or 0
+    written = usage.written
+    cached = usage.cached
+    spoken = usage.completion_details.audio_tokens or 0
+    reasoning = usage.completion_details.reasoning_tokens or 0
     if max(audio, written, cached) > prompt or max(spoken, reasoning) > output:
         return None
     # A token may be in two details, such as audio that was cached: it counts once, where it is dearer.
@@ -203,7 +322,7 @@ def failure_status(body: bytes) -> int | None:
         return None
     try:
         answer = _decode_chunk(body)
-    except _UNREADABLE:
+    except UNREADABLE:
         return None
     if not answer.error or answer.choices:
         return None
@@ -212,52 +331,60 @@ def failure_status(body: bytes) -> int | None:
     return int(text) if len(text) == 3 and text.isdecimal() and 400 <= int(text) <= 599 else 502
 
 
-def meter_plain(
+def meter_plain(  # noqa: PLR0913 - what it depends on
+    endpoint: Endpoint,
     body: bytes,
     *,
-    prompt_bytes: int,
+    prompt: bytes,
     bound: Usage,
-    input_tokens_max: int | None = None,
-    output_tokens_max: int | None = None,
+    counter: Counter = BY_BYTES,
+    tokens_max: int | None = None,
 ) -> Metered:
     """The usage of a whole answer, which is counted where it reports none that can be right.
 
-    `prompt_bytes` is what the input is counted by, `bound` the most that may be counted. Reported usage above the
-    maxima, where they are known, cannot be right.
+    `prompt` is the request's body, of which the input is counted, `bound` the most that may be counted. Reported
+    usage of more than `tokens_max`, where that is known, cannot be right. Blocks as long as `counter` does.
     """
+    is_response = endpoint is Endpoint.RESPONSES
     try:
-        answer = _decode_chunk(body)
-    except _UNREADABLE:
+        answer = _decode_response(body) if is_response else _decode_chunk(body)
+    except UNREADABLE:
         answer = _Chunk()
-    usage = _plausible(answer.usage, input_tokens_max, output_tokens_max)
+    usage = _plausible(answer.usage, tokens_max)
     if usage is not None:
         return Metered(usage, UsageSource.REPORTED, answer.model)
-    model, text_bytes = _written(body)
+    model, texts = _response_texts(body) if is_response else _chat_texts(body)
     return Metered(
-        _counted(None, prompt_bytes, text_bytes, bound),
+        _counted(None, counter.prompt(prompt), counter.texts(texts.values()), bound),
         UsageSource.COUNTED,
-        model,
+        answer.model or model,
         is_implausible=bytes(answer.usage) != b"null",
     )
 
 
-class StreamMeter:
-    """Meters a stream while it is relayed, at the price of two searches in each event.
+class _Read(msgspec.Struct, frozen=True):
+    """What a decoded event said."""
 
-    Only events that may report usage, or an error, are decoded. The others are kept, up to `kept_bytes_max` bytes,
-    to be counted if it comes to that; of those beyond it only the bytes are known, and their share of text is
-    taken to be that of those that were kept.
+    kind: EventKind
+    usage: Raw = NULL
+    model: str | None = None
+    has_text: bool = False
+
+
+class StreamMeter:
+    """Meters a stream of chunks, as chat completions and completions have it, while it is relayed.
+
+    The price is two searches in each event: only events that may report usage, or an error, are decoded. The others
+    are kept, up to `kept_bytes_max` bytes, to be counted if it comes to that; of those beyond it only the bytes are
+    known, and their share of text is taken to be that of those that were kept.
 
     Usage that is followed by more text (some providers report at the start, or with every chunk, and may break in
     between) is charged with that text on top. So events are forgotten once there is usage for them.
     """
 
-    def __init__(
-        self, kept_bytes_max: int, *, input_tokens_max: int | None = None, output_tokens_max: int | None = None
-    ) -> None:
+    def __init__(self, kept_bytes_max: int, *, tokens_max: int | None = None) -> None:
         self._kept_bytes_max = kept_bytes_max
-        self._input_tokens_max = input_tokens_max
-        self._output_tokens_max = output_tokens_max
+        self._tokens_max = tokens_max
         self._kept: list[bytes] = []
         self._kept_bytes = 0
         self._dropped_bytes = 0
@@ -270,56 +397,78 @@ class StreamMeter:
         """Whether the provider has reported usage that cannot be."""
         return self._is_implausible
 
+    @property
+    def is_reported(self) -> bool:
+        """Whether the provider has reported usage, and nothing came after it: then nothing has to be counted."""
+        return self._usage is not None and not self._kept_bytes and not self._dropped_bytes
+
     def feed(self, event: bytes) -> EventKind:
         """What kind of event this raw server-sent event is."""
         data = event_data(event)
         if data is None:
             return EventKind.OTHER
-        # Escaped quotes keep these out of strings: inside of one they read \"usage\".
-        usage_at = data.find(_USAGE)
-        may_report = usage_at >= 0 and _USAGE_OBJECT.search(data, usage_at) is not None
-        error_at = data.find(_ERROR)
-        may_fail = error_at >= 0 and _ERROR_VALUE.search(data, error_at) is not None
-        if may_report or may_fail:
-            kind = self._read(data)
-        elif len(data) < 16 and data.strip() == _DONE:
-            kind = EventKind.DONE
-        else:
-            self._keep(data)
-            kind = EventKind.CONTENT
-        return kind
+        if self._may_say(data):
+            return self._take(data)
+        if len(data) < 16 and data.strip() == _DONE:
+            return EventKind.DONE
+        self._keep(data)
+        return EventKind.CONTENT
 
-    def result(self, *, prompt_bytes: int, bound: Usage) -> Metered:
+    def result(self, *, prompt: bytes, bound: Usage, counter: Counter = BY_BYTES) -> Metered:
         """The usage up to now: what was reported, plus a count of what it does not cover.
 
-        `prompt_bytes` is what the input is counted by, `bound` the most that may be counted.
+        `prompt` is the request's body, of which the input is counted, `bound` the most that may be counted. Blocks as
+        long as `counter` does.
         """
-        text_bytes = self._unreported_bytes()
-        if self._usage is not None and not text_bytes:
+        tokens = 0 if self.is_reported else self._unreported_tokens(counter)
+        if self._usage is not None and not tokens:
             return Metered(self._usage, UsageSource.REPORTED, self._model, self._is_implausible)
-        usage = _counted(self._usage, prompt_bytes, text_bytes, bound)
+        prompt_tokens = 0 if self._usage is not None else counter.prompt(prompt)
+        usage = _counted(self._usage, prompt_tokens, tokens, bound)
         return Metered(usage, UsageSource.COUNTED, self._model, self._is_implausible)
 
-    def _read(self, data: bytes) -> EventKind:
-        """Decode a chunk that may hold usage or an error."""
+    def _may_say(self, data: bytes) -> bool:
+        """Whether an event may hold usage or an error."""
+        # Escaped quotes keep these out of strings: inside of one they read \\"usage\\".
+        usage_at = data.find(_USAGE)
+        if usage_at >= 0 and _USAGE_OBJECT.search(data, usage_at) is not None:
+            return True
+        error_at = data.find(_ERROR)
+        return error_at >= 0 and _ERROR_VALUE.search(data, error_at) is not None
+
+    def _decode(self, data: bytes) -> _Read:
+        """What an event says that `_may_say` something. Raises what msgspec raises for bytes that are no such event."""
+        chunk = _decode_chunk(data)
+        choices = chunk.choices or []
+        if chunk.error:
+            kind = EventKind.ERROR
+        elif not _is_object(chunk.usage):
+            kind = EventKind.CONTENT
+        elif not choices:
+            kind = EventKind.USAGE_ONLY
+        else:
+            kind = EventKind.USAGE if any(choice.finish_reason for choice in choices) else EventKind.CONTENT
+        return _Read(kind, chunk.usage, chunk.model, has_text=bool(choices))
+
+    def _texts(self, data: bytes) -> tuple[str | None, _Texts]:
+        return _chat_texts(data)
+
+    def _take(self, data: bytes) -> EventKind:
         try:
-            chunk = _decode_chunk(data)
-        except _UNREADABLE:
+            read = self._decode(data)
+        except UNREADABLE:
             self._keep(data)
             return EventKind.CONTENT
-        reports = _is_object(chunk.usage)
-        usage = _plausible(chunk.usage, self._input_tokens_max, self._output_tokens_max)
+        usage = _plausible(read.usage, self._tokens_max)
         if usage is not None:
-            self._usage, self._model = usage, chunk.model or self._model
+            self._usage, self._model = usage, read.model or self._model
             self._kept.clear()
             self._kept_bytes = self._dropped_bytes = 0
-        else:
-            self._is_implausible = self._is_implausible or reports
-            if chunk.choices:
-                self._keep(data)
-        if chunk.error:
-            return EventKind.ERROR
-        return EventKind.USAGE_ONLY if reports and not chunk.choices else EventKind.CONTENT
+            return read.kind
+        self._is_implausible = self._is_implausible or _is_object(read.usage)
+        if read.has_text:
+            self._keep(data)
+        return read.kind
 
     def _keep(self, data: bytes) -> None:
         if self._kept_bytes + len(data) > self._kept_bytes_max:
@@ -328,51 +477,83 @@ class StreamMeter:
         self._kept.append(data)
         self._kept_bytes += len(data)
 
-    def _unreported_bytes(self) -> int:
-        """The bytes of text for which there is no usage."""
-        text_bytes = 0
+    def _unreported_tokens(self, counter: Counter) -> int:
+        """The tokens of the text for which there is no usage."""
+        pieces: dict[object, list[str]] = {}
         for data in self._kept:
-            model, written_bytes = _written(data)
-            text_bytes += written_bytes
+            model, texts = self._texts(data)
             self._model = self._model or model
+            for key, text in texts.items():
+                pieces.setdefault(key, []).append(text)
+        tokens = counter.texts("".join(piece) for piece in pieces.values())
         if not self._dropped_bytes:
-            return text_bytes
+            return tokens
         if not self._kept_bytes:
-            return self._dropped_bytes
-        return text_bytes + _divided_up(self._dropped_bytes * text_bytes, self._kept_bytes)
+            return _divided_up(self._dropped_bytes, BYTES_PER_TOKEN)
+        return tokens + _divided_up(self._dropped_bytes * tokens, self._kept_bytes)
 
 
-def _plausible(reported: Raw, input_tokens_max: int | None, output_tokens_max: int | None) -> Usage | None:
+class ResponseMeter(StreamMeter):
+    """Meters a stream of events as Responses has it: usage comes with the event that ends it."""
+
+    def _may_say(self, data: bytes) -> bool:
+        return _RESPONSE_END.search(data) is not None
+
+    def _decode(self, data: bytes) -> _Read:
+        event = _decode_response_event(data)
+        response = event.response or _Response()
+        if event.type in {"response.failed", "error"}:
+            kind = EventKind.ERROR
+        else:
+            kind = EventKind.DONE if event.type in _RESPONSE_ENDS else EventKind.CONTENT
+        return _Read(kind, response.usage, response.model, has_text=kind is EventKind.CONTENT)
+
+    def _texts(self, data: bytes) -> tuple[str | None, _Texts]:
+        try:
+            event = _decode_response_event(data)
+        except UNREADABLE:
+            return None, {None: _as_text(data)}
+        model = None if event.response is None else event.response.model
+        is_text = isinstance(event.delta, str) and event.delta
+        return model, {(event.type, event.item_id): event.delta} if is_text else {}
+
+
+def stream_meter(endpoint: Endpoint, kept_bytes_max: int, *, tokens_max: int | None = None) -> StreamMeter:
+    """A meter for the streams of `endpoint`."""
+    kind = ResponseMeter if endpoint is Endpoint.RESPONSES else StreamMeter
+    return kind(kept_bytes_max, tokens_max=tokens_max)
+
+
+def _plausible(reported: Raw, tokens_max: int | None) -> Usage | None:
     usage = read_usage(reported)
-    if usage is None:
-        return None
-    if input_tokens_max is not None and usage.input_tokens > input_tokens_max:
-        return None
-    if output_tokens_max is not None and usage.output_tokens > output_tokens_max:
+    if usage is None or (tokens_max is not None and usage.input_tokens + usage.output_tokens > tokens_max):
         return None
     return usage
 
 
-def _counted(reported: Usage | None, prompt_bytes: int, text_bytes: int, bound: Usage) -> Usage:
-    """A count of `text_bytes` on top of what was `reported`, or of the whole call where nothing was."""
-    output = _divided_up(text_bytes, BYTES_PER_TOKEN)
+def _counted(reported: Usage | None, prompt_tokens: int, output_tokens: int, bound: Usage) -> Usage:
+    """A count of so many tokens on top of what was `reported`, or of the whole call where nothing was."""
     if reported is None:
-        prompt = _divided_up(prompt_bytes, BYTES_PER_TOKEN)
-        return Usage(input=min(prompt, bound.input_tokens), output=min(output, bound.output_tokens))
+        return Usage(input=min(prompt_tokens, bound.input_tokens), output=min(output_tokens, bound.output_tokens))
     room = max(0, bound.output_tokens - reported.output_tokens)
-    return msgspec.structs.replace(reported, output=reported.output + min(output, room))
+    return msgspec.structs.replace(reported, output=reported.output + min(output_tokens, room))
 
 
-def _written(data: bytes) -> tuple[str | None, int]:
-    """The model that an answer or a chunk names, and the bytes of its text; all of its bytes if it is unreadable."""
+def _chat_texts(data: bytes) -> tuple[str | None, _Texts]:
+    """The model that an answer or a chunk names, and its texts; all of its bytes are text if it is unreadable."""
     try:
         written = _decode_written(data)
-    except _UNREADABLE:
-        return None, len(data)
-    return written.model, sum(map(_choice_bytes, written.choices or ()))
+    except UNREADABLE:
+        return None, {None: _as_text(data)}
+    texts: _Texts = {}
+    for number, choice in enumerate(written.choices or ()):
+        for place, text in enumerate(_choice_texts(choice)):
+            if text:
+                texts[number if choice.index is None else choice.index, place] = text
+    return written.model, texts
 
 
-def _choice_bytes(choice: _Choice) -> int:
+def _choice_texts(choice: _Choice) -> list[str | None]:
     texts = [choice.text]
     for text in (choice.delta, choice.message):
         if text is not None:
@@ -382,9 +563,30 @@ def _choice_bytes(choice: _Choice) -> int:
             for call in text.tool_calls or ():
                 calls += (call.function, call.custom)
             for called in calls:
-                if called is not None:
-                    texts += (called.name, called.arguments, called.input)
-    return sum(len(text.encode()) for text in texts if text)
+                texts += () if called is None else (called.name, called.arguments, called.input)
+    return texts
+
+
+def _response_texts(body: bytes) -> tuple[str | None, _Texts]:
+    """As `_chat_texts`, of a whole response."""
+    try:
+        response = _decode_response(body)
+    except UNREADABLE:
+        return None, {None: _as_text(body)}
+    texts: _Texts = {}
+    for item in response.output or ():
+        parts = [*(item.content or ()), *(item.summary or ())]
+        written = [item.name, item.arguments, item.input, *(part.text or part.refusal for part in parts)]
+        texts |= {(len(texts), place): text for place, text in enumerate(written) if text}
+    return response.model, texts
+
+
+def _as_text(data: bytes) -> str:
+    return data.decode(errors="replace")
+
+
+def _utf8_bytes(text: str) -> int:
+    return len(text.encode(errors="surrogatepass"))
 
 
 def _is_object(raw: Raw) -> bool:

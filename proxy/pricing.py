@@ -60,6 +60,13 @@ def bound(input_tokens: int, output_tokens: int, price: Price, markup_bps: int) 
     return _charge(input_tokens * price.dearest_input + output_tokens * price.dearest_output, markup_bps)
 
 
+def dearest_usage(input_tokens: int, output_tokens: int, price: Price) -> Usage:
+    """The usage of so many tokens that costs the most: its `cost` is their `bound`."""
+    dearest_input = max(("input", "cached_input", "cache_write", "audio_input"), key=lambda name: getattr(price, name))
+    dearest_output = max(("output", "audio_output"), key=lambda name: getattr(price, name))
+    return Usage(**{dearest_input: input_tokens, dearest_output: output_tokens})
+
+
 def output_tokens_affordable(amount: Nanos, input_tokens: int, price: Price, markup_bps: int) -> int | None:
     """How many output tokens `amount` covers beside `input_tokens`; negative when not even the input is covered.
 

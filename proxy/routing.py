@@ -11,7 +11,8 @@ from proxy.pricing import Price
 class Candidate(msgspec.Struct, frozen=True):
     """One model at one provider, with its price and limits.
 
-    `output_tokens_max` and `context_tokens` are None where nobody has said; at least one of them is known.
+    `output_tokens_max` and `context_tokens` are None where nobody has said; at least one of them is known. `tokenizer`
+    is the name of OpenAI's tokenizer that it uses, None where it uses another one.
     """
 
     provider: str
@@ -22,6 +23,7 @@ class Candidate(msgspec.Struct, frozen=True):
     maximum_field: str
     is_reasoning: bool
     knows_stream_options: bool
+    tokenizer: str | None = None
 
     @property
     def target(self) -> str:

@@ -44,6 +44,8 @@ class ServerSettings(_Section, frozen=True):
     """How long one call may take from its reservation to its last byte."""
     settle_wait_s: Seconds = 30
     """How long the end of an answer waits for its charge while the database is out of reach."""
+    keep_alive_s: Seconds = 15
+    """How long a stream may be silent before its client gets a comment, lest somebody in between cut it off."""
     drain_s: PositiveInt = 30
     """How long calls in flight may go on after SIGTERM."""
 

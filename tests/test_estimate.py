@@ -16,7 +16,7 @@ from proxy.estimate import (
 from proxy.pricing import Price, bound, cost
 from proxy.routing import Candidate
 from proxy.units import Usage
-from proxy.wire.openai import decode_chat
+from proxy.wire.chat import decode_chat
 
 CHEAP = Price(input=1000, cached_input=500, cache_write=1250, audio_input=3000, output=4000, audio_output=8000)
 DEAR = Price(input=9000, cached_input=900, cache_write=9000, audio_input=9000, output=30_000, audio_output=30_000)
@@ -98,6 +98,7 @@ def test_what_a_grant_buys_is_within_the_grant(amount, n, predicted, named):
     """A provider that obeys the clamped maximum, and bills every token of a prediction, stays within the grant."""
     fields = {"n": n, "max_tokens": named, "prediction": {"type": "content", "content": "x" * predicted}}
     found, size = estimated([candidate()], **fields)
+    predicted = found.prediction_tokens
     bought = maximum_bought(found, candidate(), amount, MARKUP_BPS)
     assert bought == maximum_affordable(found, [candidate()], amount, MARKUP_BPS)
     if not bought:

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from proxy.metering import EventKind, Metered, StreamMeter, UsageSource, failure_status, meter_plain, read_usage
 from proxy.units import Usage
+from proxy.wire.requests import Endpoint
 
 ROOMY = Usage(input=10_000, output=10_000)
 REPORTED = {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15}
@@ -32,7 +33,7 @@ def fed(*events, kept_bytes_max=100_000, **maxima):
 
 
 def result(meter, prompt_bytes=40, bound=ROOMY):
-    return meter.result(prompt_bytes=prompt_bytes, bound=bound)
+    return meter.result(prompt=b"x" * prompt_bytes, bound=bound)
 
 
 @pytest.mark.parametrize(
@@ -165,7 +166,7 @@ def answer(message=None, **fields):
 
 
 def plain(body, bound=ROOMY, **maxima):
-    return meter_plain(body, prompt_bytes=41, bound=bound, **maxima)
+    return meter_plain(Endpoint.CHAT, body, prompt=b"x" * 41, bound=bound, **maxima)
 
 
 def test_a_plain_answer_that_reports():
@@ -194,9 +195,8 @@ def test_a_plain_answer_that_reports_nonsense(reported):
 @pytest.mark.parametrize(
     ("maxima", "is_implausible"),
     [
-        ({"input_tokens_max": 10, "output_tokens_max": 5}, False),
-        ({"input_tokens_max": 9}, True),
-        ({"output_tokens_max": 4}, True),
+        ({"tokens_max": 15}, False),
+        ({"tokens_max": 14}, True),
     ],
 )
 def test_usage_above_what_the_model_can_do(maxima, is_implausible):
@@ -309,9 +309,9 @@ def test_usage_over_several_lines():
 
 
 def test_usage_beside_text():
-    """Usage in a chunk with choices counts, and that chunk is content."""
+    """Usage in the last chunk with choices counts, and that chunk is content too."""
     meter, kinds = fed(event(chunk("Hello")), event(chunk(finish="stop", usage=REPORTED)), b"data: [DONE]\n\n")
-    assert kinds == [EventKind.CONTENT, EventKind.CONTENT, EventKind.DONE]
+    assert kinds == [EventKind.CONTENT, EventKind.USAGE, EventKind.DONE]
     assert result(meter) == Metered(Usage(input=10, output=5), UsageSource.REPORTED, "m-1")
 
 

@@ -5,7 +5,15 @@ from math import ceil
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.pricing import Price, bound, cost, output_tokens_affordable, price_nanos_per_mtok, provider_cost
+from proxy.pricing import (
+    Price,
+    bound,
+    cost,
+    dearest_usage,
+    output_tokens_affordable,
+    price_nanos_per_mtok,
+    provider_cost,
+)
 from proxy.units import Usage
 
 prices = st.builds(Price, *[st.integers(0, 10**14)] * 6)
@@ -48,6 +56,14 @@ def test_cost_is_rounded_up_once(usage, price, bps):
 def test_what_is_within_the_bound_costs_no_more_than_the_bound(usage, price, bps):
     """Whatever classes the tokens fall into, the estimate covers the charge."""
     assert cost(usage, price, bps) <= bound(usage.input_tokens, usage.output_tokens, price, bps)
+
+
+@given(tokens, tokens, prices, markups)
+def test_the_dearest_usage_costs_its_bound(input_tokens, output_tokens, price, bps):
+    """What is charged where nobody knows the usage is what was held for it."""
+    usage = dearest_usage(input_tokens, output_tokens, price)
+    assert (usage.input_tokens, usage.output_tokens) == (input_tokens, output_tokens)
+    assert cost(usage, price, bps) == bound(input_tokens, output_tokens, price, bps)
 
 
 @given(st.integers(0, 10**15), tokens, prices, markups)

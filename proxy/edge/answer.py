@@ -1,6 +1,7 @@
 """The two ends of a paid call's connection: its body in, its answer out."""
 
 import asyncio
+from collections.abc import Callable
 
 from litestar.types import HTTPScope, Receive, Send
 
@@ -51,14 +52,35 @@ class AsgiAnswer:
     and what is left to say is dropped there.
     """
 
-    def __init__(self, request_id: str, send: Send) -> None:
+    def __init__(self, request_id: str, receive: Receive, send: Send) -> None:
         self._request_id = request_id.encode()
+        self._receive = receive
         self._send = send
-        self.is_started = False
+        self._watcher: asyncio.Task[None] | None = None
+        self._is_started = False
+
+    @property
+    def is_started(self) -> bool:
+        """Whether the head has been sent."""
+        return self._is_started
+
+    def on_gone(self, callback: Callable[[], None]) -> None:
+        """Call `callback` when the client leaves. The request's body must have been read."""
+        self._watcher = asyncio.get_running_loop().create_task(self._watch(callback))
+
+    def close(self) -> None:
+        """Watch the client no longer."""
+        if self._watcher is not None:
+            self._watcher.cancel()
+
+    async def _watch(self, callback: Callable[[], None]) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        callback()
 
     async def start(self, status: int, headers: Headers) -> None:
         """Send the head of the answer; the request id is added to it."""
-        self.is_started = True
+        self._is_started = True
         await self._send(
             {
                 "type": "http.response.start",

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import msgspec
 import structlog
-from litestar import asgi, get
+from litestar import asgi, get, route
 from litestar.di import NamedDependency
 from litestar.exceptions import MethodNotAllowedException
 from litestar.types import HTTPScope, Receive, Scope, Send
@@ -18,8 +18,10 @@ from proxy.catalog import Catalog
 from proxy.edge.answer import AsgiAnswer, read_body
 from proxy.edge.authentication import CHECKED_BY_LEDGER
 from proxy.edge.errors import answer_to
+from proxy.errors import BadRequest
 from proxy.exchange import Call, Exchange
 from proxy.routing import candidates
+from proxy.wire.requests import Endpoint
 
 log = structlog.get_logger(__name__)
 
@@ -56,14 +58,17 @@ def model(catalog: NamedDependency[Catalog], model_id: str) -> Model:
     return Model(id=name, owned_by=candidates(catalog.models, name)[0].provider)
 
 
-def chat_completions(exchange: Exchange, body_bytes_max: int) -> Any:
-    """The handler of `POST /v1/chat/completions`."""
+def paid_handlers(exchange: Exchange, body_bytes_max: int) -> list[Any]:
+    """The handlers of the paid paths, `POST` all."""
+    return [_paid_handler(endpoint, exchange, body_bytes_max) for endpoint in Endpoint]
 
+
+def _paid_handler(endpoint: Endpoint, exchange: Exchange, body_bytes_max: int) -> Any:
     async def serve(scope: Scope, receive: Receive, send: Send) -> None:
         request_id = scope["state"]["request_id"]
-        answer = AsgiAnswer(request_id, send)
+        answer = AsgiAnswer(request_id, receive, send)
         try:
-            await exchange.chat(await _call(cast("HTTPScope", scope), receive, body_bytes_max), answer)
+            await exchange.serve(await _call(endpoint, cast("HTTPScope", scope), receive, body_bytes_max), answer)
         except Exception as exc:
             if answer.is_started:
                 log.exception("answer_cut_off", request_id=request_id)
@@ -71,14 +76,31 @@ def chat_completions(exchange: Exchange, body_bytes_max: int) -> Any:
             error = answer_to(exc, request_id)
             await answer.start(error.status, [*error.headers, (b"content-length", str(len(error.body)).encode())])
             await answer.end(error.body)
+        finally:
+            answer.close()
 
-    return asgi("/v1/chat/completions", opt={CHECKED_BY_LEDGER: True})(serve)
+    return asgi(f"/v1/{endpoint}", opt={CHECKED_BY_LEDGER: True})(serve)
 
 
-async def _call(scope: HTTPScope, receive: Receive, body_bytes_max: int) -> Call:
+@route(
+    ["/v1/responses/{response_path:path}"],
+    http_method=["GET", "POST", "DELETE"],
+    sync_to_thread=False,
+    summary="Responses are not kept",
+)
+def kept_responses(response_path: str) -> None:
+    """Refuse what is done with responses that a provider has kept: it keeps none."""
+    raise BadRequest(
+        f"There is no response{response_path}: responses are not kept. Send the whole conversation as 'input'.",
+        code="unsupported_operation",
+    )
+
+
+async def _call(endpoint: Endpoint, scope: HTTPScope, receive: Receive, body_bytes_max: int) -> Call:
     if scope["method"] != "POST":
         raise MethodNotAllowedException(headers={"Allow": "POST"})
     return Call(
+        endpoint=endpoint,
         request_id=scope["state"]["request_id"],
         client_request_id=_client_request_id(scope["headers"]),
         caller=scope["user"],

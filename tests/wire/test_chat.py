@@ -1,25 +1,13 @@
 import json
 from contextlib import suppress
 
-import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from proxy.errors import BadRequest
-from proxy.wire.openai import (
-    ChatRequest,
-    Message,
-    Part,
-    StreamOptions,
-    asking_for_usage,
-    decode_chat,
-    error_body,
-    has_media,
-    output_tokens_asked,
-    patch,
-    prediction_bytes,
-)
+from proxy.wire.chat import ChatRequest, decode_chat
+from proxy.wire.requests import Endpoint, PaidRequest
 
 MESSAGES = [{"role": "user", "content": "hi"}]
 IMAGE = {"type": "image_url", "image_url": {"url": "https://example.test/cat.png"}}
@@ -62,11 +50,15 @@ def test_the_fields_we_read():
             something={"new": [1, {"a": {}}]},
         )
     )
-    assert request.messages == [Message("system"), Message("user", [Part("text")])]
-    assert (request.model, request.stream, request.stream_options) == ("m", True, StreamOptions(include_usage=True))
-    assert (request.max_tokens, request.max_completion_tokens, request.n) == (5, 7, 2)
-    assert (request.modalities, request.service_tier, request.store) == (["text"], "auto", True)
-    assert [tool.type for tool in request.tools] == ["function", "custom"]
+    assert request == PaidRequest(
+        endpoint=Endpoint.CHAT,
+        model="m",
+        is_stream=True,
+        wants_usage=True,
+        maximum=7,
+        choices=2,
+        must_unstore=True,
+    )
 
 
 def test_null_is_absent():
@@ -323,10 +315,10 @@ def test_names_are_free_where_we_do_not_read():
         ([{"type": "something_new"}], True),
     ],
 )
-def test_has_media(content, is_media):
+def test_content_that_is_not_in_the_body(content, is_media):
     """Everything but text may be larger than its bytes."""
     request = decode_chat(body(messages=[{"role": "user", "content": "x"}, {"role": "user", "content": content}]))
-    assert has_media(request) is is_media
+    assert request.is_unsized is is_media
 
 
 @pytest.mark.parametrize(
@@ -337,103 +329,30 @@ def test_has_media(content, is_media):
         ({"max_completion_tokens": 6}, 6),
         ({"max_tokens": 5, "max_completion_tokens": 6}, 6),
         ({"max_tokens": 7, "max_completion_tokens": None}, 7),
+        ({"max_tokens": 7, "max_output_tokens": 8, "num_predict": 9, "n_predict": 10, "max_new_tokens": 11}, 11),
     ],
 )
-def test_output_tokens_asked(fields, tokens):
-    """Of several maxima the largest counts."""
-    assert output_tokens_asked(decode_chat(body(**fields))) == tokens
+def test_the_maximum(fields, tokens):
+    """Of several maxima the largest counts, in whatever spelling a provider may take it."""
+    assert decode_chat(body(**fields)).maximum == tokens
 
 
-@pytest.mark.parametrize(
-    ("old", "changes", "new"),
-    [
-        (b"{}", {"a": b"1"}, b'{"a":1}'),
-        (b" { } ", {"a": b"1", "b": b"[]"}, b' {"a":1,"b":[] } '),
-        (b'{"b":2}', {"a": b"1"}, b'{"a":1,"b":2}'),
-        (b'{"a" : 12 }', {"a": b"null"}, b'{"a" : null }'),
-        (b'{"x":{"a":1},"a":"}","y":"\\"a\\":1"}', {"a": b"{}"}, b'{"x":{"a":1},"a":{},"y":"\\"a\\":1"}'),
-        (b'{"x":["a","a"],"a":[1,\n2]}', {"a": b"3"}, b'{"x":["a","a"],"a":3}'),
-        (b'{"\\u0061":1}', {"a": b"2"}, b'{"\\u0061":2}'),
-        (b'{"a":1,"a":22}', {"a": b"3"}, b'{"a":3,"a":3}'),
-        (b'{"\\"a":1,"a\\\\":2,"a":3}', {"a": b"4"}, b'{"\\"a":1,"a\\\\":2,"a":4}'),
-        (b'{"a":1}', {}, b'{"a":1}'),
-    ],
-)
-def test_patch(old, changes, new):
-    """Only the named top-level fields change; names inside of values and strings are none."""
-    assert patch(old, changes) == new
-
-
-@pytest.mark.parametrize("not_an_object", [b"", b"[]", b'{"a":}', b"{" * 3000, b'{"\xff":1}'])
-def test_patch_of_something_else(not_an_object):
-    """What is no object is refused as a body would be."""
-    with pytest.raises(BadRequest):
-        patch(not_an_object, {"a": b"1"})
-
-
-texts = st.text('ab_é\u2028\U0001f600\0"\\{', max_size=8) | st.sampled_from(["a", "b", '"a":', "{", "\\", "é"])
-values = st.recursive(
-    st.none() | st.booleans() | st.integers(-(10**9), 10**9) | texts,
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3),
-    max_leaves=8,
-)
-
-
-@settings(deadline=None)
-@given(
-    st.dictionaries(texts, values, max_size=5),
-    st.dictionaries(texts, values, max_size=3),
-    st.sampled_from([None, 0, 2, "\t"]),
-    st.sampled_from([(",", ":"), (", ", ": "), (" , ", " :\n")]),
-    st.booleans(),
-)
-def test_patch_sets_and_keeps(old, new, indent, separators, ensure_ascii):
-    """The patched body reads as the changed object, and without the new fields and values it is the old one's bytes."""
-    old_body = json.dumps(old, indent=indent, separators=separators, ensure_ascii=ensure_ascii).encode()
-    changes = {field: json.dumps(value).encode() for field, value in new.items()}
-    patched = patch(old_body, changes)
-    assert json.loads(patched) == old | new
-    # With the new fields out again, and the old values back in place, nothing else may differ.
-    added = [msgspec.json.encode(field) + b":" + changes[field] for field in new if field not in old]
-    inserted = b",".join(added) + (b"," if added and old else b"")
-    start = old_body.index(b"{") + 1
-    assert patched[start:].startswith(inserted)
-    rest = patched[:start] + patched[start + len(inserted) :]
-    fields = msgspec.json.decode(old_body, type=dict[str, msgspec.Raw])
-    assert patch(rest, {field: bytes(fields[field]) for field in new if field in old}) == old_body
-
-
-def test_error_body():
-    """An error has OpenAI's shape, with further fields beside the four."""
-    error = json.loads(error_body("Not é.", "insufficient_quota", None, "insufficient_credits", required="0.5"))
-    assert error == {
-        "error": {
-            "message": "Not é.",
-            "type": "insufficient_quota",
-            "param": None,
-            "code": "insufficient_credits",
-            "required": "0.5",
-        }
-    }
-
-
-@pytest.mark.parametrize(
-    ("options", "asking"),
-    [
-        ({}, b'{"include_usage":true}'),
-        ({"stream_options": None}, b'{"include_usage":true}'),
-        ({"stream_options": {"include_usage": False}}, b'{"include_usage": true}'),
-        ({"stream_options": {"include_obfuscation": False}}, b'{"include_usage":true,"include_obfuscation": false}'),
-    ],
-)
-def test_asking_for_usage(options, asking):
-    """Usage is asked for, and whatever else the client wished of its stream stays."""
-    assert asking_for_usage(body(**options)) == asking
-
-
-def test_prediction_bytes():
-    """The raw size of what was predicted; none when there is none."""
-    assert prediction_bytes(decode_chat(body())) == 0
-    assert prediction_bytes(decode_chat(body(prediction=None))) == 0
+def test_a_prediction_counts_by_its_bytes():
+    """It may be billed as output, whatever becomes of it; null is none."""
     prediction = {"type": "content", "content": "é"}
-    assert prediction_bytes(decode_chat(body(prediction=prediction))) == len(json.dumps(prediction))
+    assert decode_chat(body(prediction=prediction)).prediction_tokens == len(json.dumps(prediction))
+    assert decode_chat(body(prediction=None)).prediction_tokens == 0
+
+
+@pytest.mark.parametrize(
+    ("fields", "tokens"),
+    [
+        ({"thinking": {"type": "enabled", "budget_tokens": 4096}}, 4096),
+        ({"reasoning": {"max_tokens": 2000, "effort": "high"}}, 2000),
+        ({"thinking": "on", "reasoning": {"max_tokens": "many"}}, 0),
+        ({"thinking": None}, 0),
+    ],
+)
+def test_the_budget_for_thinking(fields, tokens):
+    """It is what a useful answer needs at least; unknown shapes are the provider's business."""
+    assert decode_chat(body(**fields)).thinking_tokens == tokens

@@ -1,0 +1,291 @@
+"""Moving a provider's stream to the client: events as they come, byte for byte, and the end held back.
+
+The end is whatever tells the client that its answer is complete, with the usage before it. It is let go when the
+charge is durable, and not before.
+"""
+
+import asyncio
+import zlib
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
+from typing import Any, Protocol
+
+import msgspec
+
+from proxy.errors import UpstreamBroken, UpstreamFailed
+from proxy.metering import EventKind, StreamMeter
+from proxy.units import Nanos, Usage, format_credits
+from proxy.upstream import Headers
+from proxy.wire.objects import UNREADABLE, patch
+from proxy.wire.sse import EventSplitter, EventTooLong, event_data, with_data
+
+_KEEP_ALIVE = b": keep-alive\n\n"
+
+_ENCODINGS = {b"gzip": zlib.MAX_WBITS | 16, b"x-gzip": zlib.MAX_WBITS | 16, b"deflate": zlib.MAX_WBITS}
+_INFLATED_BYTES = 65_536
+"""At most so much comes out of one step, however well it was compressed."""
+
+
+class Answer(Protocol):
+    """Where the answer goes: its head, then its body in pieces, then its end."""
+
+    @property
+    def is_started(self) -> bool:
+        """Whether the head has been sent."""
+        ...
+
+    async def start(self, status: int, headers: Headers) -> None:
+        """Send the head."""
+        ...
+
+    async def write(self, chunk: bytes) -> None:
+        """Send a piece of the body; returns when there is room for more."""
+        ...
+
+    async def end(self, chunk: bytes = b"") -> None:
+        """Send the last piece: the client now knows that the answer is complete."""
+        ...
+
+
+class Head(msgspec.Struct, frozen=True):
+    """The head of an answer."""
+
+    status: int
+    headers: Headers
+
+
+class _First(msgspec.Struct):
+    """What the chunks of one stream have in common."""
+
+    id: Any = None
+    object: Any = None
+    created: Any = None
+    model: Any = None
+
+
+class Tail:
+    """What is held back at the end of a stream: the usage that was asked for, and the end marker."""
+
+    def __init__(self) -> None:
+        self._held: list[bytes] = []
+        self._usage_at: int | None = None
+
+    @property
+    def has_usage(self) -> bool:
+        """Whether the provider sent the usage that is held."""
+        return self._usage_at is not None
+
+    def hold(self, event: bytes) -> None:
+        """Hold an event."""
+        self._held.append(event)
+
+    def hold_usage(self, event: bytes) -> None:
+        """Hold an event with usage, which the client will see."""
+        self._usage_at = len(self._held)
+        self._held.append(event)
+
+    def let_go(self) -> list[bytes]:
+        """What was held turns out not to be the end: content comes after it."""
+        held, self._held, self._usage_at = self._held, [], None
+        return held
+
+    def price(self, charged: Nanos) -> None:
+        """Put what was charged into the usage, as `usage.cost` in credits."""
+        if self._usage_at is None:
+            return
+        event = self._held[self._usage_at]
+        # Outside of strings, where JSON has no raw line feeds, a space does as well.
+        data = (event_data(event) or b"").replace(b"\n", b" ")
+        usage = bytes(msgspec.json.decode(data, type=dict[str, msgspec.Raw])["usage"])
+        priced = patch(usage, {"cost": msgspec.json.encode(format_credits(charged))})
+        self._held[self._usage_at] = with_data(event, patch(data, {"usage": priced}))
+
+    def bytes(self) -> bytes:
+        """All that is held."""
+        return b"".join(self._held)
+
+
+class StreamRelay:
+    """Relays one stream.
+
+    `raises_early` turns an error event that nothing came before into the error to raise for it; `on_first` is called
+    when the first other event has come. A stream that says
+    nothing for `keep_alive_s` seconds gets a comment, so that nobody in between takes it for dead.
+    """
+
+    def __init__(  # noqa: PLR0913 - the parts of one loop
+        self,
+        answer: Answer,
+        meter: StreamMeter,
+        head: Head,
+        *,
+        provider: str,
+        shows_usage: bool,
+        event_bytes_max: int,
+        keep_alive_s: float,
+        raises_early: Callable[[bytes], Exception],
+        on_first: Callable[[], None],
+    ) -> None:
+        self._answer = answer
+        self._meter = meter
+        self._head = head
+        self._provider = provider
+        self._shows_usage = shows_usage
+        self._splitter = EventSplitter(event_bytes_max)
+        self._keep_alive_s = keep_alive_s
+        self._raises_early = raises_early
+        self._on_first = on_first
+        self._has_begun = False
+        self._loop = asyncio.get_running_loop()
+        self._written_at = self._loop.time()
+        self._may_comment = True
+        self._commenting: asyncio.Task[None] | None = None
+        self._first = b""
+        self.tail = Tail()
+        self.has_failed = False
+        """Whether the provider has said that the call failed."""
+
+    async def forward(self, chunks: AsyncIterator[bytes]) -> None:
+        """Relay until the provider's end marker, or the end of its stream.
+
+        Raises `UpstreamBroken` for a stream without any event and for an event over the limit, and what `chunks` and
+        `raises_early` give.
+        """
+        self._timer = self._loop.call_later(self._keep_alive_s, self._on_idle)
+        try:
+            async for chunk in chunks:
+                if await self._take(self._splitter.feed(chunk)):
+                    return
+        except EventTooLong as exc:
+            raise UpstreamBroken("The provider sent an event over the limit.", provider=self._provider) from exc
+        finally:
+            self._timer.cancel()
+            if self._commenting is not None:
+                await self._commenting
+        rest = self._splitter.rest
+        if not self._has_begun:
+            raise UpstreamBroken("The provider sent no event.", provider=self._provider)
+        self._meter.feed(rest)
+        self.tail.hold(rest)
+
+    async def _take(self, events: list[bytes]) -> bool:
+        """Forward or hold each event; true once the end marker was among them."""
+        forwarded: list[bytes] = []
+        is_done = False
+        for event in events:
+            if is_done:
+                self.tail.hold(event)
+                continue
+            kind = self._meter.feed(event)
+            if kind is EventKind.ERROR:
+                self._note_failure(event)
+            if not self._has_begun:
+                self._has_begun = True
+                self._on_first()
+            match kind:
+                case EventKind.DONE:
+                    self.tail.hold(event)
+                    is_done = True
+                case EventKind.USAGE_ONLY:
+                    if self._shows_usage:
+                        self.tail.hold_usage(event)
+                case EventKind.USAGE if self._shows_usage:
+                    self.tail.hold_usage(event)
+                case _:
+                    forwarded += self.tail.let_go()
+                    forwarded.append(event)
+                    self._first = self._first or event
+                    # The openai SDK takes a comment after an id for an event without data.
+                    self._may_comment = self._may_comment and b"id:" not in event
+        if forwarded:
+            await self._write(b"".join(forwarded))
+        return is_done
+
+    def add_usage(self, usage: Usage) -> None:
+        """Hold a usage event of our own before the end, for a client that asked for one when the provider sent none."""
+        if self.tail.has_usage or not self._shows_usage:
+            return
+        try:
+            first = msgspec.json.decode(event_data(self._first) or b"{}", type=_First)
+        except UNREADABLE:
+            first = _First()
+        inputs, outputs = usage.input_tokens, usage.output_tokens
+        reported = {"prompt_tokens": inputs, "completion_tokens": outputs, "total_tokens": inputs + outputs}
+        chunk = {**msgspec.structs.asdict(first), "choices": [], "usage": reported}
+        held = self.tail.let_go()
+        self.tail.hold_usage(b"data: " + msgspec.json.encode(chunk) + b"\n\n")
+        for event in held:
+            self.tail.hold(event)
+
+    async def end(self, chunks: AsyncIterator[bytes], last: bytes, *, rest_s_max: float) -> None:
+        """Send `last`, then whatever the provider sends after its end within `rest_s_max` seconds, and end the answer.
+
+        Reading to the end of the provider's answer lets its connection be used again.
+        """
+        await self._write(last)
+        with suppress(TimeoutError, UpstreamFailed):
+            async with asyncio.timeout(rest_s_max):
+                async for chunk in chunks:
+                    await self._answer.write(chunk)
+        await self._answer.end()
+
+    async def end_early(self, last: bytes) -> None:
+        """Send `last` and end the answer."""
+        await self._start()
+        await self._answer.end(last)
+
+    async def _write(self, chunk: bytes) -> None:
+        await self._start()
+        await self._answer.write(chunk)
+        self._written_at = self._loop.time()
+
+    async def _start(self) -> None:
+        if not self._answer.is_started:
+            await self._answer.start(self._head.status, self._head.headers)
+
+    def _note_failure(self, event: bytes) -> None:
+        self.has_failed = True
+        if not self._has_begun and not self._answer.is_started:
+            raise self._raises_early(event_data(event) or b"")
+
+    def _on_idle(self) -> None:
+        due_at = self._written_at + self._keep_alive_s
+        now = self._loop.time()
+        if now >= due_at and self._may_comment and (self._commenting is None or self._commenting.done()):
+            self._commenting = self._loop.create_task(self._write(_KEEP_ALIVE))
+        self._timer = self._loop.call_at(max(due_at, now + self._keep_alive_s / 2), self._on_idle)
+
+
+def content_encoding(headers: Headers) -> bytes | None:
+    """How a body is encoded against our request for identity; None when it is not."""
+    for name, value in headers:
+        if name == b"content-encoding" and value.strip().lower() != b"identity":
+            return value.strip().lower()
+    return None
+
+
+async def inflated(chunks: AsyncIterator[bytes], encoding: bytes, provider: str) -> AsyncIterator[bytes]:
+    """The bytes that `chunks` encode, in bounded pieces. Raises `UpstreamBroken` when they do not, or not known how."""
+    if encoding not in _ENCODINGS:
+        raise UpstreamBroken("The provider's answer is encoded in a way that was not asked for.", provider=provider)
+    inflater = zlib.decompressobj(_ENCODINGS[encoding])
+    try:
+        async for chunk in chunks:
+            waiting = chunk
+            while waiting:
+                piece = inflater.decompress(waiting, _INFLATED_BYTES)
+                waiting = inflater.unconsumed_tail
+                if piece:
+                    yield piece
+    except zlib.error as exc:
+        raise UpstreamBroken("The provider's answer is not encoded as it says.", provider=provider) from exc
+
+
+def inflate(body: bytes, encoding: bytes, bytes_max: int) -> bytes:
+    """What `body` encodes, up to `bytes_max` bytes; `body` itself when that cannot be said."""
+    if encoding not in _ENCODINGS:
+        return body
+    try:
+        return zlib.decompressobj(_ENCODINGS[encoding]).decompress(body, bytes_max)
+    except zlib.error:
+        return body

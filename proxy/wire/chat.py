@@ -1,0 +1,155 @@
+"""Chat completions (https://platform.openai.com/docs/api-reference/chat/create): what we read of a request."""
+
+from typing import Annotated, Final
+
+import msgspec
+from msgspec import Meta, Raw
+
+from proxy.wire.objects import (
+    NULL,
+    UNREADABLE,
+    Fields,
+    Spelling,
+    bad_request,
+    check_spelling,
+    checked_objects,
+    unique_fields,
+)
+from proxy.wire.requests import (
+    HARMLESS,
+    OUTSIDE_OF_TOKENS,
+    STATE,
+    Choices,
+    Endpoint,
+    Maxima,
+    ModelName,
+    PaidRequest,
+    StreamOptions,
+    Tokens,
+    Tool,
+    check_fields,
+    check_tools,
+    is_set,
+    thinking_tokens,
+    unsupported,
+)
+
+
+class Part(msgspec.Struct, frozen=True):
+    """One part of a message's content."""
+
+    type: str
+
+
+class Message(msgspec.Struct, frozen=True):
+    """One message of the conversation."""
+
+    role: str
+    content: str | list[Part] | None = None
+
+
+class ChatRequest(Maxima, frozen=True, kw_only=True):
+    """The fields of a chat completion request that decide what it may cost and how it is served."""
+
+    model: ModelName
+    messages: Annotated[list[Message], Meta(min_length=1)]
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: Tokens | None = None
+    n: Choices | None = None
+    best_of: Choices | None = None
+    modalities: list[str] | None = None
+    service_tier: str | None = None
+    store: bool | None = None
+    tools: list[Tool] | None = None
+    prediction: Raw = NULL  # `Raw | None` would take nothing but null
+
+
+_REFUSED: Final = {**STATE, **OUTSIDE_OF_TOKENS, "prompt": "state kept at the provider is not bounded"}
+_TEXT_PARTS = frozenset({"text", "refusal"})
+
+_decode_request = msgspec.json.Decoder(ChatRequest).decode
+
+_TOP = Spelling((*ChatRequest.__struct_fields__, *_REFUSED), HARMLESS)
+_MESSAGE = Spelling((*Message.__struct_fields__, "audio"), ("name", "refusal", "tool_call_id", "tool_calls"))
+_PART = Spelling(Part.__struct_fields__, ("cache_control", "file", "image_url", "input_audio", "text"))
+_FILE = Spelling(("file_id",), ("file_data", "filename", "url", "detail", "data", "format"))
+_TOOL = Spelling(Tool.__struct_fields__, ("custom", "function"))
+
+
+def decode_chat(body: bytes) -> PaidRequest:
+    """The facts of a chat completion request, of which the cost has a bound.
+
+    Raises `BadRequest` for everything else: JSON that is malformed or nested too deeply, wrong types and values,
+    names that another parser may read otherwise, and what would be billed outside of tokens or hangs on state at
+    the provider. `param` is the top-level field.
+    """
+    try:
+        request = _decode_request(body)
+        fields = check_fields(request, body, _TOP, _REFUSED)
+        _check(request, body, fields)
+    except UNREADABLE as exc:
+        raise bad_request(exc) from exc
+    return PaidRequest(
+        endpoint=Endpoint.CHAT,
+        model=request.model,
+        is_stream=bool(request.stream),
+        wants_usage=request.stream_options is not None and bool(request.stream_options.include_usage),
+        maximum=request.largest,
+        choices=request.n or 1,
+        thinking_tokens=thinking_tokens(fields.get("thinking"), fields.get("reasoning")),
+        # https://platform.openai.com/docs/guides/predicted-outputs: what does not come true is billed as output.
+        prediction_tokens=len(request.prediction) if is_set(request.prediction) else 0,
+        is_unsized=_is_unsized(request),
+        must_unstore=bool(request.store),
+    )
+
+
+def _check(request: ChatRequest, body: bytes, fields: Fields) -> None:
+    if request.best_of is not None and request.best_of > 1:
+        raise unsupported("best_of", "'best_of' is not supported: the choices that are not shown would be billed.")
+    if request.modalities is not None and any(modality != "text" for modality in request.modalities):
+        raise unsupported("modalities", "Only the output modality 'text' is priced here.")
+    check_tools(request.tools or ())
+    # What remains to be checked are the objects inside of messages, and tools. When there are no more braces than
+    # those of the body, of its messages and of the stream options, then there is no such object, whatever names
+    # and strings there may be: the common case, at the price of a memchr.
+    if body.count(b"{") != 1 + len(request.messages) + (request.stream_options is not None):
+        _check_messages(request, fields["messages"])
+        if request.tools:
+            checked_objects([fields["tools"]], _TOOL, "tools")
+
+
+def _is_unsized(request: ChatRequest) -> bool:
+    """Whether any content is something else than text, so that its size is not that of the body."""
+    return any(
+        part.type not in _TEXT_PARTS
+        for message in request.messages
+        if isinstance(message.content, list)
+        for part in message.content
+    )
+
+
+def _check_messages(request: ChatRequest, raw: Raw) -> None:
+    """The checks of names, and for state at the provider, in each message and each part of its content."""
+    messages = checked_objects([raw], _MESSAGE, "messages")
+    if any(is_set(fields.get("audio")) for fields in messages):
+        raise unsupported("messages", "Audio kept at the provider is not supported: its size is not known.")
+    contents = [
+        fields["content"]
+        for message, fields in zip(request.messages, messages, strict=True)
+        if isinstance(message.content, list)
+    ]
+    parts = checked_objects(contents, _PART, "messages")
+    if _is_unsized(request):
+        for part in parts:
+            check_files(part, "messages")
+
+
+def check_files(part: Fields, param: str) -> None:
+    """Raises `BadRequest` for ids of files, in a part and in what it holds."""
+    inner = [value for value in part.values() if memoryview(value)[0] == ord("{")]
+    for fields in (part, *(unique_fields(value, param) for value in inner)):
+        check_spelling(fields, _FILE, param)
+        if is_set(fields.get("file_id")):
+            raise unsupported(param, "Files kept at the provider are not supported: send 'file_data' instead.")

@@ -1,0 +1,206 @@
+"""What the paid requests of OpenAI's API have in common: the few facts of each that decide its cost and its relay."""
+
+from collections.abc import Collection, Mapping
+from enum import StrEnum
+from typing import Annotated, Final, Protocol
+
+import msgspec
+from msgspec import Meta, Raw
+
+from proxy.errors import BadRequest
+from proxy.wire.objects import NULL, Fields, Spelling, check_spelling, decode_fields, patch, unique_fields
+
+CHOICES_MAX = 128
+"""OpenAI's own limit of `n`."""
+
+TOKENS_MAX = 2**53 - 1
+"""The largest integer that JSON carries safely between parsers (RFC 8259, section 6)."""
+
+Tokens = Annotated[int, Meta(ge=1, le=TOKENS_MAX)]
+Choices = Annotated[int, Meta(ge=1, le=CHOICES_MAX)]
+ModelName = Annotated[str, Meta(min_length=1)]
+
+
+class Endpoint(StrEnum):
+    """A paid path, as it follows the base URL of any provider."""
+
+    CHAT = "chat/completions"
+    COMPLETIONS = "completions"
+    EMBEDDINGS = "embeddings"
+    RESPONSES = "responses"
+
+
+class PaidRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """What decides the cost and the relay of one call, whatever its endpoint.
+
+    `maximum` is the client's own, in output tokens of each choice: the largest where it names several, None where
+    it names none. `choices` counts the outputs for all `prompts` together. `prediction_tokens` bounds what may be
+    billed of each choice on top of the maximum, `thinking_tokens` is the budget for reasoning inside of it.
+    `is_unsized` says that some of the prompt is not in the body, `must_unstore` that the provider would keep the
+    answer unless it is told not to.
+    """
+
+    endpoint: Endpoint
+    model: str
+    is_stream: bool = False
+    wants_usage: bool = False
+    maximum: int | None = None
+    choices: int = 1
+    prompts: int = 1
+    thinking_tokens: int = 0
+    prediction_tokens: int = 0
+    has_output: bool = True
+    is_unsized: bool = False
+    must_unstore: bool = False
+
+
+class StreamOptions(msgspec.Struct, frozen=True):
+    """What a streaming client asks for beside the stream."""
+
+    include_usage: bool | None = None
+
+
+class Tool(msgspec.Struct, frozen=True):
+    """A tool that the model may call."""
+
+    type: str
+
+
+class Maxima(msgspec.Struct, frozen=True, kw_only=True):
+    """Every spelling in which some provider takes the maximum of output tokens, beside the usual `max_tokens`."""
+
+    max_completion_tokens: Tokens | None = None
+    max_output_tokens: Tokens | None = None
+    max_new_tokens: Tokens | None = None
+    n_predict: Tokens | None = None
+    num_predict: Tokens | None = None
+
+    @property
+    def largest(self) -> int | None:
+        """The one that bounds whatever a provider makes of them."""
+        named = [getattr(self, field, None) for field in ("max_tokens", *Maxima.__struct_fields__)]
+        return max((tokens for tokens in named if tokens is not None), default=None)
+
+
+STATE: Final[Mapping[str, str]] = {
+    "conversation": "state kept at the provider is not bounded",
+    "preset": "state kept at the provider is not bounded",
+    "previous_response_id": "state kept at the provider is not bounded",
+}
+
+OUTSIDE_OF_TOKENS: Final[Mapping[str, str]] = {
+    "audio": "audio output is not priced here",
+    "background": "answers in the background cannot be metered",
+    "candidate_count": "'n' is the number of choices",
+    "enable_search": "web search is billed outside of tokens",
+    "fallbacks": "only the model that was priced may answer",
+    "models": "only the model that was priced may answer",
+    "num_generations": "'n' is the number of choices",
+    "num_return_sequences": "'n' is the number of choices",
+    "plugins": "plugins are billed outside of tokens",
+    "search_parameters": "web search is billed outside of tokens",
+    "web_search_options": "web search is billed outside of tokens",
+}
+"""Top-level fields that make a call's cost unbounded, at OpenAI or at those who took over its API, and why."""
+
+HARMLESS: Final = (
+    "frequency_penalty",
+    "logprobs",
+    "metadata",
+    "parallel_tool_calls",
+    "presence_penalty",
+    "reasoning_effort",
+    "response_format",
+    "seed",
+    "stop",
+    "temperature",
+    "tool_choice",
+    "top_logprobs",
+    "top_p",
+    "user",
+)
+"""Names that are often there and mean nothing that we read: known, they need not be looked at any closer."""
+
+_SWITCHED_OFF = frozenset({b"null", b"false", b"[]", b"1"})
+_PRICED_TIERS = frozenset({None, "auto", "default"})
+_PRICED_TOOLS = frozenset({"function", "custom"})
+_STREAM_OPTIONS = Spelling(StreamOptions.__struct_fields__, ("include_obfuscation",))
+
+
+class _Common(Protocol):
+    """The fields that every request has which makes output."""
+
+    @property
+    def service_tier(self) -> str | None: ...
+
+    @property
+    def stream_options(self) -> StreamOptions | None: ...
+
+
+def check_fields(request: _Common, body: bytes, spelling: Spelling, refused: Mapping[str, str]) -> Fields:
+    """The fields of `body`, of which each that we read is there once, under its own name.
+
+    Raises `BadRequest` otherwise, and for those that are `refused` with the reasons given there.
+    """
+    fields = unique_fields(body)
+    check_spelling(fields, spelling)
+    if not refused.keys().isdisjoint(fields):
+        for field, reason in refused.items():
+            if field in fields and bytes(fields[field]) not in _SWITCHED_OFF:
+                raise unsupported(field, f"'{field}' is not supported: {reason}.")
+    if request.service_tier not in _PRICED_TIERS:
+        raise unsupported("service_tier", f"The service tier '{request.service_tier}' is not priced here.")
+    if request.stream_options is not None:
+        options = unique_fields(fields["stream_options"], "stream_options")
+        check_spelling(options, _STREAM_OPTIONS, "stream_options")
+    return fields
+
+
+def check_tools(tools: Collection[Tool]) -> None:
+    """Raises `BadRequest` for tools that the provider runs itself, and bills for."""
+    for tool in tools:
+        if tool.type not in _PRICED_TOOLS:
+            raise unsupported(
+                "tools", f"Tools of type '{tool.type}' are billed outside of tokens, and not priced here."
+            )
+
+
+def unsupported(param: str, message: str) -> BadRequest:
+    """The refusal of what cannot be priced or bounded."""
+    return BadRequest(message, param=param, code="unsupported_parameter")
+
+
+def is_set(value: Raw | None) -> bool:
+    """Whether a field is there and is not null."""
+    return value is not None and bytes(value) != b"null"
+
+
+class _Budget(msgspec.Struct, frozen=True):
+    budget_tokens: Tokens | None = None
+    max_tokens: Tokens | None = None
+
+
+_decode_budget = msgspec.json.Decoder(_Budget).decode
+
+
+def thinking_tokens(*settings: Raw | None) -> int:
+    """The budget for reasoning in settings such as `{"type": "enabled", "budget_tokens": 4096}`; 0 where there is none.
+
+    Shapes that are not known here hold none: it is no bound, but what a useful answer needs at least.
+    """
+    largest = 0
+    for setting in settings:
+        if setting is None or memoryview(setting)[0] != ord("{"):
+            continue
+        try:
+            budget = _decode_budget(setting)
+        except msgspec.MsgspecError:
+            continue
+        largest = max(largest, budget.budget_tokens or 0, budget.max_tokens or 0)
+    return largest
+
+
+def asking_for_usage(body: bytes) -> bytes:
+    """The `stream_options` of the request `body`, changed to ask for usage and otherwise as they were."""
+    options = decode_fields(body).get("stream_options", NULL)
+    return patch(b"{}" if bytes(options) == b"null" else bytes(options), {"include_usage": b"true"})

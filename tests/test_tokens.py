@@ -1,0 +1,55 @@
+"""Counting by the published tokenizers, on vocabularies from a package."""
+
+import json
+
+import pytest
+import tiktoken
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from proxy import tokens
+
+TOKENIZERS = ["cl100k_base", "o200k_base", "o200k_harmony"]
+
+
+@pytest.mark.parametrize(("tokenizer", "expected"), [("cl100k_base", 2), ("o200k_base", 2), ("o200k_harmony", 2)])
+def test_the_published_vocabularies(tokenizer, expected, monkeypatch):
+    """They need no network: the environment's own cache is left as it was."""
+    monkeypatch.delenv("TIKTOKEN_CACHE_DIR", raising=False)
+    assert tokens.count(tokenizer, ["hello world"]) == expected
+
+
+def test_only_these_are_known():
+    """Any other name, or none, is counted otherwise."""
+    assert all(map(tokens.is_known, TOKENIZERS))
+    assert not tokens.is_known("claude")
+    assert not tokens.is_known(None)
+
+
+def test_a_text_that_the_tokenizer_cannot_take_counts_as_its_bytes():
+    """A panic inside of it is no end of ours; and a count never takes more than the bytes."""
+    spaces = " " * 3_000_000
+    assert 0 < tokens.count("o200k_base", [spaces]) <= len(spaces)
+
+
+def test_special_tokens_are_ordinary_text():
+    """A prompt cannot make itself look smaller, nor be refused, by spelling one out."""
+    assert tokens.count("o200k_base", ["<|endoftext|>"]) > 1
+
+
+texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=60) | st.sampled_from(
+    ["hello world " * 9, "<|im_start|>", "\u2028", "é" * 30]
+)
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(texts, texts), max_size=6))
+def test_the_bound_covers_a_template(said):
+    """Messages between special tokens are within the bound."""
+    messages = [{"role": role, "content": content} for role, content in said]
+    body = json.dumps({"model": "m", "messages": messages}).encode()
+    bound = tokens.count_bound("o200k_base", body)
+    encode = tiktoken.get_encoding("o200k_base").encode_ordinary
+    prompt = 3 + sum(4 + len(encode(f"{role}\n{content}")) for role, content in said)
+    assert prompt <= bound
+    assert tokens.TokenCounter("o200k_base").prompt(body) <= bound

@@ -1,0 +1,127 @@
+import json
+
+import pytest
+
+from proxy.errors import BadRequest
+from proxy.wire.endpoints import decode
+from proxy.wire.requests import Endpoint, PaidRequest, asking_for_usage
+
+
+def body(endpoint=Endpoint.CHAT, **fields):
+    """A request to `endpoint` with these fields and what it must have."""
+    least = {
+        Endpoint.CHAT: {"messages": [{"role": "user", "content": "hi"}]},
+        Endpoint.COMPLETIONS: {"prompt": "hi"},
+        Endpoint.EMBEDDINGS: {"input": "hi"},
+        Endpoint.RESPONSES: {"input": "hi"},
+    }
+    return json.dumps({"model": "m", **least[endpoint], **fields}).encode()
+
+
+@pytest.mark.parametrize(
+    ("options", "asking"),
+    [
+        ({}, b'{"include_usage":true}'),
+        ({"stream_options": None}, b'{"include_usage":true}'),
+        ({"stream_options": {"include_usage": False}}, b'{"include_usage": true}'),
+        ({"stream_options": {"include_obfuscation": False}}, b'{"include_usage":true,"include_obfuscation": false}'),
+    ],
+)
+def test_asking_for_usage(options, asking):
+    """Usage is asked for, and whatever else the client wished of its stream stays."""
+    assert asking_for_usage(body(**options)) == asking
+
+
+@pytest.mark.parametrize("endpoint", Endpoint)
+def test_the_least_that_a_request_must_say(endpoint):
+    """A model and a prompt; nothing else is asked for."""
+    expected = PaidRequest(
+        endpoint=endpoint,
+        model="m",
+        has_output=endpoint is not Endpoint.EMBEDDINGS,
+        must_unstore=endpoint is Endpoint.RESPONSES,
+    )
+    assert decode(endpoint, body(endpoint)) == expected
+
+
+@pytest.mark.parametrize("endpoint", [Endpoint.COMPLETIONS, Endpoint.EMBEDDINGS])
+@pytest.mark.parametrize(
+    ("prompt", "prompts"),
+    [("a", 1), (["a"], 1), (["a", "b"], 2), ([1, 2, 3], 1), ([[1], [2, 3], [4]], 3)],
+)
+def test_prompts_are_counted(endpoint, prompt, prompts):
+    """A text and a list of tokens are one prompt, and each may fill the context."""
+    field = "prompt" if endpoint is Endpoint.COMPLETIONS else "input"
+    assert decode(endpoint, body(endpoint, **{field: prompt})).prompts == prompts
+
+
+@pytest.mark.parametrize(
+    ("fields", "choices"),
+    [({}, 2), ({"n": 3}, 6), ({"best_of": 4}, 8), ({"n": 3, "best_of": 4}, 8), ({"n": 5, "best_of": None}, 10)],
+)
+def test_every_prompt_has_its_choices(fields, choices):
+    """Those that are not shown are billed as well."""
+    assert decode(Endpoint.COMPLETIONS, body(Endpoint.COMPLETIONS, prompt=["a", "b"], **fields)).choices == choices
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "fields", "param"),
+    [
+        (Endpoint.COMPLETIONS, {"prompt": []}, "prompt"),
+        (Endpoint.COMPLETIONS, {"prompt": {"a": 1}}, "prompt"),
+        (Endpoint.COMPLETIONS, {"prompt": [1.5]}, "prompt"),
+        (Endpoint.COMPLETIONS, {"prompt_embeds": "AA"}, "prompt_embeds"),
+        (Endpoint.COMPLETIONS, {"max_tokens": -1}, "max_tokens"),
+        (Endpoint.COMPLETIONS, {"Best_Of": 5}, "best_of"),
+        (Endpoint.EMBEDDINGS, {"input": ""}, "input"),
+        (Endpoint.EMBEDDINGS, {"input": [{"type": "image_url"}]}, "input"),
+        (Endpoint.EMBEDDINGS, {"input_image": "AA"}, "input_image"),
+        (Endpoint.EMBEDDINGS, {"Input": "x"}, "input"),
+        (Endpoint.RESPONSES, {"background": True}, "background"),
+        (Endpoint.RESPONSES, {"previous_response_id": "resp_1"}, "previous_response_id"),
+        (Endpoint.RESPONSES, {"conversation": {"id": "conv_1"}}, "conversation"),
+        (Endpoint.RESPONSES, {"prompt": {"id": "pmpt_1"}}, "prompt"),
+        (Endpoint.RESPONSES, {"tools": [{"type": "web_search"}]}, "tools"),
+        (Endpoint.RESPONSES, {"tools": [{"type": "function", "Type": "web_search"}]}, "tools"),
+        (Endpoint.RESPONSES, {"input": [{"type": "item_reference", "id": "msg_1"}]}, "input"),
+        (
+            Endpoint.RESPONSES,
+            {"input": [{"role": "user", "content": [{"type": "input_file", "file_id": "file-1"}]}]},
+            "input",
+        ),
+        (Endpoint.RESPONSES, {"input": [{"role": "user", "content": "x", "Content": "y"}]}, "input"),
+        (Endpoint.RESPONSES, {"max_output_tokens": 0}, "max_output_tokens"),
+        (Endpoint.RESPONSES, {"service_tier": "flex"}, "service_tier"),
+    ],
+)
+def test_what_has_no_bound_is_refused(endpoint, fields, param):
+    """400, and the field at fault."""
+    with pytest.raises(BadRequest) as raised:
+        decode(endpoint, body(endpoint, **fields))
+    assert raised.value.param == param
+
+
+@pytest.mark.parametrize(
+    ("items", "is_unsized"),
+    [
+        ([{"role": "user", "content": "hi"}], False),
+        ([{"type": "message", "role": "user", "content": [{"type": "input_text", "text": "hi"}]}], False),
+        ([{"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"}], False),
+        ([{"type": "function_call_output", "call_id": "c", "output": "42"}], False),
+        ([{"type": "function_call_output", "call_id": "c", "output": [{"type": "input_image"}]}], True),
+        ([{"type": "reasoning", "summary": [], "encrypted_content": "AA"}], False),
+        ([{"role": "user", "content": [{"type": "input_image", "image_url": "https://x/y"}]}], True),
+        ([{"role": "user", "content": [{"type": "input_file", "file_data": "AA"}]}], True),
+        ([{"type": "computer_call_output", "output": {"type": "x"}}], True),
+        ([{"type": "something_new"}], True),
+    ],
+)
+def test_what_of_a_response_is_not_in_the_body(items, is_unsized):
+    """Whatever is not known to be text may be as large as the context."""
+    request = body(Endpoint.RESPONSES, input=items)
+    assert decode(Endpoint.RESPONSES, request).is_unsized is is_unsized
+
+
+def test_a_response_that_is_not_kept_needs_no_patch():
+    """A client that says so itself is passed on as it is."""
+    assert not decode(Endpoint.RESPONSES, body(Endpoint.RESPONSES, store=False)).must_unstore
