@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -108,20 +109,42 @@ class Served:
             self.command("credits", "grant", "--email", email, "--amount", amount)
         return self.command("keys", "create", "--email", email)["key"]
 
+    def balance(self, key: str) -> dict[str, str]:
+        """What the wallet behind `key` holds."""
+        with self.client(key) as http:
+            return http.get("/api/v1/credits/balance").json()
+
+    def charge(self, key: str, request_id: str) -> dict:
+        """The receipt of one call."""
+        with self.client(key) as http:
+            answer = http.get(f"/api/v1/credits/charges/{request_id}")
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    def ended(self, key: str, request_id: str, *, within_s: float = 10) -> dict:
+        """The receipt of one call as soon as it is not open any more."""
+        give_up_at = time.monotonic() + within_s
+        while (charge := self.charge(key, request_id))["state"] == "open":
+            assert time.monotonic() < give_up_at, f"{request_id} stayed open"
+            time.sleep(0.02)
+        return charge
+
     def client(self, key: str | None) -> httpx2.Client:
         """A plain HTTP client on the server, with `key`."""
         headers = {} if key is None else {"Authorization": f"Bearer {key}"}
         return httpx2.Client(base_url=self.base_url.removesuffix("/v1"), headers=headers, timeout=30)
 
 
-def environment(folder: Path, database_url: str, upstream_url: str = "http://127.0.0.1:9/v1") -> dict[str, str]:
+def environment(
+    folder: Path, database_url: str, upstream_url: str = "http://127.0.0.1:9/v1", config: str = CONFIG
+) -> dict[str, str]:
     """The environment of a server whose configuration and data lie in `folder`."""
-    config = folder / "config.toml"
-    config.write_text(CONFIG.format(base_url=upstream_url, model=MODEL))
+    file = folder / "config.toml"
+    file.write_text(config.format(base_url=upstream_url, model=MODEL))
     return {
         **os.environ,
         "PYTHONPATH": str(Path(__file__).parents[1]),
-        "TOLLGATE_CONFIG": str(config),
+        "TOLLGATE_CONFIG": str(file),
         "TOLLGATE_DATA_DIR": str(folder / "data"),
         "TOLLGATE_DATABASE_URL": database_url,
         "UPSTREAM_KEY": UPSTREAM_KEY,
@@ -129,9 +152,9 @@ def environment(folder: Path, database_url: str, upstream_url: str = "http://127
 
 
 @contextmanager
-def serving(folder: Path, database_url: str, upstream_url: str) -> Iterator[Served]:
+def serving(folder: Path, database_url: str, upstream_url: str, config: str = CONFIG) -> Iterator[Served]:
     """A migrated, running server; ended with the block, and its log free of secrets."""
-    served = Served(environment(folder, database_url, upstream_url))
+    served = Served(environment(folder, database_url, upstream_url, config))
     served.command("migrate")
     served.start()
     try:

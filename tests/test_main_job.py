@@ -64,16 +64,8 @@ def client(served, funded):
         yield client
 
 
-def charge_of(served, key, request_id) -> dict:
-    with served.client(key) as http:
-        answer = http.get(f"/api/v1/credits/charges/{request_id}")
-    assert answer.status_code == 200, answer.text
-    return answer.json()
-
-
 def balance_of(served, key) -> Decimal:
-    with served.client(key) as http:
-        return Decimal(http.get("/api/v1/credits/balance").json()["balance"])
+    return Decimal(served.balance(key)["balance"])
 
 
 def expected(prompt_tokens, completion_tokens) -> Decimal:
@@ -89,7 +81,7 @@ def test_a_plain_call_is_answered_and_charged_to_the_nano(served, funded, client
     cost = expected(usage.prompt_tokens, usage.completion_tokens)
     assert Decimal(answer.headers["x-credits-charged"]) == cost
     assert Decimal(answer.headers["x-credits-balance"]) == before - cost == balance_of(served, funded)
-    charge = charge_of(served, funded, answer.headers["x-request-id"])
+    charge = served.charge(funded, answer.headers["x-request-id"])
     assert (charge["state"], charge["outcome"], charge["usage_source"]) == ("settled", "completed", "reported")
     assert Decimal(charge["charged"]) == cost
     assert (charge["provider"], charge["model"], charge["markup_percent"]) == ("fake", MODEL, "15")
@@ -100,7 +92,7 @@ def test_ten_cents_book_0_115(served, funded, client):
     """A provider's cost of $0.10 books 0.115 credits."""
     usage = {"prompt_tokens": 100_000, "completion_tokens": 0, "total_tokens": 100_000}
     answer = client.chat.completions.with_raw_response.create(model=MODEL, messages=wish(usage=usage))
-    charge = charge_of(served, funded, answer.headers["x-request-id"])
+    charge = served.charge(funded, answer.headers["x-request-id"])
     assert (charge["provider_cost"], charge["charged"], charge["shortfall"]) == ("0.1", "0.115", "0")
 
 
@@ -114,7 +106,7 @@ def test_a_streamed_call_is_charged_before_its_end(served, funded, upstream):
             if line.startswith("data: "):
                 data.append(line.removeprefix("data: "))
             if data and data[-1] == "[DONE]":
-                charge = charge_of(served, funded, answer.headers["x-request-id"])
+                charge = served.charge(funded, answer.headers["x-request-id"])
                 break
     assert (charge["state"], charge["usage_source"]) == ("settled", "reported")
     assert all(json.loads(chunk)["choices"] for chunk in data[:-1]), "the usage chunk is withheld unless asked for"
@@ -132,7 +124,7 @@ def test_usage_that_was_asked_for_comes_with_its_cost(served, funded, client):
     assert not chunks[-1].choices
     usage = chunks[-1].usage
     assert Decimal(usage.cost) == expected(usage.prompt_tokens, usage.completion_tokens)
-    charge = charge_of(served, funded, stream.response.headers["x-request-id"])
+    charge = served.charge(funded, stream.response.headers["x-request-id"])
     assert Decimal(charge["charged"]) == Decimal(usage.cost)
 
 
@@ -260,7 +252,7 @@ def test_what_delivers_nothing_costs_nothing(served, funded, behaviour, status, 
         assert answer.headers["retry-after"] == "7"
     if status == 504:
         assert answer.headers["x-should-retry"] == "false"
-    charge = charge_of(served, funded, answer.headers["x-request-id"])
+    charge = served.charge(funded, answer.headers["x-request-id"])
     assert (charge["state"], charge["charged"]) == ("released", "0")
     assert balance_of(served, funded) == before
 
@@ -274,7 +266,7 @@ def test_a_stream_that_breaks_is_charged_for_what_was_relayed(served, funded, fa
     assert answer.status_code == 200
     assert "[DONE]" not in answer.text
     assert '"error"' in answer.text.strip().splitlines()[-1]
-    charge = charge_of(served, funded, answer.headers["x-request-id"])
+    charge = served.charge(funded, answer.headers["x-request-id"])
     assert (charge["state"], charge["outcome"], charge["usage_source"]) == ("settled", "provider_broke", "counted")
     assert 0 < Decimal(charge["charged"]) <= Decimal(charge["reserved"])
 
@@ -292,7 +284,7 @@ def test_an_error_that_comes_with_status_200_is_an_error(served, funded, stream)
             "/v1/chat/completions", json={"model": MODEL, "stream": stream, "messages": wish(**behaviour)}
         )
     assert (answer.status_code, answer.text) == (429, RATE_LIMITED)
-    charge = charge_of(served, funded, answer.headers["x-request-id"])
+    charge = served.charge(funded, answer.headers["x-request-id"])
     assert (charge["state"], charge["charged"]) == ("released", "0")
 
 
@@ -303,7 +295,7 @@ def test_a_stream_of_comments_and_an_error_costs_nothing(served, funded):
     with served.client(funded) as http:
         answer = http.post("/v1/chat/completions", json={"model": MODEL, "stream": True, "messages": wish(**behaviour)})
     assert (answer.status_code, answer.text) == (200, raw)
-    assert charge_of(served, funded, answer.headers["x-request-id"])["state"] == "released"
+    assert served.charge(funded, answer.headers["x-request-id"])["state"] == "released"
 
 
 def test_an_error_after_content_is_charged_for_the_content(served, funded):
@@ -314,7 +306,7 @@ def test_an_error_after_content_is_charged_for_the_content(served, funded):
     with served.client(funded) as http:
         answer = http.post("/v1/chat/completions", json={"model": MODEL, "stream": True, "messages": wish(**behaviour)})
     assert answer.text == raw
-    charge = charge_of(served, funded, answer.headers["x-request-id"])
+    charge = served.charge(funded, answer.headers["x-request-id"])
     assert (charge["state"], charge["outcome"], charge["usage"]["output"]) == ("settled", "provider_broke", 2)
 
 
@@ -343,7 +335,7 @@ def test_half_a_plain_answer_is_no_answer(served, funded):
     with served.client(funded) as http:
         answer = http.post("/v1/chat/completions", json={"model": MODEL, "messages": wish(half=True)})
     assert (answer.status_code, answer.json()["error"]["code"]) == (502, "provider_broke_off")
-    assert charge_of(served, funded, answer.headers["x-request-id"])["state"] == "released"
+    assert served.charge(funded, answer.headers["x-request-id"])["state"] == "released"
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -353,7 +345,7 @@ def test_without_reported_usage_it_is_counted(served, funded, stream):
         answer = http.post(
             "/v1/chat/completions", json={"model": MODEL, "stream": stream, "messages": wish(tokens=400, usage="none")}
         )
-    charge = charge_of(served, funded, answer.headers["x-request-id"])
+    charge = served.charge(funded, answer.headers["x-request-id"])
     assert (charge["state"], charge["usage_source"]) == ("settled", "counted")
     assert charge["usage"]["output"] == 100, "a token for four bytes"
 
@@ -364,18 +356,8 @@ def test_a_client_that_leaves_is_charged_for_the_whole_answer(served, funded, up
     with served.client(funded) as http, http.stream("POST", "/v1/chat/completions", json=body) as answer:
         next(answer.iter_raw())
         request_id = answer.headers["x-request-id"]
-    charge = settled(served, funded, request_id)
+    charge = served.ended(funded, request_id)
     assert (charge["usage_source"], charge["usage"]["output"]) == ("reported", 200)
-
-
-def settled(served, key, request_id) -> dict:
-    """The charge of a call once it is not open any more."""
-    for _ in range(200):
-        charge = charge_of(served, key, request_id)
-        if charge["state"] != "open":
-            return charge
-        asyncio.run(asyncio.sleep(0.05))
-    raise AssertionError("the call stayed open")
 
 
 def test_secrets_do_not_cross(served, funded, client, upstream):
@@ -402,7 +384,7 @@ def test_the_clients_own_request_id_is_stored_beside_ours(served, funded, client
     ids = {answer.headers["x-request-id"] for answer in answers}
     assert len(ids) == 2
     for request_id in ids:
-        assert charge_of(served, funded, request_id)["client_request_id"] == "mine"
+        assert served.charge(funded, request_id)["client_request_id"] == "mine"
 
 
 def test_the_list_of_models(served, client):
@@ -526,4 +508,4 @@ def test_the_official_client_for_node(served, funded, node_modules):
     )
     assert seen["refused"] == {"status": 401, "code": "invalid_api_key", "name": "AuthenticationError"}
     assert "demo-chat" in seen["models"]
-    assert charge_of(served, funded, seen["requestId"])["state"] == "settled"
+    assert served.charge(funded, seen["requestId"])["state"] == "settled"
