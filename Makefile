@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 TEST_FLAGS ?=
 
-.PHONY: help run test check format clean lock hooks
+.PHONY: help run test test-clients check format clean lock hooks
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -20,6 +20,9 @@ run: $(VENV)/.run ## set everything up and serve on 127.0.0.1:8080 (HOST= and PO
 
 test: $(VENV)/.dev ## set everything up and run the tests, on SQLite and on PostgreSQL
 	$(BIN)/python -m pytest $(TEST_FLAGS)
+
+test-clients: $(VENV)/.dev $(VENV)/clients-python/.done ## drive a server with clients that nobody here wrote (needs Node for some)
+	$(BIN)/python -m pytest $(TEST_FLAGS) tests/clients
 
 check: $(VENV)/.dev ## format, lint, types, import contract, compose file
 	$(BIN)/ruff format --check .
@@ -40,6 +43,7 @@ lock: $(VENV)/.dev ## pin the newest dependencies anew
 	$(PIP) install uv
 	$(BIN)/uv pip compile $(LOCK_FLAGS) --upgrade pyproject.toml --group build -o .locks/run.txt
 	$(BIN)/uv pip compile $(LOCK_FLAGS) --upgrade --constraint .locks/run.txt pyproject.toml --group build --group dev -o .locks/dev.txt
+	$(BIN)/uv pip compile $(LOCK_FLAGS) --upgrade --group clients -o .locks/clients.txt
 
 clean: ## forget the environment (the data folder stays)
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .coverage
@@ -57,4 +61,9 @@ $(VENV)/.run: $(VENV)/bin/python .locks/run.txt pyproject.toml
 
 $(VENV)/.dev: $(VENV)/.run .locks/dev.txt
 	$(PIP) install --require-hashes --requirement .locks/dev.txt
+	@touch $@
+
+$(VENV)/clients-python/.done: $(VENV)/bin/python .locks/clients.txt
+	$(BIN)/python -m venv --clear $(VENV)/clients-python
+	$(VENV)/clients-python/bin/python -m pip --disable-pip-version-check --quiet install --require-hashes --requirement .locks/clients.txt
 	@touch $@

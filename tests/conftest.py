@@ -15,8 +15,8 @@ from tests.postgres import server_for_tests
 
 pytest_plugins = ("tests.skips",)
 
-OPENAI_NODE = "7.57.0"
-"""The release of OpenAI's client for Node that the tests use."""
+NODE_CLIENTS = Path(__file__).parent / "clients"
+"""Programs for Node, and a `package.json` that names what they import at exact versions."""
 
 DATABASES = ("sqlite", "postgresql")
 
@@ -71,19 +71,33 @@ async def books(database_url) -> AsyncIterator[Books]:
 
 
 @pytest.fixture(scope="session")
-def node_modules() -> Path:
-    """A folder with the scripts of `tests/clients` and what they import, installed once beside the environment."""
-    folder = Path(sys.prefix) / "node-clients"
-    folder.mkdir(exist_ok=True)
-    for script in (Path(__file__).parent / "clients").iterdir():
-        shutil.copy(script, folder)
-    installed = folder / "node_modules" / "openai" / "package.json"
-    if not installed.exists() or json.loads(installed.read_text())["version"] != OPENAI_NODE:
-        subprocess.run(
-            ["npm", "install", "--no-package-lock", "--no-audit", "--no-fund", f"openai@{OPENAI_NODE}"],
-            cwd=folder,
-            check=True,
-            capture_output=True,
-            timeout=300,
-        )
+def node_modules(tmp_path_factory) -> Path:
+    """A folder with the programs for Node and what they import, which is installed once beside the environment."""
+    folder = tmp_path_factory.mktemp("node")
+    for file in (*NODE_CLIENTS.glob("*.mjs"), NODE_CLIENTS / "package.json"):
+        shutil.copy(file, folder)
+    (folder / "node_modules").symlink_to(_installed(Path(sys.prefix) / "node-clients"), target_is_directory=True)
     return folder
+
+
+def _installed(folder: Path) -> Path:
+    """The `node_modules` of `folder`, brought up to what `package.json` names."""
+    modules = folder / "node_modules"
+    wanted = json.loads((NODE_CLIENTS / "package.json").read_text())["dependencies"]
+    if all(_version(modules / name) == version for name, version in wanted.items()):
+        return modules
+    folder.mkdir(exist_ok=True)
+    shutil.copy(NODE_CLIENTS / "package.json", folder)
+    subprocess.run(
+        ["npm", "install", "--no-package-lock", "--no-audit", "--no-fund"],
+        cwd=folder,
+        check=True,
+        capture_output=True,
+        timeout=300,
+    )
+    return modules
+
+
+def _version(package: Path) -> str | None:
+    manifest = package / "package.json"
+    return json.loads(manifest.read_text())["version"] if manifest.exists() else None
