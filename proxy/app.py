@@ -98,9 +98,10 @@ class Tollgate:
 def build(tollgate: Tollgate) -> ASGIApp:
     """The web application over an open `tollgate`."""
     authentication = Authentication(tollgate.engine)
+    server = tollgate.configuration.settings.server
     app = Litestar(
         route_handlers=[
-            *inference.paid_handlers(tollgate.exchange, tollgate.configuration.settings.server.body_bytes_max),
+            *inference.paid_handlers(tollgate.exchange, body_bytes_max=server.body_bytes_max, stall_s=server.stall_s),
             inference.kept_responses,
             inference.models,
             inference.model,
@@ -114,6 +115,7 @@ def build(tollgate: Tollgate) -> ASGIApp:
         exception_handlers={Exception: respond},
         dependencies={
             "engine": Provide(lambda: tollgate.engine, sync_to_thread=False),
+            "ledger": Provide(lambda: tollgate.ledger, sync_to_thread=False),
             "catalog": Provide(lambda: tollgate.catalog, sync_to_thread=False),
         },
         openapi_config=OpenAPIConfig(

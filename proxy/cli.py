@@ -255,6 +255,7 @@ async def _serve(configuration: Configuration, listening: socket.socket, *, as_j
     import uvicorn  # noqa: PLC0415
 
     from proxy.app import Tollgate, build, prepare  # noqa: PLC0415
+    from proxy.edge.protocol import LimitedProtocol  # noqa: PLC0415
 
     if configuration.is_embedded:
         await prepare(configuration)
@@ -264,7 +265,7 @@ async def _serve(configuration: Configuration, listening: socket.socket, *, as_j
         config = uvicorn.Config(
             build(tollgate),
             loop="none",
-            http="httptools",
+            http=LimitedProtocol,
             ws="none",
             lifespan="off",
             log_config=None,

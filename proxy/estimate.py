@@ -73,6 +73,18 @@ def maximum_bought(estimated: Estimate, candidate: Candidate, amount: Nanos, mar
     return None if tokens is None else max(0, max(0, tokens) // estimated.choices - estimated.prediction_tokens)
 
 
+def maximum_taken(estimated: Estimate, candidate: Candidate, bought: int) -> int | None:
+    """The maximum of each choice to send for `bought`; None when the model's own is no larger.
+
+    Servers refuse a maximum that a model does not have, or that does not fit beside the prompt into its context. How
+    much of that the prompt takes is known as a bound only, so it leaves room for a useful answer.
+    """
+    if candidate.output_tokens_max is not None:
+        return None if bought >= candidate.output_tokens_max else bought
+    room = (candidate.context_tokens or 0) - estimated.input_tokens
+    return min(bought, max(room, USEFUL_OUTPUT_TOKENS))
+
+
 def maximum_affordable(
     estimated: Estimate, candidates: Sequence[Candidate], amount: Nanos, markup_bps: int
 ) -> int | None:

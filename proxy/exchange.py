@@ -19,6 +19,7 @@ from proxy import relay, tokens
 from proxy.catalog import Catalog
 from proxy.errors import (
     InsufficientCredits,
+    LedgerFault,
     NotCovered,
     TollgateError,
     Unavailable,
@@ -29,19 +30,26 @@ from proxy.errors import (
     UpstreamTimeout,
     UpstreamUnreachable,
 )
-from proxy.estimate import Estimate, estimate, maximum_affordable, maximum_bought, plausible_tokens_max
+from proxy.estimate import (
+    Estimate,
+    estimate,
+    maximum_affordable,
+    maximum_bought,
+    maximum_taken,
+    plausible_tokens_max,
+)
 from proxy.identity.keys import Caller
 from proxy.ledger.decide import Receipt, Release, Reserve, Settle, Settled
 from proxy.ledger.ledger import Ledger
 from proxy.metering import BY_BYTES, Metered, StreamMeter, UsageSource, failure_status, meter_plain, stream_meter
-from proxy.pricing import cost, dearest_usage, provider_cost
+from proxy.pricing import cost, dearest_usage, provider_cost, tokens_payable_max
 from proxy.relay import Head, StreamRelay
 from proxy.routing import Candidate, candidates
 from proxy.units import Usage, format_credits
 from proxy.upstream import Headers, Provider, ProviderCall, UpstreamResponse
 from proxy.upstream.openai import relayed_headers
 from proxy.wire.endpoints import decode
-from proxy.wire.objects import error_body, patch
+from proxy.wire.objects import error_body, error_code, patch
 from proxy.wire.requests import Endpoint, PaidRequest, asking_for_usage
 
 log = structlog.get_logger(__name__)
@@ -56,6 +64,9 @@ COUNTED_BYTES_MAX = 8_000_000
 """Prompts above it are not counted before a call, whatever a counted one could save: it would take seconds."""
 
 COUNTS_AT_ONCE_MAX = 2
+
+NAME_CHARACTERS_MAX = 200
+"""How much is kept of what a provider calls its model."""
 
 FITTING_BYTES_PER_TOKEN = 16
 """Nobody writes texts of longer tokens: where not even a token for so many bytes fits, nothing needs to be counted."""
@@ -294,9 +305,12 @@ class Exchange:
         failed = failure_status(content)
         if failed is not None:
             raise _refused(opened.candidate, response, failed, content)
+        metered = await self._metered_plain(opened, content)
+        if metered.is_empty:
+            raise UpstreamBroken("The provider's answer is empty.", provider=opened.candidate.provider)
         opened.begin()
         try:
-            settled = await self._settle(opened, await self._metered_plain(opened, content), _outcome(opened))
+            settled = await self._settle(opened, metered, _outcome(opened))
         except Unavailable:
             self._take_back(opened)
             raise
@@ -317,7 +331,7 @@ class Exchange:
                 prompt=opened.call.body,
                 bound=_bound(opened),
                 counter=counter or BY_BYTES,
-                tokens_max=plausible_tokens_max(opened.request, opened.candidate),
+                tokens_max=_plausible_max(opened),
             )
 
         by_bytes = metered()
@@ -339,25 +353,12 @@ class Exchange:
 
     async def _relay_stream(self, opened: _Open, response: UpstreamResponse, answer: Answer) -> None:
         """Forward events as they come; hold back the end until the charge is durable."""
-        candidate = opened.candidate
-        meter = stream_meter(
-            opened.call.endpoint, METERED_BYTES_MAX, tokens_max=plausible_tokens_max(opened.request, candidate)
-        )
+        meter = stream_meter(opened.call.endpoint, METERED_BYTES_MAX, tokens_max=_plausible_max(opened))
+        relayed = self._stream_relay(opened, response, answer, meter)
         encoding = relay.content_encoding(response.headers)
         chunks = response.chunks()
         if encoding is not None:
-            chunks = relay.inflated(chunks, encoding, candidate.provider)
-        relayed = StreamRelay(
-            answer,
-            meter,
-            Head(response.status, _stream_headers(opened, response)),
-            provider=candidate.provider,
-            shows_usage=opened.request.wants_usage,
-            event_bytes_max=self._limits.event_bytes_max,
-            keep_alive_s=self._limits.keep_alive_s,
-            raises_early=lambda data: _refused(candidate, response, failure_status(data) or 502, data),
-            on_first=opened.begin,
-        )
+            chunks = relay.inflated(chunks, encoding, opened.candidate.provider)
         failure: TollgateError | None = None
         try:
             async with _within(opened):
@@ -366,12 +367,25 @@ class Exchange:
             if not answer.is_started:
                 raise
             failure = exc
+            if isinstance(exc, UpstreamTimeout) and answer.is_waiting:
+                opened.is_client_gone = True  # it is the client that has taken all the time there was
         except BaseException:
             if opened.first_byte is not None:
                 metered = meter.result(prompt=opened.call.body, bound=_bound(opened))
                 await self._settle(opened, metered, "cut_off")
             raise
         metered = await self._metered_stream(opened, meter, failure)
+        await self._end_stream(opened, relayed, chunks, metered, failure)
+
+    async def _end_stream(
+        self,
+        opened: _Open,
+        relayed: StreamRelay,
+        chunks: AsyncIterator[bytes],
+        metered: Metered,
+        failure: TollgateError | None,
+    ) -> None:
+        """Charge, and send the end that was held back: or an error in its place."""
         try:
             settled = await self._settle_stream(opened, metered, is_whole=failure is None and not relayed.has_failed)
         except Unavailable as exc:
@@ -384,6 +398,22 @@ class Exchange:
             await relayed.end_early(_error_event(failure, opened.call.endpoint))
         else:
             await relayed.end(chunks, relayed.tail.bytes(), rest_s_max=DRAIN_S_MAX)
+
+    def _stream_relay(
+        self, opened: _Open, response: UpstreamResponse, answer: Answer, meter: StreamMeter
+    ) -> StreamRelay:
+        candidate = opened.candidate
+        return StreamRelay(
+            answer,
+            meter,
+            Head(response.status, _stream_headers(opened, response)),
+            provider=candidate.provider,
+            shows_usage=opened.request.wants_usage,
+            event_bytes_max=self._limits.event_bytes_max,
+            keep_alive_s=self._limits.keep_alive_s,
+            raises_early=lambda data: _refused(candidate, response, failure_status(data) or 502, data),
+            on_first=opened.begin,
+        )
 
     async def _metered_stream(self, opened: _Open, meter: StreamMeter, failure: TollgateError | None) -> Metered:
         if meter.is_implausible:
@@ -399,7 +429,7 @@ class Exchange:
 
     async def _settle_stream(self, opened: _Open, metered: Metered, *, is_whole: bool) -> Settled | None:
         """Charge for what was relayed; None when that was a failure and nothing before it, which costs nothing."""
-        if is_whole or opened.is_client_gone:
+        if opened.is_client_gone or (is_whole and not metered.is_empty):
             return await self._settle(opened, metered, _outcome(opened))
         if metered.usage.output_tokens:
             return await self._settle(opened, metered, "provider_broke")
@@ -417,7 +447,7 @@ class Exchange:
             outcome=outcome,
             provider=candidate.provider,
             request_model=candidate.model,
-            response_model=metered.response_model,
+            response_model=_storable(metered.response_model),
             usage=msgspec.json.encode(metered.usage).decode(),
             usage_source=metered.source,
             price=msgspec.json.encode(candidate.price).decode(),
@@ -438,6 +468,9 @@ class Exchange:
                 settled = await self._ledger.settle(operation)
         except TimeoutError as exc:
             raise Unavailable("The ledger is out of reach just now.", retry_after_s=5) from exc
+        except LedgerFault:
+            opened.is_closed = False  # what cannot be settled is released
+            raise
         log.info(
             "call",
             request_id=opened.call.request_id,
@@ -472,7 +505,7 @@ def _with_affordable(
 
 def _refused(candidate: Candidate, response: UpstreamResponse, status: int, body: bytes) -> UpstreamFailed:
     """The provider's error, which came with `status` or as one in its body."""
-    if status in _OPERATOR_STATUSES:
+    if status in _OPERATOR_STATUSES or (status == 429 and error_code(body) == "insufficient_quota"):
         log.error("provider_refused_operator", provider=candidate.provider, status=status)
         return UpstreamRefusedUs(
             "The provider does not accept this server's account. The operator has been told.",
@@ -502,9 +535,7 @@ def _provider_call(opened: _Open) -> ProviderCall:
             changes["stream_options"] = asking_for_usage(body)
     if request.must_unstore:
         changes["store"] = b"false"
-    maximum = _clamped_maximum(opened)
-    if maximum is not None:
-        changes[_maximum_field(candidate, request.endpoint)] = str(maximum).encode()
+    changes |= _maximum_changes(opened)
     return ProviderCall(
         path=request.endpoint,
         model=candidate.model,
@@ -512,6 +543,18 @@ def _provider_call(opened: _Open) -> ProviderCall:
         headers=opened.call.headers,
         stream=request.is_stream,
     )
+
+
+def _maximum_changes(opened: _Open) -> dict[str, bytes | None]:
+    """The maximum that was reserved for, in the one field in which this candidate is known to obey it."""
+    request = opened.request
+    field = _maximum_field(opened.candidate, request.endpoint)
+    maximum = _clamped_maximum(opened)
+    if maximum is not None:
+        return {field: str(maximum).encode()}
+    if request.maximum is None or field in request.maximum_fields:
+        return {}
+    return {**dict.fromkeys(request.maximum_fields), field: str(request.maximum).encode()}
 
 
 def _maximum_field(candidate: Candidate, endpoint: Endpoint) -> str:
@@ -529,7 +572,8 @@ def _clamped_maximum(opened: _Open) -> int | None:
     estimated = opened.estimated
     if estimated.is_maximum_named or opened.reserved >= estimated.at_most:
         return None
-    return maximum_bought(estimated, opened.candidate, opened.reserved, opened.markup_bps)
+    bought = maximum_bought(estimated, opened.candidate, opened.reserved, opened.markup_bps)
+    return None if bought is None else maximum_taken(estimated, opened.candidate, bought)
 
 
 def _headers(opened: _Open, response: UpstreamResponse) -> Headers:
@@ -553,6 +597,18 @@ def _stream_headers(opened: _Open, response: UpstreamResponse) -> Headers:
 def _token_counter(opened: _Open) -> tokens.TokenCounter | None:
     tokenizer = opened.candidate.tokenizer
     return tokens.TokenCounter(tokenizer) if tokenizer is not None and tokens.is_known(tokenizer) else None
+
+
+def _storable(name: str | None) -> str | None:
+    """What a provider calls its model, as a database takes it."""
+    return None if name is None else name.replace("\0", "")[:NAME_CHARACTERS_MAX]
+
+
+def _plausible_max(opened: _Open) -> int:
+    """The most tokens that a provider can have used: by the model's limits, and by what can be booked at all."""
+    by_price = tokens_payable_max(opened.candidate.price, opened.markup_bps)
+    by_model = plausible_tokens_max(opened.request, opened.candidate)
+    return by_price if by_model is None else min(by_price, by_model)
 
 
 def _outcome(opened: _Open) -> str:

@@ -60,13 +60,15 @@ class Metered(msgspec.Struct, frozen=True):
     """A usage and where it comes from.
 
     `response_model` is the model that the provider says it used. `is_implausible` when the provider reported
-    something that cannot be: worth an alarm, since prices or bounds may be wrong.
+    something that cannot be: worth an alarm, since prices or bounds may be wrong. `is_empty` when it reported nothing
+    and there was nothing to count either: no answer at all.
     """
 
     usage: Usage
     source: UsageSource
     response_model: str | None = None
     is_implausible: bool = False
+    is_empty: bool = False
 
 
 class Counter(Protocol):
@@ -351,14 +353,17 @@ def meter_plain(  # noqa: PLR0913 - what it depends on
     except UNREADABLE:
         answer = _Chunk()
     usage = _plausible(answer.usage, tokens_max)
-    if usage is not None:
+    if usage is not None and (usage.output_tokens or endpoint is Endpoint.EMBEDDINGS):
         return Metered(usage, UsageSource.REPORTED, answer.model)
     model, texts = _response_texts(body) if is_response else _chat_texts(body)
+    if usage is not None and not texts:
+        return Metered(usage, UsageSource.REPORTED, answer.model)
     return Metered(
         _counted(None, counter.prompt(prompt), counter.texts(texts.values()), bound),
         UsageSource.COUNTED,
         answer.model or model,
         is_implausible=bytes(answer.usage) != b"null",
+        is_empty=not texts and not (endpoint is Endpoint.EMBEDDINGS and b'"data"' in body),
     )
 
 
@@ -423,9 +428,10 @@ class StreamMeter:
         tokens = 0 if self.is_reported else self._unreported_tokens(counter)
         if self._usage is not None and not tokens:
             return Metered(self._usage, UsageSource.REPORTED, self._model, self._is_implausible)
+        is_empty = self._usage is None and not tokens
         prompt_tokens = 0 if self._usage is not None else counter.prompt(prompt)
         usage = _counted(self._usage, prompt_tokens, tokens, bound)
-        return Metered(usage, UsageSource.COUNTED, self._model, self._is_implausible)
+        return Metered(usage, UsageSource.COUNTED, self._model, self._is_implausible, is_empty=is_empty)
 
     def _may_say(self, data: bytes) -> bool:
         """Whether an event may hold usage or an error."""
@@ -460,7 +466,7 @@ class StreamMeter:
             self._keep(data)
             return EventKind.CONTENT
         usage = _plausible(read.usage, self._tokens_max)
-        if usage is not None:
+        if usage is not None and (usage.output_tokens or not self._has_text(data)):
             self._usage, self._model = usage, read.model or self._model
             self._kept.clear()
             self._kept_bytes = self._dropped_bytes = 0
@@ -469,6 +475,10 @@ class StreamMeter:
         if read.has_text:
             self._keep(data)
         return read.kind
+
+    def _has_text(self, data: bytes) -> bool:
+        """Whether there is any text for which no usage was reported, `data` included."""
+        return bool(self._texts(data)[1]) or self._unreported_tokens(BY_BYTES) > 0
 
     def _keep(self, data: bytes) -> None:
         if self._kept_bytes + len(data) > self._kept_bytes_max:
@@ -526,7 +536,9 @@ def stream_meter(endpoint: Endpoint, kept_bytes_max: int, *, tokens_max: int | N
 
 def _plausible(reported: Raw, tokens_max: int | None) -> Usage | None:
     usage = read_usage(reported)
-    if usage is None or (tokens_max is not None and usage.input_tokens + usage.output_tokens > tokens_max):
+    if usage is None or not usage.input_tokens + usage.output_tokens:
+        return None
+    if tokens_max is not None and usage.input_tokens + usage.output_tokens > tokens_max:
         return None
     return usage
 

@@ -8,7 +8,7 @@ from decimal import ROUND_CEILING, Decimal
 
 import msgspec
 
-from proxy.units import MARKUP_BPS_WHOLE, NANOS_PER_CREDIT, Nanos, Usage
+from proxy.units import MARKUP_BPS_WHOLE, NANOS_MAX, NANOS_PER_CREDIT, Nanos, Usage
 
 _UNITS_PER_PRICE = 10**6
 _CHARGE_DIVISOR = _UNITS_PER_PRICE * MARKUP_BPS_WHOLE
@@ -58,6 +58,12 @@ def provider_cost(usage: Usage, price: Price) -> Nanos:
 def bound(input_tokens: int, output_tokens: int, price: Price, markup_bps: int) -> Nanos:
     """The most that a call of at most so many tokens can cost the caller, whatever their classes."""
     return _charge(input_tokens * price.dearest_input + output_tokens * price.dearest_output, markup_bps)
+
+
+def tokens_payable_max(price: Price, markup_bps: int) -> int:
+    """How many tokens of any class can be charged for in 64 bits."""
+    dearest = max(price.dearest_input, price.dearest_output, 1)
+    return NANOS_MAX * _UNITS_PER_PRICE // dearest * MARKUP_BPS_WHOLE // (MARKUP_BPS_WHOLE + markup_bps)
 
 
 def dearest_usage(input_tokens: int, output_tokens: int, price: Price) -> Usage:

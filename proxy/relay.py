@@ -34,6 +34,11 @@ class Answer(Protocol):
         """Whether the head has been sent."""
         ...
 
+    @property
+    def is_waiting(self) -> bool:
+        """Whether the client does not take what was sent last."""
+        ...
+
     async def start(self, status: int, headers: Headers) -> None:
         """Send the head."""
         ...

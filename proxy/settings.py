@@ -3,6 +3,7 @@
 Everything wrong is reported as one `SettingsError` that names the place, before anything starts.
 """
 
+import re
 import tomllib
 from collections.abc import Mapping
 from decimal import Decimal
@@ -32,7 +33,7 @@ class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class ServerSettings(_Section, frozen=True):
     """Where to listen, and how much to take from a client."""
 
-    host: str = "127.0.0.1"
+    host: Annotated[str, msgspec.Meta(min_length=1)] = "127.0.0.1"
     port: Annotated[int, msgspec.Meta(ge=0, le=65535)] = 8080
     body_bytes_max: PositiveInt = 20_000_000
     """The longest request body."""
@@ -46,6 +47,8 @@ class ServerSettings(_Section, frozen=True):
     """How long the end of an answer waits for its charge while the database is out of reach."""
     keep_alive_s: Seconds = 15
     """How long a stream may be silent before its client gets a comment, lest somebody in between cut it off."""
+    stall_s: Seconds = 60
+    """How long a client may take nothing of what is sent to it, before it counts as gone."""
     drain_s: PositiveInt = 30
     """How long calls in flight may go on after SIGTERM."""
 
@@ -95,7 +98,7 @@ class PriceSettings(_Section, frozen=True):
     """Dollars per million tokens, and the limits of the model. A class without a price costs what its side does."""
 
     input: Decimal
-    output: Decimal = Decimal(0)
+    output: Decimal
     cached_input: Decimal | None = None
     cache_write: Decimal | None = None
     audio_input: Decimal | None = None
@@ -253,8 +256,15 @@ def _check_target(target: str, settings: Settings, place: str) -> None:
         raise SettingsError(f"{place}: there is no provider {provider!r}")
 
 
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+
+
 def _is_enabled(name: str, provider: ProviderSettings, environ: Mapping[str, str], path: Path) -> bool:
     variable = provider.api_key_env
+    if variable and not _VARIABLE.fullmatch(variable):
+        raise SettingsError(
+            f"{path}: providers.{name}.api_key_env: must be the name of an environment variable, not the key itself"
+        )
     if provider.enabled is False or (provider.enabled == "auto" and variable and not environ.get(variable)):
         return False
     place = f"{path}: providers.{name}"

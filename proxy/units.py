@@ -6,6 +6,7 @@ Instants are an `int` of microseconds since the Unix epoch, UTC.
 """
 
 import os
+import re
 import time
 from datetime import UTC, datetime
 from decimal import Decimal, InvalidOperation
@@ -120,6 +121,11 @@ def new_id(prefix: str) -> str:
     Sorting by time keeps the newest rows of an index together, as UUID version 7 does (RFC 9562, section 5.7).
     """
     return f"{prefix}_{time.time_ns() // 1_000_000:012x}{os.urandom(10).hex()}"
+
+
+def is_id(text: str, prefix: str) -> bool:
+    """Whether `text` has the form of `new_id(prefix)`; what has not is the id of nothing."""
+    return re.fullmatch(rf"{prefix}_[0-9a-f]{{32}}", text) is not None
 
 
 def now_micros() -> Micros:

@@ -359,7 +359,7 @@ def test_a_stream_without_usage():
 def test_a_stream_of_nothing():
     """What was relayed is nothing, so only the prompt is counted."""
     meter, _ = fed(b": ping\n\n")
-    assert result(meter) == Metered(Usage(input=10), UsageSource.COUNTED)
+    assert result(meter) == Metered(Usage(input=10), UsageSource.COUNTED, is_empty=True)
 
 
 @pytest.mark.parametrize("reported", [each for each in IMPLAUSIBLE if each is not None])

@@ -39,7 +39,7 @@ def written(tmp_path):
         ('[providers."a/b"]\nkind = "demo"', "a/b"),
         (OPENAI, "providers.openai.api_key_env"),
         (DEMO + '[prices."demo/x"]\ninput = "cheap"', "prices.demo/x.input"),
-        (DEMO + '[prices."demo/x"]\ninput = "-1"', "prices.demo/x.input"),
+        (DEMO + '[prices."demo/x"]\ninput = "-1"\noutput = "1"', "prices.demo/x.input"),
         (DEMO + '[prices."nobody/x"]\ninput = "1"', "prices.nobody/x"),
         (DEMO + '[prices."demo"]\ninput = "1"', "prices.demo"),
         (DEMO + '[models."x"]\ncandidates = []', "models.x.candidates"),

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
+from typing import Any
 
 from litestar.types import HTTPScope, Receive, Send
 
@@ -49,13 +50,21 @@ class AsgiAnswer:
     """`exchange.Answer` over ASGI.
 
     A server's `send` neither fails nor waits once the client has gone, so that a call goes on to its own end,
-    and what is left to say is dropped there.
+    and what is left to say is dropped there. A client that takes nothing for `stall_s` seconds has gone as well, and
+    its connection is cut off with `abort`.
     """
 
-    def __init__(self, request_id: str, receive: Receive, send: Send) -> None:
+    def __init__(
+        self, request_id: str, receive: Receive, send: Send, *, stall_s: float, abort: Callable[[], None]
+    ) -> None:
         self._request_id = request_id.encode()
         self._receive = receive
-        self._send = send
+        self._to_server = send
+        self._stall_s = stall_s
+        self._abort = abort
+        self._on_gone: Callable[[], None] | None = None
+        self._is_gone = False
+        self._is_waiting = False
         self._watcher: asyncio.Task[None] | None = None
         self._is_started = False
 
@@ -64,19 +73,43 @@ class AsgiAnswer:
         """Whether the head has been sent."""
         return self._is_started
 
+    @property
+    def is_waiting(self) -> bool:
+        """Whether the client does not take what was sent last."""
+        return self._is_waiting
+
     def on_gone(self, callback: Callable[[], None]) -> None:
         """Call `callback` when the client leaves. The request's body must have been read."""
-        self._watcher = asyncio.get_running_loop().create_task(self._watch(callback))
+        self._on_gone = callback
+        self._watcher = asyncio.get_running_loop().create_task(self._watch())
 
     def close(self) -> None:
         """Watch the client no longer."""
         if self._watcher is not None:
             self._watcher.cancel()
 
-    async def _watch(self, callback: Callable[[], None]) -> None:
+    async def _watch(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":
             pass
-        callback()
+        self._lose()
+
+    def _lose(self) -> None:
+        if not self._is_gone:
+            self._is_gone = True
+            if self._on_gone is not None:
+                self._on_gone()
+
+    async def _send(self, message: Any) -> None:
+        if self._is_gone:
+            return
+        self._is_waiting = True
+        try:
+            async with asyncio.timeout(self._stall_s):
+                await self._to_server(message)
+        except TimeoutError:
+            self._abort()
+            self._lose()
+        self._is_waiting = False
 
     async def start(self, status: int, headers: Headers) -> None:
         """Send the head of the answer; the request id is added to it."""

@@ -15,7 +15,7 @@ from proxy.errors import BadRequest, NotFound
 from proxy.identity.keys import Caller
 from proxy.storage.database import reading
 from proxy.storage.tables import credit_transactions, reservations, wallets
-from proxy.units import format_credits, format_instant, format_percent
+from proxy.units import format_credits, format_instant, format_percent, is_id
 
 PAGE_MAX = 200
 PAGE_DEFAULT = 50
@@ -132,6 +132,8 @@ async def transactions(
 async def charge(request: CallerRequest, engine: NamedDependency[AsyncEngine], request_id: str) -> Charge:
     """What a call cost and why, by the `x-request-id` of its answer."""
     table = reservations
+    if not is_id(request_id, "req"):
+        raise NotFound(f"There is no call {request_id!r} of yours.")
     async with reading(engine) as connection:
         row = (
             await connection.execute(

@@ -145,7 +145,8 @@ def _headers(error: BaseException) -> Headers:
             return [(b"x-should-retry", b"false")]
         case errors.Unauthenticated():
             return [(b"www-authenticate", b"Bearer")]
-        case errors.UpstreamTimeout():
+        case errors.UpstreamTimeout() | errors.UpstreamBroken() | errors.UpstreamRefusedUs():
+            # The first two may have been billed already, and the third will not get better.
             return [(b"x-should-retry", b"false")]
         case errors.UpstreamRejected():
             content = [(b"content-type", b"application/json")] if _is_openai_error(error) else []
@@ -159,7 +160,7 @@ def _passed_status(status: int) -> int:
     """The provider's own status where it speaks to the client; its failures are a gateway's, not a server's."""
     if status in {503, 529}:
         return 503
-    return 502 if status >= 500 else status
+    return 502 if status >= 500 or status < 400 else status
 
 
 def _is_openai_error(error: errors.UpstreamRejected) -> bool:

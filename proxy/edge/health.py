@@ -5,6 +5,8 @@ from litestar import get
 from litestar.di import NamedDependency
 from sqlalchemy.ext.asyncio import AsyncEngine
 
+from proxy.errors import Unavailable
+from proxy.ledger.ledger import Ledger
 from proxy.storage.database import reading
 
 
@@ -15,8 +17,10 @@ def live() -> dict[str, str]:
 
 
 @get("/health/ready", summary="Calls can be served")
-async def ready(engine: NamedDependency[AsyncEngine]) -> dict[str, str]:
-    """Answer 503 while the database is out of reach: send no calls here then."""
+async def ready(engine: NamedDependency[AsyncEngine], ledger: NamedDependency[Ledger]) -> dict[str, str]:
+    """Answer 503 while the database is out of reach, or takes no charges: send no calls here then."""
+    if ledger.is_lost:
+        raise Unavailable("The ledger is out of reach just now.", retry_after_s=2)
     async with reading(engine) as connection:
         await connection.execute(sa.text("SELECT 1"))
     return {"status": "ok"}

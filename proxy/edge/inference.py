@@ -18,6 +18,7 @@ from proxy.catalog import Catalog
 from proxy.edge.answer import AsgiAnswer, read_body
 from proxy.edge.authentication import CHECKED_BY_LEDGER
 from proxy.edge.errors import answer_to
+from proxy.edge.protocol import ABORT
 from proxy.errors import BadRequest
 from proxy.exchange import Call, Exchange
 from proxy.routing import candidates
@@ -58,15 +59,15 @@ def model(catalog: NamedDependency[Catalog], model_id: str) -> Model:
     return Model(id=name, owned_by=candidates(catalog.models, name)[0].provider)
 
 
-def paid_handlers(exchange: Exchange, body_bytes_max: int) -> list[Any]:
+def paid_handlers(exchange: Exchange, *, body_bytes_max: int, stall_s: float) -> list[Any]:
     """The handlers of the paid paths, `POST` all."""
-    return [_paid_handler(endpoint, exchange, body_bytes_max) for endpoint in Endpoint]
+    return [_paid_handler(endpoint, exchange, body_bytes_max=body_bytes_max, stall_s=stall_s) for endpoint in Endpoint]
 
 
-def _paid_handler(endpoint: Endpoint, exchange: Exchange, body_bytes_max: int) -> Any:
+def _paid_handler(endpoint: Endpoint, exchange: Exchange, *, body_bytes_max: int, stall_s: float) -> Any:
     async def serve(scope: Scope, receive: Receive, send: Send) -> None:
         request_id = scope["state"]["request_id"]
-        answer = AsgiAnswer(request_id, receive, send)
+        answer = AsgiAnswer(request_id, receive, send, stall_s=stall_s, abort=scope["state"][ABORT])
         try:
             await exchange.serve(await _call(endpoint, cast("HTTPScope", scope), receive, body_bytes_max), answer)
         except Exception as exc:

@@ -28,6 +28,7 @@ from proxy.wire.requests import (
     Tokens,
     Tool,
     check_fields,
+    check_number,
     check_tools,
     is_set,
     thinking_tokens,
@@ -96,6 +97,7 @@ def decode_chat(body: bytes) -> PaidRequest:
         is_stream=bool(request.stream),
         wants_usage=request.stream_options is not None and bool(request.stream_options.include_usage),
         maximum=request.largest,
+        maximum_fields=request.named,
         choices=request.n or 1,
         thinking_tokens=thinking_tokens(fields.get("thinking"), fields.get("reasoning")),
         # https://platform.openai.com/docs/guides/predicted-outputs: what does not come true is billed as output.
@@ -111,6 +113,8 @@ def _check(request: ChatRequest, body: bytes, fields: Fields) -> None:
     if request.modalities is not None and any(modality != "text" for modality in request.modalities):
         raise unsupported("modalities", "Only the output modality 'text' is priced here.")
     check_tools(request.tools or ())
+    parts = sum(len(message.content) for message in request.messages if isinstance(message.content, list))
+    check_number(len(request.messages) + parts, "messages")
     # What remains to be checked are the objects inside of messages, and tools. When there are no more braces than
     # those of the body, of its messages and of the stream options, then there is no such object, whatever names
     # and strings there may be: the common case, at the price of a memchr.

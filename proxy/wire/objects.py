@@ -25,6 +25,10 @@ from proxy.errors import BadRequest
 NULL = Raw(b"null")
 
 
+_NAMES_MAX = 200_000
+"""Names in all objects of one list: each costs time to be looked at."""
+
+
 class _Name:
     """The name of one member of an object, equal only to itself: a dict keeps members of the same name apart."""
 
@@ -116,6 +120,25 @@ def error_body(message: str, type_: str, param: str | None, code: str | None, **
     return msgspec.json.encode({"error": {"message": message, "type": type_, "param": param, "code": code, **extra}})
 
 
+class _ErrorCode(msgspec.Struct):
+    code: object = None
+
+
+class _ErrorBody(msgspec.Struct):
+    error: _ErrorCode
+
+
+_decode_error = msgspec.json.Decoder(_ErrorBody).decode
+
+
+def error_code(body: bytes) -> object:
+    """The `code` of an error in OpenAI's shape; None when there is none."""
+    try:
+        return _decode_error(body).error.code
+    except UNREADABLE:
+        return None
+
+
 def bad_request(exc: Exception) -> BadRequest:
     """What msgspec found, in OpenAI's words."""
     if isinstance(exc, UnicodeDecodeError):
@@ -195,6 +218,8 @@ def checked_objects(lists: Sequence[Raw], spelling: Spelling, param: str) -> lis
     """The objects in all these `lists`. Raises `BadRequest` for their names as the two above."""
     objects = [fields for raw in lists for fields in _decode_fields_list(raw)]
     names = list(chain.from_iterable(objects))
+    if len(names) > _NAMES_MAX:
+        raise BadRequest(f"There are more than {_NAMES_MAX} fields in '{param}'.", param=param, code="too_many_fields")
     # A list of k objects has two brackets and k - 1 commas around them.
     compact_bytes = (
         len(lists) + len(objects) + _compact_bytes(len(objects), names, chain.from_iterable(map(dict.values, objects)))

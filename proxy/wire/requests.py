@@ -16,6 +16,12 @@ CHOICES_MAX = 128
 TOKENS_MAX = 2**53 - 1
 """The largest integer that JSON carries safely between parsers (RFC 8259, section 6)."""
 
+ITEMS_MAX = 20_000
+"""Messages, parts or tools in one request: each costs time to be looked at, and no conversation has so many."""
+
+FIELDS_MAX = 1_000
+"""Fields at the top of a request."""
+
 Tokens = Annotated[int, Meta(ge=1, le=TOKENS_MAX)]
 Choices = Annotated[int, Meta(ge=1, le=CHOICES_MAX)]
 ModelName = Annotated[str, Meta(min_length=1)]
@@ -33,11 +39,11 @@ class Endpoint(StrEnum):
 class PaidRequest(msgspec.Struct, frozen=True, kw_only=True):
     """What decides the cost and the relay of one call, whatever its endpoint.
 
-    `maximum` is the client's own, in output tokens of each choice: the largest where it names several, None where
-    it names none. `choices` counts the outputs for all `prompts` together. `prediction_tokens` bounds what may be
-    billed of each choice on top of the maximum, `thinking_tokens` is the budget for reasoning inside of it.
-    `is_unsized` says that some of the prompt is not in the body, `must_unstore` that the provider would keep the
-    answer unless it is told not to.
+    `maximum` is the client's own, in output tokens of each choice: the largest where it names several in
+    `maximum_fields`, None where it names none. `choices` counts the outputs for all `prompts` together.
+    `prediction_tokens` bounds what may be billed of each choice on top of the maximum, `thinking_tokens` is the budget
+    for reasoning inside of it. `is_unsized` says that some of the prompt is not in the body, `must_unstore` that the
+    provider would keep the answer unless it is told not to.
     """
 
     endpoint: Endpoint
@@ -45,6 +51,7 @@ class PaidRequest(msgspec.Struct, frozen=True, kw_only=True):
     is_stream: bool = False
     wants_usage: bool = False
     maximum: int | None = None
+    maximum_fields: tuple[str, ...] = ()
     choices: int = 1
     prompts: int = 1
     thinking_tokens: int = 0
@@ -76,10 +83,17 @@ class Maxima(msgspec.Struct, frozen=True, kw_only=True):
     num_predict: Tokens | None = None
 
     @property
+    def named(self) -> tuple[str, ...]:
+        """The fields that hold a maximum."""
+        return tuple(field for field in _MAXIMA if getattr(self, field, None) is not None)
+
+    @property
     def largest(self) -> int | None:
         """The one that bounds whatever a provider makes of them."""
-        named = [getattr(self, field, None) for field in ("max_tokens", *Maxima.__struct_fields__)]
-        return max((tokens for tokens in named if tokens is not None), default=None)
+        return max((getattr(self, field) for field in self.named), default=None)
+
+
+_MAXIMA = ("max_tokens", *Maxima.__struct_fields__)
 
 
 STATE: Final[Mapping[str, str]] = {
@@ -143,6 +157,8 @@ def check_fields(request: _Common, body: bytes, spelling: Spelling, refused: Map
     Raises `BadRequest` otherwise, and for those that are `refused` with the reasons given there.
     """
     fields = unique_fields(body)
+    if len(fields) > FIELDS_MAX:
+        raise BadRequest(f"A request has at most {FIELDS_MAX} fields.", code="too_many_fields")
     check_spelling(fields, spelling)
     if not refused.keys().isdisjoint(fields):
         for field, reason in refused.items():
@@ -158,11 +174,18 @@ def check_fields(request: _Common, body: bytes, spelling: Spelling, refused: Map
 
 def check_tools(tools: Collection[Tool]) -> None:
     """Raises `BadRequest` for tools that the provider runs itself, and bills for."""
+    check_number(len(tools), "tools")
     for tool in tools:
         if tool.type not in _PRICED_TOOLS:
             raise unsupported(
                 "tools", f"Tools of type '{tool.type}' are billed outside of tokens, and not priced here."
             )
+
+
+def check_number(items: int, param: str) -> None:
+    """Raises `BadRequest` when there are more than anybody needs."""
+    if items > ITEMS_MAX:
+        raise BadRequest(f"There are more than {ITEMS_MAX} items in '{param}'.", param=param, code="too_many_items")
 
 
 def unsupported(param: str, message: str) -> BadRequest:

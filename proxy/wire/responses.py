@@ -23,6 +23,7 @@ from proxy.wire.requests import (
     Tokens,
     Tool,
     check_fields,
+    check_number,
     check_tools,
     is_set,
     thinking_tokens,
@@ -106,6 +107,7 @@ def decode_response(body: bytes) -> PaidRequest:
         model=request.model,
         is_stream=bool(request.stream),
         maximum=request.largest,
+        maximum_fields=request.named,
         thinking_tokens=thinking_tokens(fields.get("reasoning")),
         is_unsized=any(_is_unsized(item) for item in items),
         # OpenAI keeps a response unless it is told not to.
@@ -115,6 +117,8 @@ def decode_response(body: bytes) -> PaidRequest:
 
 def _check_items(items: list[_Item], raw: Raw) -> None:
     """The checks of names, and for state at the provider, in each item and each part of its content."""
+    parts = [part for item in items for part in (item.content, item.output) if isinstance(part, list)]
+    check_number(len(items) + sum(map(len, parts)), "input")
     for item in items:
         if item.type == "item_reference":
             raise unsupported("input", "Items kept at the provider are not supported: send them whole.")

@@ -56,6 +56,7 @@ def test_the_fields_we_read():
         is_stream=True,
         wants_usage=True,
         maximum=7,
+        maximum_fields=("max_tokens", "max_completion_tokens"),
         choices=2,
         must_unstore=True,
     )

@@ -1,0 +1,108 @@
+"""The limits on what may be sent before a request is known, on raw sockets."""
+
+import json
+import socket
+import time
+from urllib.parse import urlsplit
+
+import pytest
+
+from proxy.edge.protocol import HEAD_BYTES_MAX, HEAD_S_MAX
+from tests.serving import serving
+
+BODY = b'{"model": "demo-chat", "messages": [{"role": "user", "content": "hi"}]}'
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    with serving(tmp_path_factory.mktemp("served"), "sqlite+aiosqlite:///served.db", "http://127.0.0.1:9/v1") as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def key(served) -> str:
+    return served.customer("someone@example.com")
+
+
+def connected(served) -> socket.socket:
+    url = urlsplit(served.base_url)
+    return socket.create_connection((url.hostname, url.port), timeout=HEAD_S_MAX + 10)
+
+
+def everything(client: socket.socket) -> bytes:
+    """What is read until the server closes."""
+    pieces = []
+    with client:
+        while piece := client.recv(65536):
+            pieces.append(piece)
+    return b"".join(pieces)
+
+
+def error_of(answer: bytes) -> dict:
+    """The error in an answer, which has a request id."""
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert b"x-request-id: req_" in head
+    return json.loads(body)["error"]
+
+
+def test_what_is_no_http_is_refused_in_openais_shape(served):
+    """400, with a request id, and the connection is closed."""
+    client = connected(served)
+    client.sendall(b"hello\r\n\r\n")
+    answer = everything(client)
+    assert answer.startswith(b"HTTP/1.1 400 ")
+    assert error_of(answer)["code"] == "invalid_http"
+
+
+@pytest.mark.parametrize("pieces", [1, 50])
+def test_a_head_has_a_limit(served, pieces):
+    """However it is sent, it never takes more memory than that."""
+    client = connected(served)
+    client.sendall(b"GET /health/live HTTP/1.1\r\nHost: x\r\n")
+    field = b"x-%d: " + b"a" * (2 * HEAD_BYTES_MAX // pieces) + b"\r\n"
+    try:
+        for number in range(pieces):
+            client.sendall(field % number)
+            time.sleep(0.001)
+        answer = everything(client)
+    except ConnectionError:
+        client.close()
+        return
+    assert answer.startswith((b"HTTP/1.1 431 ", b"HTTP/1.1 400 "))
+    error_of(answer)
+
+
+def test_a_head_has_its_time(served):
+    """A client that dribbles its head is told so and let go."""
+    client = connected(served)
+    client.sendall(b"GET /health/live HTTP/1.1\r\nHost: ")
+    begun = time.monotonic()
+    answer = everything(client)
+    assert error_of(answer)["code"] == "head_timeout"
+    assert time.monotonic() - begun < HEAD_S_MAX + 5
+
+
+@pytest.mark.parametrize("field", [b"Upgrade: h2c", b"UPGRADE:h2c", b"Upgrade: websocket"])
+def test_an_offer_to_upgrade_is_ignored(served, key, field):
+    """Java's client makes one with every request; the body is read all the same."""
+    client = connected(served)
+    head = (
+        b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nConnection: Upgrade, HTTP2-Settings, close\r\n"
+        + field
+        + b"\r\nHTTP2-Settings: AAMAAABkAAQAAP__\r\nAuthorization: Bearer "
+        + key.encode()
+    )
+    client.sendall(head + b"\r\nContent-Length: %d\r\n\r\n" % len(BODY) + BODY)
+    assert everything(client).startswith(b"HTTP/1.1 200 ")
+
+
+def test_a_body_that_speaks_of_upgrades_is_left_alone(served, key):
+    """Only a header field is renamed."""
+    body = BODY.replace(b"hi", b"\\n\nUpgrade: now").replace(b"\\n\n", b"\\n")
+    client = connected(served)
+    client.sendall(
+        b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\nAuthorization: Bearer %b\r\n"
+        b"Content-Length: %d\r\n\r\n%b" % (key.encode(), len(body), body)
+    )
+    answer = everything(client)
+    assert b"Upgrade: now" in answer
