@@ -9,8 +9,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 TEST_FLAGS ?=
+DURATION ?= 300
 
-.PHONY: help run test check format clean lock hooks
+.PHONY: help run test chaos check format clean lock hooks
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -20,6 +21,9 @@ run: $(VENV)/.run ## set everything up and serve on 127.0.0.1:8080 (HOST= and PO
 
 test: $(VENV)/.dev ## set everything up and run the tests, on SQLite and on PostgreSQL
 	$(BIN)/python -m pytest $(TEST_FLAGS)
+
+chaos: $(VENV)/.dev ## crash proxies and databases under load, then judge the books (DURATION= seconds for each, SEED=)
+	$(BIN)/python -m tests.chaos.run --duration $(DURATION) $(if $(SEED),--seed $(SEED))
 
 check: $(VENV)/.dev ## format, lint, types, import contract, compose file
 	$(BIN)/ruff format --check .
