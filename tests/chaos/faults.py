@@ -83,7 +83,7 @@ def _disruptions(dice: random.Random, duration_s: float, *, has_server: bool) ->
 def _pauses(dice: random.Random, end_s: float, replicas: int, length_s: float) -> list[_Pause]:
     """One at a time, with at least as much time between them as they take."""
     pauses: list[_Pause] = []
-    start_s = length_s
+    start_s = length_s * 3 / 4
     while start_s + length_s <= end_s:
         pauses.append(_Pause(start_s, start_s + length_s, dice.randrange(replicas)))
         start_s += length_s * dice.uniform(2, 4)

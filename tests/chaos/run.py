@@ -23,7 +23,7 @@ from tests.chaos.evidence import collect, open_reservations
 from tests.chaos.faults import Deed, Fault, schedule, strike, wait_until
 from tests.chaos.journal import End
 from tests.chaos.judge import Evidence, Kind, Violation, judge, paid_for_nothing
-from tests.chaos.world import LEASE_S, DatabaseKind, Watch, World, endow, opened_world
+from tests.chaos.world import FIRST_GRANT, LEASE_S, DatabaseKind, Watch, World, endow, opened_world
 
 DURATION_S = 300.0
 _DURATION_S_MIN = 5.0
@@ -31,7 +31,7 @@ _CUSTOMERS = 16
 _RECOVERY_S = 2.0
 """Calls go on for at least so long after the last fault: they have to succeed again."""
 
-_QUIET_S_MAX = 60.0
+QUIET_S_MAX = 60.0
 """Once all proxies run and no calls come, nothing is open any more by then: a lease, a sweep, and a slow machine."""
 
 _VIOLATIONS_SHOWN = 10
@@ -56,8 +56,19 @@ Attack = Callable[[World, Counter[str]], None]
 """What is done to a world under load; it counts its deeds."""
 
 
-def run(folder: Path, kind: DatabaseKind, *, duration_s: float, seed: int, attack: Attack | None = None) -> Result:
-    """One run in an empty folder. Without an `attack` of the caller's it has the faults that follow from its seed."""
+def run(
+    folder: Path,
+    kind: DatabaseKind,
+    *,
+    duration_s: float,
+    seed: int,
+    attack: Attack | None = None,
+    quiet_s: float = QUIET_S_MAX,
+) -> Result:
+    """One run in an empty folder. Without an `attack` of the caller's it has the faults that follow from its seed.
+
+    When the clients are done, everything open has `quiet_s` seconds to be closed.
+    """
     tally: Counter[str] = Counter()
     with opened_world(folder, kind) as world:
         wallets = asyncio.run(endow(world.url, world.client_journal, rich=2, small=3))
@@ -74,7 +85,7 @@ def run(folder: Path, kind: DatabaseKind, *, duration_s: float, seed: int, attac
             recovering_at = time.time()
             wait_until(world, max(started_at + duration_s, time.monotonic() + _RECOVERY_S))
             world.call_clients_home()
-            asyncio.run(_all_closed(world.url))
+            asyncio.run(_all_closed(world.url, quiet_s))
         audits = world.audit()
         for proxy in world.proxies:
             world.terminate(proxy)
@@ -105,10 +116,10 @@ def _faults(world: World, duration_s: float, seed: int) -> list[Fault]:
     return schedule(seed=seed, duration_s=duration_s, replicas=len(world.proxies), lease_s=lease_s)
 
 
-async def _all_closed(url: str) -> None:
-    """Return when nothing is open any more, or when it has taken too long: the judge will see."""
+async def _all_closed(url: str, quiet_s: float) -> None:
+    """Return when nothing is open any more, or after `quiet_s` seconds: the judge will see."""
     engine = database.connect(url, pooled=False)
-    give_up_at = time.monotonic() + _QUIET_S_MAX
+    give_up_at = time.monotonic() + quiet_s
     while time.monotonic() < give_up_at:
         try:
             if not await open_reservations(engine):
@@ -127,7 +138,9 @@ def _counted(evidence: Evidence) -> dict[str, int]:
         **{f"calls {end}": ends[end] for end in End},
         "calls that the provider saw": len(evidence.served),
         "charges acknowledged": sum(call.acknowledged is not None for call in evidence.calls),
-        "grants acknowledged": sum(grant.is_acknowledged for grant in evidence.grants),
+        "grants acknowledged": sum(
+            grant.is_acknowledged and grant.idempotency_key != FIRST_GRANT for grant in evidence.grants
+        ),
         "grants replayed": sum(grant.is_replay for grant in evidence.grants),
         "late settles": sum(row.is_late for row in evidence.reservations),
         "expired": sum(row.state == "expired" for row in evidence.reservations),

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Literal
@@ -57,6 +58,9 @@ max_output_tokens = 4096
 context_tokens = 128000
 """
 
+FIRST_GRANT = "first"
+"""The idempotency key of what a customer has before the first call."""
+
 _RICH_NANOS = 100 * 10**9
 _SMALL_NANOS = 20_000_000
 """Enough for some two hundred calls, and for few at once."""
@@ -103,6 +107,11 @@ class Proxy:
                 return
             self.kill()
         raise WorldFailed(f"a proxy did not start; see {self.log_path}")
+
+    @property
+    def has_died(self) -> bool:
+        """Whether it has ended though nobody ended it."""
+        return self._process is not None and self._process.poll() is not None
 
     def kill(self) -> None:
         """End it without a word, paused or not."""
@@ -239,15 +248,21 @@ class World:
             raise WorldFailed(f"the clients did not end well; see {self.folder / 'clients.log'}")
 
     def kill(self, proxy: Proxy) -> None:
-        """Kill `proxy`, and put it down."""
+        """Kill `proxy`, and put it down; that it was dead already is a mishap."""
+        self._check(proxy)
         self.kills.append(Kill(proxy.base_url, time.time()))
         proxy.kill()
 
     def terminate(self, proxy: Proxy) -> None:
-        """Stop `proxy` in order; that it cannot is a mishap."""
+        """Stop `proxy` in order; that it cannot, or was dead already, is a mishap."""
+        self._check(proxy)
         status = proxy.terminate()
         if status:
             self.mishaps.append(f"{proxy.log_path.stem} was asked to stop, and exited with status {status}")
+
+    def _check(self, proxy: Proxy) -> None:
+        if proxy.has_died:
+            self.mishaps.append(f"{proxy.log_path.stem} died by itself")
 
     def audit(self) -> list[str]:
         """What `tollgate audit` finds."""
@@ -279,14 +294,14 @@ class Watch:
 
     @contextmanager
     def kept(self) -> Iterator[None]:
-        """Keep watch until the block ends."""
-        thread = threading.Thread(target=lambda: asyncio.run(self._look()), name="watch", daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            self._is_over.set()
-            thread.join(_STOP_S_MAX)
+        """Keep watch until the block ends; raises then what the watch could not bear."""
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="watch") as thread:
+            watching = thread.submit(lambda: asyncio.run(self._look()))
+            try:
+                yield
+            finally:
+                self._is_over.set()
+            watching.result(_STOP_S_MAX)
 
     async def _look(self) -> None:
         engine = database.connect(self._url, pooled=False)
@@ -330,8 +345,8 @@ async def endow(url: str, journal: Path, *, rich: int, small: int) -> list[Walle
             person = await books.person()
             wallet = Wallet(person.wallet_id, person.email, person.key, is_small=number >= rich)
             amount = _SMALL_NANOS if wallet.is_small else _RICH_NANOS
-            await books.top_up(wallet.id, amount, idempotency_key="first")
-            notes.append(Grant(wallet_id=wallet.id, idempotency_key="first", amount=amount, is_acknowledged=True))
+            await books.top_up(wallet.id, amount, idempotency_key=FIRST_GRANT)
+            notes.append(Grant(wallet_id=wallet.id, idempotency_key=FIRST_GRANT, amount=amount, is_acknowledged=True))
             wallets.append(wallet)
     notes.close()
     return wallets
