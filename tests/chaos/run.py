@@ -72,8 +72,7 @@ def run(
     tally: Counter[str] = Counter()
     with opened_world(folder, kind) as world:
         wallets = asyncio.run(endow(world.url, world.client_journal, rich=2, small=3))
-        for proxy in world.proxies:
-            proxy.start()
+        world.start_proxies()
         watch = Watch(world.url)
         with watch.kept():
             world.let_clients_loose(seed=seed, customers=_CUSTOMERS, wallets=wallets)
@@ -86,16 +85,14 @@ def run(
             wait_until(world, max(started_at + duration_s, time.monotonic() + _RECOVERY_S))
             world.call_clients_home()
             asyncio.run(_all_closed(world.url, quiet_s))
-        audits = world.audit()
-        for proxy in world.proxies:
-            world.terminate(proxy)
-        audits += world.audit()
+        world.stop_proxies()
         world.stop_provider()
+        audit = world.audit()
         logs = [proxy.log_path for proxy in world.proxies]
         evidence = asyncio.run(collect(world.url, world.client_journal, world.provider_journal, logs))
     evidence.kills += world.kills
     evidence.overdrawn += watch.overdrawn
-    evidence.audit += watch.violations + audits
+    evidence.audit += watch.violations + audit
     evidence.mishaps += world.mishaps
     tally["snapshots under load"] = watch.samples
     tally["audits under load"] = watch.audits

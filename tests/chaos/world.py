@@ -207,6 +207,16 @@ class World:
         }
         self.proxies = [Proxy(self.folder, number, self._environ) for number in range(replicas)]
 
+    def start_proxies(self) -> None:
+        """Start all of them, at the same time."""
+        with ThreadPoolExecutor() as threads:
+            list(threads.map(Proxy.start, self.proxies))
+
+    def stop_proxies(self) -> None:
+        """Stop all of them in order, at the same time."""
+        with ThreadPoolExecutor() as threads:
+            list(threads.map(self.terminate, self.proxies))
+
     def let_clients_loose(self, *, seed: int, customers: int, wallets: list[Wallet]) -> None:
         """Start the clients' process on all proxies, and return when the first calls are over."""
         plan = Plan(seed, customers, [proxy.base_url for proxy in self.proxies], wallets, str(self.client_journal))
