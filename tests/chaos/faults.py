@@ -52,8 +52,9 @@ def schedule(*, seed: int, duration_s: float, replicas: int, lease_s: float | No
     """The faults of a run, in their order. `lease_s` is None for an embedded database: no server, no lease.
 
     Disruptions follow each other through all proxies and the database; the first ones are those without which a run
-    proves nothing. Pauses, twice as long as the lease, happen beside them, where a run is long enough for one; who is
-    paused is spared the rest.
+    proves nothing. Where a run is long enough, proxies are also paused for twice their lease. Every other pause, the
+    first one included, is left in peace, so that others fence the paused one and its calls settle late; during the rest
+    of the pauses disruptions strike whoever is awake.
     """
     dice = random.Random(seed)  # noqa: S311 - to be repeated, not to be secret
     end_s = duration_s * _QUIET
@@ -62,12 +63,21 @@ def schedule(*, seed: int, duration_s: float, replicas: int, lease_s: float | No
     faults = [Fault(pause.start_s, Deed.PAUSE, pause.replica) for pause in pauses]
     faults += [Fault(pause.stop_s, Deed.RESUME, pause.replica) for pause in pauses]
     deeds = _disruptions(dice, duration_s, has_server=lease_s is not None)
-    for number in range(1, int(end_s / interval_s) + 1):
-        at_s = number * interval_s
-        paused = {pause.replica for pause in pauses if pause.start_s - interval_s / 2 <= at_s <= pause.stop_s}
+    at_s = interval_s
+    while at_s <= end_s:
+        peaceful = next((pause for pause in pauses[::2] if _is_near(pause, at_s, lease_s or 0)), None)
+        if peaceful is not None:
+            at_s = peaceful.stop_s + 1
+            continue
+        paused = {pause.replica for pause in pauses if _is_near(pause, at_s, interval_s / 2)}
         awake = [replica for replica in range(replicas) if replica not in paused]
         faults.append(Fault(at_s, next(deeds), dice.choice(awake)))
+        at_s += interval_s
     return sorted(faults)
+
+
+def _is_near(pause: _Pause, at_s: float, before_s: float) -> bool:
+    return pause.start_s - before_s <= at_s <= pause.stop_s
 
 
 def _disruptions(dice: random.Random, duration_s: float, *, has_server: bool) -> Iterator[Deed]:
@@ -81,8 +91,10 @@ def _disruptions(dice: random.Random, duration_s: float, *, has_server: bool) ->
 
 
 def _pauses(dice: random.Random, end_s: float, replicas: int, length_s: float) -> list[_Pause]:
-    """One at a time, with at least as much time between them as they take."""
+    """One at a time, with at least as much time between them as they take; none where they would leave no time."""
     pauses: list[_Pause] = []
+    if end_s < 3 * length_s:
+        return pauses
     start_s = length_s * 3 / 4
     while start_s + length_s <= end_s:
         pauses.append(_Pause(start_s, start_s + length_s, dice.randrange(replicas)))
