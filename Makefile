@@ -9,8 +9,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 TEST_FLAGS ?=
+DURATION ?= 300
 
-.PHONY: help run test test-clients check format clean lock hooks
+.PHONY: help run test test-clients check format clean lock hooks chaos
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -23,6 +24,8 @@ test: $(VENV)/.dev ## set everything up and run the tests, on SQLite and on Post
 
 test-clients: $(VENV)/.dev $(VENV)/clients-python/.done ## drive a server with clients that nobody here wrote (needs Node for some)
 	$(BIN)/python -m pytest $(TEST_FLAGS) tests/clients
+chaos: $(VENV)/.dev ## crash proxies and databases under load, then judge the books (DURATION= seconds for each, SEED=)
+	$(BIN)/python -m tests.chaos.run --duration $(DURATION) $(if $(SEED),--seed $(SEED))
 
 check: $(VENV)/.dev ## format, lint, types, import contract, compose file
 	$(BIN)/ruff format --check .

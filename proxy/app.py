@@ -65,7 +65,11 @@ class Tollgate:
             stack.push_async_callback(self.engine.dispose)
             await database.check_schema(self.engine)
             await self._refresh_catalog()
-            lease = Lease(self.engine, is_embedded=self.configuration.is_embedded)
+            lease = Lease(
+                self.engine,
+                is_embedded=self.configuration.is_embedded,
+                lease_s=self.configuration.settings.database.lease_s,
+            )
             self.ledger = Ledger(store(self.configuration, self.engine, is_server=True), lambda: lease.id)
             self.ledger.start()
             stack.push_async_callback(self.ledger.aclose)

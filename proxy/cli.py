@@ -75,9 +75,11 @@ def serve(config: str | None, host: str | None, port: int | None, *, as_json: bo
 def migrate(config: str | None, *, as_json: bool) -> None:
     """Create the schema, or bring it up to date."""
     from proxy.app import prepare  # noqa: PLC0415
+    from proxy.observability import configure_logs  # noqa: PLC0415
     from proxy.storage.database import SCHEMA_HEAD, sole_process  # noqa: PLC0415
 
     configuration = load(os.environ, config=config)
+    configure_logs()
     with ExitStack() as stack:
         if configuration.is_embedded:
             stack.enter_context(sole_process(configuration.sqlite_file))
@@ -382,9 +384,11 @@ class _Books:
 
 def _with_books(work: Callable[[_Books], Awaitable[Any]]) -> Any:
     """Run `work` on the configured database, whose schema must be up to date."""
+    from proxy.observability import configure_logs  # noqa: PLC0415
     from proxy.storage.database import check_schema  # noqa: PLC0415
 
     configuration = load(os.environ)
+    configure_logs()
     if configuration.is_embedded and not configuration.sqlite_file.exists():
         raise SettingsError(f"there is no database {configuration.sqlite_file} yet: run `tollgate migrate` first")
 

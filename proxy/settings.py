@@ -57,6 +57,11 @@ class DatabaseSettings(_Section, frozen=True):
     """Where the books are."""
 
     url: str = f"{_SQLITE}tollgate.db"
+    lease_s: Annotated[float, msgspec.Meta(ge=1)] = 20
+    """How long a process on PostgreSQL that gives no sign of life keeps what its calls hold, before others free it.
+
+    Longer than any pause from which a process comes back; it renews four times as often.
+    """
 
 
 class CreditsSettings(_Section, frozen=True):

@@ -33,6 +33,7 @@ def written(tmp_path):
         ("[credits]\nmarkup_percent = -1", "credits.markup_percent"),
         ('[database]\nurl = "postgresql://localhost/x"', "database.url"),
         ('[database]\nurl = "sqlite+aiosqlite:///:memory:"', "database.url"),
+        ("[database]\nlease_s = 0.5", "database.lease_s"),
         ('[auth]\njwt_secret = "short"', "auth.jwt_secret"),
         ('[providers.x]\nkind = "magic"', "providers.x.kind"),
         ('[providers.x]\nkind = "openai"', "providers.x.base_url"),

@@ -25,18 +25,19 @@ from proxy.units import MICROS_PER_SECOND, Micros, new_id
 
 log = structlog.get_logger(__name__)
 
-LEASE_S = 20
-RENEW_S = 5
-SWEEP_S = 5
+LEASE_S = 20.0
+"""How long a process without a sign of life keeps what its calls hold; it renews, and sweeps, four times as often."""
+
 _FOREVER: Micros = 2**62
 
 
 class Lease:
-    """This process's right to hold reservations."""
+    """This process's right to hold reservations, for `lease_s` seconds from each renewal."""
 
-    def __init__(self, engine: AsyncEngine, *, is_embedded: bool) -> None:
+    def __init__(self, engine: AsyncEngine, *, is_embedded: bool, lease_s: float = LEASE_S) -> None:
         self._engine = engine
         self._is_embedded = is_embedded
+        self._lease_s = lease_s
         self._steady_since = 0.0
         self.id: str | None = None
 
@@ -63,6 +64,10 @@ class Lease:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
+    @property
+    def _lease(self) -> Micros:
+        return round(self._lease_s * MICROS_PER_SECOND)
+
     async def register(self) -> None:
         """Become a new instance."""
         async with writing(self._engine) as connection:
@@ -72,7 +77,7 @@ class Lease:
                 instances.insert().values(
                     id=instance_id,
                     started_at=now,
-                    lease_until=_FOREVER if self._is_embedded else now + LEASE_S * MICROS_PER_SECOND,
+                    lease_until=_FOREVER if self._is_embedded else now + self._lease,
                     is_fenced=False,
                 )
             )
@@ -85,7 +90,7 @@ class Lease:
             result = await connection.execute(
                 instances.update()
                 .where(instances.c.id == self.id, sa.not_(instances.c.is_fenced))
-                .values(lease_until=await database_now(connection) + LEASE_S * MICROS_PER_SECOND)
+                .values(lease_until=await database_now(connection) + self._lease)
             )
         return result.rowcount > 0
 
@@ -127,7 +132,7 @@ class Lease:
 
     async def _keep_renewed(self) -> None:
         while True:
-            await asyncio.sleep(RENEW_S)
+            await asyncio.sleep(self._lease_s / 4)
             try:
                 if not await self.renew():
                     log.error("instance_fenced", instance_id=self.id)
@@ -141,9 +146,9 @@ class Lease:
         Otherwise the first to come back after an outage of the database would expire everyone's calls.
         """
         while True:
-            await asyncio.sleep(SWEEP_S * random.uniform(0.5, 1.5))  # noqa: S311 - jitter, not a secret
+            await asyncio.sleep(self._lease_s / 4 * random.uniform(0.5, 1.5))  # noqa: S311 - jitter, not a secret
             try:
-                if asyncio.get_running_loop().time() - self._steady_since > LEASE_S:
+                if asyncio.get_running_loop().time() - self._steady_since > self._lease_s:
                     await self.fence_expired()
                 await self.sweep(ledger)
             except (Unavailable, LedgerFault) as exc:

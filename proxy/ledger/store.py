@@ -41,6 +41,12 @@ TRANSACTION_S_MAX = 10.0
 
 STATEMENT_MS_MAX = 5_000
 
+IDLE_MS_MAX = 2_000
+"""How long a transaction may wait for its own process between two statements, which follow each other at once.
+
+A process that is stopped there, or whose machine is gone, would hold its wallets' locks against every other process.
+"""
+
 SQLITE_BUSY_MS_MAX = 5_000
 """How long to wait for the command line, the only other writer of an embedded database."""
 
@@ -245,7 +251,9 @@ class PostgresStore:
             self._connection = await self._engine.connect()
             raw = await self._connection.get_raw_connection()
             self._driver = raw.driver_connection
-            await self._driver.execute(f"SET statement_timeout = {STATEMENT_MS_MAX}")
+            await self._driver.execute(
+                f"SET statement_timeout = {STATEMENT_MS_MAX}; SET idle_in_transaction_session_timeout = {IDLE_MS_MAX}"
+            )
         except Exception as exc:
             raise StoreLostError(str(exc) or type(exc).__name__) from exc
 

@@ -66,6 +66,20 @@ async def test_an_instance_registers_on_the_databases_clock(books):
     assert lease.id != first["id"]
 
 
+async def test_a_lease_lasts_as_long_as_the_operator_says(books):
+    """From its registration, and from each renewal."""
+    lease = Lease(books.engine, is_embedded=False, lease_s=2.5)
+    await lease.register()
+    row = await books.row("instances", lease.id)
+    assert row["lease_until"] - row["started_at"] == 2_500_000
+    await end_lease(books, lease)
+    async with database.reading(books.engine) as connection:
+        before = await database.database_now(connection)
+    assert await lease.renew()
+    until = (await books.row("instances", lease.id))["lease_until"]
+    assert before + 2_500_000 <= until < before + LEASE_S * MICROS_PER_SECOND
+
+
 async def test_an_embedded_lease_needs_no_renewal(books):
     """Its process is alone, as the lock file sees to: nobody is there to fence it."""
     lease = Lease(books.engine, is_embedded=True)

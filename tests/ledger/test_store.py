@@ -590,3 +590,24 @@ async def test_a_transaction_that_is_given_up_leaves_no_lock(books):
             await waiting
     assert await store.transact([reserve_of(person, 100)], owner_id=books.lease.id) == [Reserved(100)]
     await store.aclose()
+
+
+@on_postgresql
+async def test_a_process_that_stops_in_a_transaction_does_not_stop_the_others(books):
+    """Its locks are taken from it while its calls still wait; when it comes back it sends them again."""
+    person = await books.person(1000)
+    stopped = second_store(books)
+    try:
+        await stopped.transact([reserve_of(person, 100)], owner_id=books.lease.id)
+        await stopped._driver.execute("BEGIN")
+        await stopped._driver.execute(f"SELECT 1 FROM wallets WHERE id = '{person.wallet_id}' FOR NO KEY UPDATE")
+        call = reserve_of(person, 100)
+        assert (await books.ledger.reserve(call)).amount == 100
+        again = [settle_of(call, 7)]
+        with pytest.raises(StoreLostError):
+            await stopped.transact(again, owner_id=books.lease.id)
+        [settled] = await stopped.transact(again, owner_id=books.lease.id)
+        assert settled.charged == 7
+    finally:
+        await stopped.aclose()
+    assert (await books.row("wallets", person.wallet_id))["reserved"] == 100
