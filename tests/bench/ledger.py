@@ -40,6 +40,7 @@ BALANCE = 10**15
 HELD = 1000
 USED = 700
 WARMING_S = 0.2
+CORES = os.cpu_count()
 
 BATCHED, UNBATCHED, ORM, DRIVER = "batched", "unbatched", "ORM", "driver"
 """The ledger; the ledger's own transaction, by itself for each operation; see `unbatched` for the others."""
@@ -319,7 +320,7 @@ def table(result: Result, scale: Scale) -> str:
     wanted = {(target.scenario, target.baseline): target for target in TARGETS if target.database == result.database}
     lines = [
         result.server,
-        f"{scale.callers} callers, {scale.wallets} wallets, {scale.rounds} x {scale.window_s:g} s, {os.cpu_count()} cores",
+        f"{scale.callers} callers, {scale.wallets} wallets, {scale.rounds} x {scale.window_s:g} s, {CORES} cores",
         f"{'':8}{'':11}{'pairs/s':>10}{'p50 ms':>10}{'p99 ms':>10}{'batched is':>13}{'target':>10}",
     ]
     for (scenario, variant), one in sorted(
