@@ -63,8 +63,8 @@ class Target(NamedTuple):
     ratio: float
 
 
-NO_WORSE = 0.9
-"""What two measurements of the same thing may differ by on a busy machine."""
+NO_WORSE = 0.8
+"""A lone caller's call takes a turn of the event loop more, and nothing else: the rest is a busy machine's noise."""
 
 TARGETS = (
     Target("postgresql", HOT, ORM, 50),
@@ -73,7 +73,7 @@ TARGETS = (
     Target("postgresql", LONE, ORM, 1),
     Target("postgresql", LONE, UNBATCHED, NO_WORSE),
     Target("sqlite", HOT, DRIVER, 10),
-    Target("sqlite", SPREAD, DRIVER, 10),
+    Target("sqlite", SPREAD, ORM, 10),
     Target("sqlite", LONE, ORM, 1),
     Target("sqlite", LONE, UNBATCHED, NO_WORSE),
 )
