@@ -1,5 +1,8 @@
-"""One batch that writes the same row twice, on real databases: PostgreSQL takes that in two statements, never in one."""
+"""How rows travel: one batch that writes a row twice, and text that cannot be sent, on real databases."""
 
+import pytest
+
+from proxy.errors import LedgerFault
 from proxy.ledger.decide import Credit, Credited, CreditType, Released, Reserved, Settled
 from tests.books import release_of, reserve_of, settle_of, store_at
 
@@ -41,3 +44,16 @@ async def test_a_charge_booked_and_refunded_in_one_batch_is_both(books):
     row = await books.row("reservations", reserve.id)
     assert (row["state"], row["charged"], row["refunded"]) == ("settled", 7, 5)
     assert (await books.row("wallets", person.wallet_id))["balance"] == 998
+
+
+@pytest.mark.parametrize("text", ["a\x00b", "\ud800"])
+async def test_text_that_cannot_be_stored_is_refused(books, text):
+    """It fails at once, since sending it again cannot help, and nothing after it does; SQLite can store a NUL."""
+    person = await books.person(1000)
+    reserve = reserve_of(person, 60, original_model=text)
+    if books.url.startswith("sqlite") and "\x00" in text:
+        assert await books.ledger.reserve(reserve) == Reserved(60)
+    else:
+        with pytest.raises(LedgerFault):
+            await books.ledger.reserve(reserve)
+    assert await books.ledger.reserve(reserve_of(person, 1)) == Reserved(1)
