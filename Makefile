@@ -10,8 +10,11 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 TEST_FLAGS ?=
 DURATION ?= 300
+ROUNDS ?=
+SECONDS ?=
+SHORT ?=
 
-.PHONY: help run test test-clients check format clean lock hooks chaos
+.PHONY: help run test test-clients check chaos bench-ledger format clean lock hooks
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,6 +37,10 @@ check: $(VENV)/.dev ## format, lint, types, import contract, compose file
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec docker-compose.yml
 	$(BIN)/pre-commit validate-config
+
+bench-ledger: $(VENV)/.dev ## the ledger against a transaction for each operation (ROUNDS=3 SECONDS=1.5, or SHORT=1)
+	$(BIN)/python -m tests.bench.ledger --check $(if $(SHORT),--short) $(if $(ROUNDS),--rounds $(ROUNDS)) \
+		$(if $(SECONDS),--seconds $(SECONDS))
 
 format: $(VENV)/.dev ## rewrite the code in the house format
 	$(BIN)/ruff format .

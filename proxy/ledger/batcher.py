@@ -112,7 +112,9 @@ class Batcher:
     async def _write(self, batch: list[Waiting]) -> None:
         if not batch:
             return
-        operations = list(dict.fromkeys(operation for operation, _ in batch))
+        positions: dict[Operation, int] = {}
+        answered_by = [positions.setdefault(operation, len(positions)) for operation, _ in batch]
+        operations = list(positions)
         try:
             outcomes = await self._until_answered(operations)
         except Exception as exc:
@@ -125,9 +127,8 @@ class Batcher:
             for _, future in batch:
                 _fail(future, exc)
             return
-        outcome_of = dict(zip(operations, outcomes, strict=True))
-        for operation, future in batch:
-            self._answer(operation, future, outcome_of[operation])
+        for (operation, future), position in zip(batch, answered_by, strict=True):
+            self._answer(operation, future, outcomes[position])
 
     async def _until_answered(self, operations: Sequence[Operation]) -> list[Outcome]:
         attempt = 0

@@ -1,15 +1,20 @@
 """The ledger's SQL, once for each database, made from one list of columns each.
 
-Every read is by primary key and every write is one statement for all rows of a kind, whatever their number:
-PostgreSQL takes its rows as arrays, a column each, SQLite by `executemany`. Never join two such lists with each
-other, and never read in the statement that locks.
+Every read is by primary key and every write is one statement for all rows of a kind, whatever their number. SQLite
+takes its rows by `executemany`. On PostgreSQL each statement costs a round trip, and each value that the driver encodes
+by itself costs more than the database's parsing of it: all reads but the lock's are one statement that answers in JSON,
+all writes are another one (`together`) that takes the rows of each kind as one JSON array of objects. Never join two
+such lists with each other, and never read in the statement that locks: its snapshot is from before the wait.
 """
 
+from collections.abc import Iterable
+from functools import cache
 from typing import NamedTuple
 
 from proxy.storage.database import MICROS_POSTGRESQL
 
-_TYPES = {"text": "text[]", "int": "bigint[]", "bool": "boolean[]", "json": "json[]"}
+_TYPES = {"text": "text", "int": "bigint", "bool": "boolean", "json": "text"}
+"""Of a column in a JSON object; JSON inside of JSON comes as text, and is cast where it is stored."""
 
 USER_COLUMNS = {
     "id": "text",
@@ -121,7 +126,7 @@ TRANSACTION_COLUMNS = {
 
 
 class Statement(NamedTuple):
-    """One statement in both dialects; `columns` are those of its parameter rows, in order."""
+    """One statement in both dialects; `columns` are those of the rows it reads, or takes as its parameter."""
 
     postgresql: str
     sqlite: str
@@ -133,14 +138,20 @@ def _read(table: str, columns: dict[str, str], *, suffix: str = "") -> Statement
     return Statement(f"{head} = ANY($1::text[]){suffix}", f"{head} IN (SELECT value FROM json_each(?))", tuple(columns))
 
 
-def _arrays(columns: dict[str, str]) -> str:
-    return ", ".join(f"${number}::{_TYPES[type_]}" for number, type_ in enumerate(columns.values(), 1))
+def _objects(columns: dict[str, str]) -> str:
+    """The rows in the JSON array that is the parameter of a PostgreSQL statement."""
+    definitions = ", ".join(f"{column} {_TYPES[type_]}" for column, type_ in columns.items())
+    return f"json_to_recordset($1::text::json) AS rows ({definitions})"
+
+
+def _values(columns: dict[str, str]) -> list[str]:
+    return [f"rows.{column}::json" if type_ == "json" else f"rows.{column}" for column, type_ in columns.items()]
 
 
 def _insert(table: str, columns: dict[str, str]) -> Statement:
     head = f"INSERT INTO {table} ({', '.join(columns)})"
     return Statement(
-        f"{head} SELECT * FROM unnest({_arrays(columns)})",
+        f"{head} SELECT {', '.join(_values(columns))} FROM {_objects(columns)}",
         f"{head} VALUES ({', '.join('?' * len(columns))})",
         tuple(columns),
     )
@@ -149,14 +160,30 @@ def _insert(table: str, columns: dict[str, str]) -> Statement:
 def _update(table: str, columns: dict[str, str]) -> Statement:
     """`columns` begins with the primary key."""
     key, *others = columns
-    changes = ", ".join(f"{column} = rows.{column}" for column in others)
+    changes = [f"{column} = {value}" for column, value in zip(columns, _values(columns), strict=True)][1:]
     return Statement(
-        f"UPDATE {table} SET {changes} FROM unnest({_arrays(columns)}) AS rows ({', '.join(columns)})"
-        f" WHERE {table}.{key} = rows.{key}",
+        f"UPDATE {table} SET {', '.join(changes)} FROM {_objects(columns)} WHERE {table}.{key} = rows.{key}",
         f"UPDATE {table} SET {', '.join(f'{column} = ?{number}' for number, column in enumerate(others, 2))}"
         f" WHERE {key} = ?1",
         tuple(columns),
     )
+
+
+@cache
+def together(statements: tuple[Statement, ...]) -> str:
+    """Those writes as one statement of PostgreSQL, which takes their parameters in the same order.
+
+    All of its parts see the database as it was before it: no two of them may write the same row.
+    """
+    *parts, last = (one.postgresql.replace("$1", f"${number}") for number, one in enumerate(statements, 1))
+    if not parts:
+        return last
+    return f"WITH {', '.join(f'part_{number} AS ({part})' for number, part in enumerate(parts))} {last}"
+
+
+def _as_json(table: str, columns: Iterable[str], condition: str) -> str:
+    rows = f"SELECT {', '.join(columns)} FROM {table} WHERE {condition}"
+    return f"(SELECT coalesce(json_agg(found)::text, '[]') FROM ({rows}) AS found) AS {table}"
 
 
 LOCK_WALLETS = _read("wallets", WALLET_COLUMNS, suffix=" ORDER BY id FOR NO KEY UPDATE")
@@ -178,5 +205,19 @@ UPDATE_REFUNDED = _update("reservations", {"id": "text", "refunded": "int"})
 UPDATE_WALLETS = _update("wallets", {"id": "text", **_WALLET_COUNTERS})
 UPDATE_KEYS = _update("api_keys", {"id": "text", **_KEY_COUNTERS})
 
-READ_FENCE_POSTGRESQL = f"SELECT {MICROS_POSTGRESQL}, (SELECT is_fenced FROM instances WHERE id = $1)"
+READ_POSTGRESQL = ", ".join(
+    [
+        f"SELECT {MICROS_POSTGRESQL} AS now",
+        "(SELECT is_fenced FROM instances WHERE id = $1) AS is_fenced",
+        _as_json("users", USER_COLUMNS, "id = ANY($2::text[])"),
+        _as_json("reservations", RESERVATION_COLUMNS, "id = ANY($4::text[])"),
+        _as_json(
+            "api_keys",
+            KEY_COLUMNS,
+            "id IN (SELECT unnest($3::text[]) UNION SELECT key_id FROM reservations WHERE id = ANY($4::text[]))",
+        ),
+    ]
+)
+"""The clock, whether the instance $1 is fenced, the users $2, the reservations $4, the keys $3 and those of $4."""
+
 READ_FENCE_SQLITE = "SELECT is_fenced FROM instances WHERE id = ?"
