@@ -1,141 +1,31 @@
+"""What every HTTP client must do, over real sockets, under both loops."""
+
 import asyncio
 import contextlib
-import logging
 import socket
-import ssl
-import struct
-from base64 import b64decode
 
-import httpx2
 import pytest
 
-from proxy.errors import UpstreamBroken, UpstreamFailed, UpstreamTimeout, UpstreamUnreachable
-from proxy.upstream.client import HttpClient, Timeouts, quiet_library_loggers
-
-FAST = Timeouts(connect_s=0.2, first_byte_s=0.3, idle_s=0.3)
-PATIENT = Timeouts(connect_s=10, first_byte_s=10, idle_s=10)
-PLAIN = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok"
-CHUNKED_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
-
-# A self-signed certificate of 127.0.0.1 for a hundred years, made for these tests.
-TLS_CERTIFICATE = (
-    "MIIBqjCCAVCgAwIBAgIUCw7bQJ2K7ldHszPbpSx9A6lHL6AwCgYIKoZIzj0EAwIwGTEXMBUGA1UEAwwOdG9sbGdhdGUgdGVzdHMw"
-    "IBcNMjYxMTIzMTAyODIxWhgPMjEyNjEwMzAxMDI4MjFaMBkxFzAVBgNVBAMMDnRvbGxnYXRlIHRlc3RzMFkwEwYHKoZIzj0CAQYI"
-    "KoZIzj0DAQcDQgAEHkTIFyLg/sWRY1x82DoQy0ed+Gz5GXzLNFQeHECiS5wNfQOuU2JqjpqsepK1Km7wIAzD/zElZSzlYyluUBoD"
-    "FKN0MHIwHQYDVR0OBBYEFBcKuQaGYLlxFGKdfwmzz+i/wPS5MB8GA1UdIwQYMBaAFBcKuQaGYLlxFGKdfwmzz+i/wPS5MA8GA1Ud"
-    "EwEB/wQFMAMBAf8wDwYDVR0RBAgwBocEfwAAATAOBgNVHQ8BAf8EBAMCAoQwCgYIKoZIzj0EAwIDSAAwRQIhAK4VajCdyggRecwn"
-    "7EaterkSqIWwH/wp1lp/wPdpNV80AiA24I5jo+AiUODLpV7PuJ8fOJJ75rlDKC+hC9ez/tJ9JA=="
+from proxy.errors import UpstreamBroken, UpstreamTimeout, UpstreamUnreachable
+from proxy.upstream.client import Timeouts
+from tests.upstream.servers import (
+    CHUNKED_HEAD,
+    FAST,
+    PLAIN,
+    answering,
+    body_of,
+    chunk,
+    closed_port,
+    failure_of,
+    held_by,
+    read_request,
+    reset,
+    send,
+    serving,
+    stalling,
+    stalling_mid_body,
+    trusting,
 )
-TLS_KEY = (
-    "MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQgrSeED4Fo6Nxd94KmsuEcl1YWbdT+Kjd2Sbn0v4D3bJyhRANCAAQe"
-    "RMgXIuD+xZFjXHzYOhDLR534bPkZfMs0VB4cQKJLnA19A65TYmqOmqx6krUqbvAgDMP/MSVlLOVjKW5QGgMU"
-)
-
-
-@contextlib.asynccontextmanager
-async def serving(handler, *, tls=None):
-    """The address of a server that gives each connection to `handler(reader, writer)` and then closes it."""
-    tasks = set()
-
-    async def connected(reader, writer):
-        tasks.add(asyncio.current_task())
-        try:
-            await handler(reader, writer)
-        except (ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
-            pass
-        finally:
-            writer.close()
-            with contextlib.suppress(ConnectionError):
-                await writer.wait_closed()
-
-    server = await asyncio.start_server(connected, "127.0.0.1", 0, ssl=tls)
-    try:
-        yield f"http{'s' if tls else ''}://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-    finally:
-        server.close()
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-
-async def read_request(reader):
-    """The head and the body of the next request."""
-    head = await reader.readuntil(b"\r\n\r\n")
-    length = next(
-        (int(line.split(b":")[1]) for line in head.split(b"\r\n") if line.lower().startswith(b"content-length")), 0
-    )
-    return head, await reader.readexactly(length)
-
-
-def reset(writer):
-    """End the connection with RST instead of FIN."""
-    linger = struct.pack("ii", 1, 0)
-    writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-    writer.transport.abort()
-
-
-def chunk(data):
-    return b"%x\r\n%s\r\n" % (len(data), data)
-
-
-async def answering(reader, writer):
-    while True:
-        await read_request(reader)
-        writer.write(PLAIN)
-        await writer.drain()
-
-
-async def stalling(reader, writer):
-    await read_request(reader)
-    await reader.read()
-
-
-async def stalling_mid_body(reader, writer):
-    await read_request(reader)
-    writer.write(CHUNKED_HEAD + chunk(b"half"))
-    await reader.read()
-
-
-@pytest.fixture
-async def client():
-    client = HttpClient()
-    yield client
-    await client.aclose()
-
-
-async def send(client, url, *, timeouts=PATIENT, headers=(), body=b"{}"):
-    return await client.send(
-        provider="acme", method="POST", url=url, headers=list(headers), body=body, timeouts=timeouts
-    )
-
-
-async def body_of(response):
-    return b"".join([chunk async for chunk in response.chunks()])
-
-
-async def failure_of(client, url, *, timeouts=PATIENT):
-    """The error that a whole call ends with."""
-    with pytest.raises(UpstreamFailed) as caught:
-        await body_of(await send(client, url, timeouts=timeouts))
-    assert caught.value.provider == "acme"
-    return type(caught.value)
-
-
-@pytest.fixture
-def server_tls(tmp_path):
-    pem = tmp_path / "server.pem"
-    blocks = (("PRIVATE KEY", TLS_KEY), ("CERTIFICATE", TLS_CERTIFICATE))
-    pem.write_text("".join(f"-----BEGIN {kind}-----\n{text}\n-----END {kind}-----\n" for kind, text in blocks))
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(pem)
-    return context
-
-
-@contextlib.contextmanager
-def closed_port():
-    with socket.socket() as bound:
-        bound.bind(("127.0.0.1", 0))
-        yield bound.getsockname()[1]
 
 
 async def test_status_headers_and_body_arrive(client):
@@ -228,12 +118,12 @@ async def test_cookies_are_not_kept(client):
     assert b"cookie" not in heads[1]
 
 
-async def test_the_environment_is_not_read(monkeypatch):
+async def test_the_environment_is_not_read(client_class, monkeypatch):
     """A proxy in the environment would see every key."""
     with closed_port() as port:
         monkeypatch.setenv("HTTP_PROXY", f"http://127.0.0.1:{port}")
         monkeypatch.setenv("ALL_PROXY", f"http://127.0.0.1:{port}")
-        client = HttpClient()
+        client = client_class()
         async with serving(answering) as url:
             assert await body_of(await send(client, url)) == b"ok"
         await client.aclose()
@@ -294,7 +184,7 @@ async def test_an_authority_that_is_not_trusted(client, server_tls):
         assert await failure_of(client, url) is UpstreamUnreachable
 
 
-async def test_over_tls(server_tls):
+async def test_over_tls(client_class, server_tls):
     """Answers arrive, one connection serves them all, closing early is seen."""
     requests = 0
     gone = asyncio.Event()
@@ -308,7 +198,7 @@ async def test_over_tls(server_tls):
         await reader.read()
         gone.set()
 
-    client = HttpClient(tls=ssl.create_default_context(cadata=ssl.DER_cert_to_PEM_cert(b64decode(TLS_CERTIFICATE))))
+    client = client_class(tls=trusting())
     async with serving(handler, tls=server_tls) as url, asyncio.timeout(10):
         for _ in range(2):
             assert await body_of(await send(client, url)) == b"ok"
@@ -321,7 +211,7 @@ async def test_over_tls(server_tls):
 
 
 @pytest.mark.parametrize("ends_with_reset", [False, True])
-async def test_half_a_body_over_tls(server_tls, ends_with_reset):
+async def test_half_a_body_over_tls(client_class, server_tls, ends_with_reset):
     """What came is delivered, and the end is an error."""
     delivered = asyncio.Event()
 
@@ -332,7 +222,7 @@ async def test_half_a_body_over_tls(server_tls, ends_with_reset):
         if ends_with_reset:
             reset(writer)
 
-    client = HttpClient(tls=ssl.create_default_context(cadata=ssl.DER_cert_to_PEM_cert(b64decode(TLS_CERTIFICATE))))
+    client = client_class(tls=trusting())
     async with serving(handler, tls=server_tls) as url:
         chunks = (await send(client, url)).chunks()
         assert await anext(chunks) == b"half"
@@ -342,9 +232,9 @@ async def test_half_a_body_over_tls(server_tls, ends_with_reset):
     await client.aclose()
 
 
-async def test_no_free_connection():
+async def test_no_free_connection(client_class):
     """A call that found the pool full was sent nothing."""
-    client = HttpClient(connections_max=1)
+    client = client_class(connections_max=1)
     async with serving(stalling_mid_body) as url:
         held = await send(client, url)
         assert await failure_of(client, url, timeouts=FAST) is UpstreamUnreachable
@@ -617,7 +507,7 @@ async def closing_the_body(client, url, reached):
         (closing_the_body, CHUNKED_HEAD + chunk(b"half"), ["close"] * 3 + ["request"] * 3),
     ],
 )
-async def test_cancelled_calls_leak_no_connection(caller, sent, marks, ticks):
+async def test_cancelled_calls_leak_no_connection(client_class, caller, sent, marks, ticks):
     """After 20 calls were cancelled, once or a second time `ticks` later, all connections can be had again."""
     is_stalling = True
     reached, gone = asyncio.Queue(), asyncio.Queue()
@@ -632,7 +522,7 @@ async def test_cancelled_calls_leak_no_connection(caller, sent, marks, ticks):
         await reader.read()
         gone.put_nowait(writer)
 
-    client = HttpClient(connections_max=3)
+    client = client_class(connections_max=3)
     async with serving(handler) as url, asyncio.timeout(20):
         for _ in range(5):
             calls = [asyncio.create_task(caller(client, url, reached)) for _ in range(4)]
@@ -648,8 +538,7 @@ async def test_cancelled_calls_leak_no_connection(caller, sent, marks, ticks):
             assert [type(end) for end in ends] == [asyncio.CancelledError] * 4
             for _ in range(3):
                 await gone.get()
-        pool = client._client._transport._pool
-        assert (pool._requests, pool._connections) == ([], [])
+        assert held_by(client) == 0
         is_stalling = False
         responses = [await send(client, url, timeouts=FAST) for _ in range(3)]
         assert [await body_of(response) for response in responses] == [b"ok"] * 3
@@ -727,74 +616,3 @@ async def test_a_connection_closed_on_reuse_is_broken_and_not_tried_again(client
         assert await body_of(await send(client, url)) == b"ok"
         assert await failure_of(client, url) is UpstreamBroken
     assert requests == 2
-
-
-class Failing(httpx2.AsyncBaseTransport, httpx2.AsyncByteStream):
-    """Fails with `error`, before the head or inside the body."""
-
-    def __init__(self, error, *, has_head):
-        self.error = error
-        self.has_head = has_head
-
-    async def handle_async_request(self, request):
-        if self.has_head:
-            return httpx2.Response(200, stream=self)
-        raise self.error
-
-    async def __aiter__(self):
-        yield b"half"
-        raise self.error
-
-
-def library_errors():
-    kinds = [httpx2.HTTPError, httpx2.InvalidURL, httpx2.StreamError]
-    for kind in kinds:
-        kinds += [kind for kind in kind.__subclasses__() if kind not in kinds]
-    return kinds
-
-
-@pytest.mark.parametrize("has_head", [False, True])
-@pytest.mark.parametrize(
-    "kind", [*library_errors(), ssl.SSLError, ConnectionResetError], ids=lambda kind: kind.__name__
-)
-async def test_no_error_of_the_library_comes_through(kind, has_head):
-    """Each becomes one of ours, before the head and inside the body, and says nothing of its own."""
-    error = kind.__new__(kind)
-    Exception.__init__(error, "sk-secret")
-    client = HttpClient(transport=Failing(error, has_head=has_head))
-    with pytest.raises(UpstreamFailed) as caught:
-        await body_of(await send(client, "http://host/"))
-    assert caught.value.__cause__ is error
-    assert "sk-secret" not in str(caught.value)
-    await client.aclose()
-
-
-@pytest.mark.parametrize(
-    ("error", "failure"),
-    [
-        (httpx2.ConnectTimeout(""), UpstreamUnreachable),
-        (httpx2.PoolTimeout(""), UpstreamUnreachable),
-        (httpx2.ConnectError(""), UpstreamUnreachable),
-        (httpx2.WriteTimeout(""), UpstreamTimeout),
-        (httpx2.ReadTimeout(""), UpstreamTimeout),
-        (httpx2.WriteError(""), UpstreamBroken),
-        (httpx2.ReadError(""), UpstreamBroken),
-        (httpx2.CloseError(""), UpstreamBroken),
-        (httpx2.RemoteProtocolError(""), UpstreamBroken),
-        (httpx2.LocalProtocolError(""), UpstreamBroken),
-    ],
-    ids=lambda value: value.__name__ if isinstance(value, type) else type(value).__name__,
-)
-async def test_what_each_error_means(error, failure):
-    """Only an error from before the request was sent is "unreachable"."""
-    client = HttpClient(transport=Failing(error, has_head=False))
-    assert await failure_of(client, "http://host/") is failure
-    await client.aclose()
-
-
-def test_the_library_logs_no_addresses():
-    """Its INFO lines hold URLs."""
-    logging.getLogger("httpx2").setLevel(logging.DEBUG)
-    quiet_library_loggers()
-    for name in ("httpx", "httpx2", "httpcore", "httpcore2", "httpcore2.http11"):
-        assert not logging.getLogger(name).isEnabledFor(logging.INFO)
