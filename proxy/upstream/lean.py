@@ -19,12 +19,15 @@ that falls behind stops the socket: no more than `BUFFER_BYTES` and what one rea
 """
 
 import asyncio
+import ipaddress
 import select
+import socket
 import ssl
 from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import suppress
-from typing import Any, Self, cast
+from itertools import zip_longest
+from typing import Self, cast
 
 from proxy.errors import UpstreamBroken, UpstreamFailed, UpstreamTimeout, UpstreamUnreachable
 from proxy.upstream import Headers, UpstreamResponse
@@ -115,25 +118,68 @@ class LeanClient:
 
     async def _connect(self, place: Address, connect_s: float, deadline: float) -> "_Connection":
         loop = asyncio.get_running_loop()
-        # uvloop tries the addresses one after the other and takes no such argument.
-        options: dict[str, Any] = {}
-        if isinstance(loop, asyncio.BaseEventLoop):
-            options["happy_eyeballs_delay"] = _HAPPY_EYEBALLS_S
         self._pool.make_room()
-        connection = _Connection(self._pool, place.origin)
+        async with asyncio.timeout(min(connect_s, deadline - loop.time())):
+            connection = await _dial(self._pool, place)
         try:
-            async with asyncio.timeout(min(connect_s, deadline - loop.time())):
-                await loop.create_connection(lambda: connection, place.host, place.port, **options)
             if place.is_tls:
                 async with asyncio.timeout(min(connect_s, deadline - loop.time())):
                     await connection.start_tls(self._tls, place.host)
         except BaseException:
-            connection.close()
+            connection.abandon()
             raise
         if not self._pool.keeps(connection):
-            connection.close()
+            connection.abandon()
             raise ConnectionAbortedError
         return connection
+
+
+async def _dial(pool: "_Pool", place: Address) -> "_Connection":
+    """A TCP connection to the first address of the host that answers ("happy eyeballs", RFC 8305).
+
+    uvloop does not have this, and asyncio's own leaves sockets open when it is cancelled.
+
+    Raises `OSError` or `ValueError` when there is no address, or none answers.
+    """
+    tried: list[_Connection] = []
+    attempts: set[asyncio.Task[_Connection]] = set()
+    hosts = deque(await _addresses(place))
+    failure: BaseException | None = None
+    winner: _Connection | None = None
+    try:
+        while hosts or attempts:
+            if hosts:
+                tried.append(_Connection(pool, place.origin))
+                attempts.add(asyncio.create_task(tried[-1].connect(hosts.popleft(), place.port)))
+            done, attempts = await asyncio.wait(
+                attempts, timeout=_HAPPY_EYEBALLS_S if hosts else None, return_when=asyncio.FIRST_COMPLETED
+            )
+            for attempt in done:
+                failure = attempt.exception()
+                if failure is None:
+                    winner = attempt.result()
+            if winner is not None:
+                return winner
+        raise failure or OSError
+    finally:
+        for attempt in attempts:
+            attempt.cancel()
+            attempt.add_done_callback(lambda done: done.cancelled() or done.exception())
+        for connection in tried:
+            if connection is not winner:
+                connection.abandon()
+
+
+async def _addresses(place: Address) -> list[str]:
+    """The IP addresses of a host, the two families in turn."""
+    try:
+        return [str(ipaddress.ip_address(place.host))]
+    except ValueError:
+        found = await asyncio.get_running_loop().getaddrinfo(place.host, place.port, type=socket.SOCK_STREAM)
+    hosts = [(family, str(address[0])) for family, _, _, _, address in found]
+    preferred = [host for family, host in hosts if family == hosts[0][0]]
+    others = [host for family, host in hosts if family != hosts[0][0]]
+    return [host for pair in zip_longest(preferred, others) for host in pair if host is not None]
 
 
 class _Pool:
@@ -283,6 +329,14 @@ class _Connection(asyncio.Protocol):
         self._is_reading_paused = False
         self._is_closed = False
 
+    async def connect(self, host: str, port: int) -> Self:
+        """Connect to the IP address `host`.
+
+        Raises `OSError`.
+        """
+        await self._loop.create_connection(lambda: self, host, port)
+        return self
+
     async def start_tls(self, context: ssl.SSLContext, host: str) -> None:
         """Make the handshake; `host` is what the certificate must be for."""
         assert self._transport is not None, "connected"  # noqa: S101 - by the caller
@@ -352,6 +406,15 @@ class _Connection(asyncio.Protocol):
         if self._transport is not None:
             self._transport.abort()
 
+    def abandon(self) -> None:
+        """Close a connection that was never used.
+
+        The loops do not call `connection_lost` when the attempt to connect (uvloop) or the handshake (asyncio) ends in
+        a cancellation.
+        """
+        self.close()
+        self._pool.lost(self)
+
     def _release(self) -> "_Answer | None":
         """End the call, once: only the first of those who ask gets its answer."""
         answer, self._answer = self._answer, None
@@ -363,6 +426,16 @@ class _Connection(asyncio.Protocol):
         while self._unsent and not self._is_writing_paused and self._transport is not None:
             piece, self._unsent = self._unsent[:WRITE_BYTES], self._unsent[WRITE_BYTES:]
             self._transport.write(piece)
+
+    def _is_cut_off(self) -> bool:
+        """Whether the end is one of TCP only: over TLS anybody on the way can make that, and asyncio does not tell."""
+        tls: ssl.SSLObject | None = cast("asyncio.Transport", self._transport).get_extra_info("ssl_object")
+        if tls is None:
+            return False
+        try:
+            return bool(tls.read(1))
+        except ssl.SSLError:
+            return True
 
     def _advance(self, received_bytes: int) -> None:
         """Tell the reader what the parser has found out."""
@@ -387,10 +460,11 @@ class _Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """TCP stands."""
         self._transport = cast("asyncio.Transport", transport)
-        self._poll.register(transport.get_extra_info("socket").fileno(), select.POLLIN)
-        self._pool.opened(self)
         if self._is_closed:
             self._transport.abort()
+            return
+        self._poll.register(transport.get_extra_info("socket").fileno(), select.POLLIN)
+        self._pool.opened(self)
 
     def data_received(self, data: bytes) -> None:
         """Bytes of the answer; or of what nobody asked for, which ends the connection."""
@@ -404,9 +478,11 @@ class _Connection(asyncio.Protocol):
         """The provider sends no more."""
         if self._answer is None:
             self.close()
-            return
-        self._parser.end()
-        self._advance(0)
+        elif self._is_cut_off():
+            self.stop(UpstreamBroken, BROKE)
+        else:
+            self._parser.end()
+            self._advance(0)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The socket is closed."""

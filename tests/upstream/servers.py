@@ -34,7 +34,7 @@ TLS_KEY = (
 
 
 @contextlib.asynccontextmanager
-async def serving(handler, *, tls=None):
+async def serving(handler, *, tls=None, host="127.0.0.1", port=0):
     """The address of a server that gives each connection to `handler(reader, writer)` and then closes it."""
     tasks = set()
 
@@ -49,9 +49,10 @@ async def serving(handler, *, tls=None):
             with contextlib.suppress(ConnectionError):
                 await writer.wait_closed()
 
-    server = await asyncio.start_server(connected, "127.0.0.1", 0, ssl=tls)
+    server = await asyncio.start_server(connected, host, port, ssl=tls)
     try:
-        yield f"http{'s' if tls else ''}://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        authority = f"[{host}]" if ":" in host else host
+        yield f"http{'s' if tls else ''}://{authority}:{server.sockets[0].getsockname()[1]}"
     finally:
         server.close()
         for task in tasks:
@@ -102,6 +103,32 @@ def closed_port():
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))
         yield bound.getsockname()[1]
+
+
+@contextlib.contextmanager
+def full_port():
+    """A port that answers no attempt to connect, since nobody accepts and its queue is full."""
+    with contextlib.ExitStack() as stack:
+        full = stack.enter_context(socket.socket())
+        full.bind(("127.0.0.1", 0))
+        full.listen(0)
+        for _ in range(4):
+            waiting = stack.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(full.getsockname())
+        yield full.getsockname()[1]
+
+
+async def write_slowly(writer, body, held_back):
+    """Write `body`, and set `held_back` once the other side has not read for a tenth of a second."""
+    for start in range(0, len(body), 100_000):
+        writer.write(body[start : start + 100_000])
+        try:
+            async with asyncio.timeout(0.1):
+                await writer.drain()
+        except TimeoutError:
+            held_back.set()
+            await writer.drain()
 
 
 async def send(client, url, *, timeouts=PATIENT, headers=(), body=b"{}"):

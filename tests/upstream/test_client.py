@@ -1,12 +1,10 @@
 """What every HTTP client must do, over real sockets, under both loops."""
 
 import asyncio
-import contextlib
-import socket
 
 import pytest
 
-from proxy.errors import UpstreamBroken, UpstreamTimeout, UpstreamUnreachable
+from proxy.errors import UpstreamBroken, UpstreamFailed, UpstreamTimeout, UpstreamUnreachable
 from proxy.upstream.client import Timeouts
 from tests.upstream.servers import (
     CHUNKED_HEAD,
@@ -17,6 +15,7 @@ from tests.upstream.servers import (
     chunk,
     closed_port,
     failure_of,
+    full_port,
     held_by,
     read_request,
     reset,
@@ -25,6 +24,7 @@ from tests.upstream.servers import (
     stalling,
     stalling_mid_body,
     trusting,
+    write_slowly,
 )
 
 
@@ -138,17 +138,8 @@ async def test_refused(client):
 
 async def test_connect_timeout(client):
     """A host that does not answer the connection attempt was sent nothing."""
-    with contextlib.ExitStack() as stack:
-        full = stack.enter_context(socket.socket())
-        full.bind(("127.0.0.1", 0))
-        full.listen(0)
-        for _ in range(4):
-            waiting = stack.enter_context(socket.socket())
-            waiting.setblocking(False)
-            waiting.connect_ex(full.getsockname())
-        assert (
-            await failure_of(client, f"http://127.0.0.1:{full.getsockname()[1]}", timeouts=FAST) is UpstreamUnreachable
-        )
+    with full_port() as port:
+        assert await failure_of(client, f"http://127.0.0.1:{port}", timeouts=FAST) is UpstreamUnreachable
 
 
 @pytest.mark.parametrize("url", ["ftp://host/", "host/path", "http://[::1", "http://host.invalid/"])
@@ -616,3 +607,210 @@ async def test_a_connection_closed_on_reuse_is_broken_and_not_tried_again(client
         assert await body_of(await send(client, url)) == b"ok"
         assert await failure_of(client, url) is UpstreamBroken
     assert requests == 2
+
+
+async def test_those_who_wait_for_a_connection_are_served_in_turn(client_class):
+    """First come, first served, and one connection is enough."""
+    served = []
+
+    async def handler(reader, writer):
+        while True:
+            served.append(int((await read_request(reader))[1]))
+            writer.write(PLAIN)
+
+    client = client_class(connections_max=1)
+    async with serving(handler) as url, asyncio.timeout(10):
+        held = await send(client, url, body=b"0")
+        calls = []
+        for number in range(1, 21):
+            calls.append(asyncio.create_task(send(client, url, body=b"%d" % number)))
+            await asyncio.sleep(0)
+        for call in [held, *calls]:
+            response = call if call is held else await call
+            assert await body_of(response) == b"ok"
+        assert served == list(range(21))
+    await client.aclose()
+
+
+async def test_an_idle_connection_makes_room_for_another_provider(client_class):
+    """The bound counts idle connections too, and does not let them stand in the way."""
+    gone = asyncio.Event()
+
+    async def handler(reader, writer):
+        try:
+            await answering(reader, writer)
+        finally:
+            gone.set()
+
+    client = client_class(connections_max=1)
+    async with serving(handler) as first, serving(answering) as second, asyncio.timeout(5):
+        assert await body_of(await send(client, first)) == b"ok"
+        assert await body_of(await send(client, second, timeouts=FAST)) == b"ok"
+        await gone.wait()
+    await client.aclose()
+
+
+async def test_a_certificate_for_another_host(client_class, server_tls):
+    """It gets neither the request nor the key."""
+    requests = []
+
+    async def handler(reader, writer):
+        requests.append(await read_request(reader))
+
+    client = client_class(tls=trusting())
+    async with serving(handler, tls=server_tls) as url:
+        assert await failure_of(client, url.replace("127.0.0.1", "localhost")) is UpstreamUnreachable
+    assert requests == []
+    await client.aclose()
+
+
+async def test_an_idle_connection_expires(client_class):
+    """Then the next call makes a new one."""
+    connected = 0
+    gone = asyncio.Event()
+
+    async def handler(reader, writer):
+        nonlocal connected
+        connected += 1
+        try:
+            await answering(reader, writer)
+        finally:
+            gone.set()
+
+    client = client_class(keepalive_s=0.02)
+    async with serving(handler) as url, asyncio.timeout(5):
+        for expected in (1, 1, 2):
+            if expected == 2:
+                await asyncio.sleep(0.05)
+            assert await body_of(await send(client, url)) == b"ok"
+            assert connected == expected
+        await gone.wait()
+    await client.aclose()
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\nconnection: close\r\n\r\nok",
+        b"HTTP/1.0 200 OK\r\ncontent-length: 2\r\n\r\nok",
+    ],
+)
+async def test_answers_after_which_a_connection_is_not_used(client, answer):
+    """Because the provider says so."""
+    connected = 0
+
+    async def handler(reader, writer):
+        nonlocal connected
+        connected += 1
+        while True:
+            await read_request(reader)
+            writer.write(answer)
+
+    async with serving(handler) as url, asyncio.timeout(5):
+        for _ in range(3):
+            assert await body_of(await send(client, url)) == b"ok"
+    assert connected == 3
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        PLAIN,
+        CHUNKED_HEAD + chunk(b"ok") + b"0\r\nx-trailer: 1\r\n\r\n",
+        b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nlink: x\r\n\r\n" + PLAIN,
+        b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\nx: " + b"y" * 60_000 + b"\r\n\r\nok",
+    ],
+)
+async def test_answers_after_which_a_connection_is_used(client, answer):
+    """Trailers, informational answers and long heads are in order."""
+    connected = 0
+
+    async def handler(reader, writer):
+        nonlocal connected
+        connected += 1
+        while True:
+            await read_request(reader)
+            writer.write(answer)
+
+    async with serving(handler) as url, asyncio.timeout(5):
+        for _ in range(3):
+            response = await send(client, url)
+            assert (response.status, await body_of(response)) == (200, b"ok")
+            assert b"x-trailer" not in dict(response.headers)
+    assert connected == 1
+
+
+async def test_a_body_that_ends_with_the_connection(client):
+    """Without any other framing a clean end is the end."""
+
+    async def handler(reader, writer):
+        await read_request(reader)
+        writer.write(b"HTTP/1.1 200 OK\r\n\r\n")
+        for _ in range(10):
+            writer.write(b"x" * 10_000)
+            await writer.drain()
+
+    async with serving(handler) as url:
+        assert await body_of(await send(client, url)) == b"x" * 100_000
+
+
+async def test_a_long_request_arrives_whole(client):
+    """Byte for byte, although the provider reads more slowly than we write."""
+    body = bytes(range(256)) * 40_000
+    seen = []
+
+    async def handler(reader, writer):
+        seen.append(await read_request(reader))
+        writer.write(PLAIN)
+        await reader.read()
+
+    async with serving(handler) as url, asyncio.timeout(20):
+        assert await body_of(await send(client, url, body=body)) == b"ok"
+    assert seen[0][1] == body
+
+
+async def test_a_long_answer_to_a_slow_reader(client):
+    """It arrives byte for byte, and the provider is held back meanwhile."""
+    body = bytes(range(256)) * 160_000
+    held_back = asyncio.Event()
+
+    async def handler(reader, writer):
+        await read_request(reader)
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(body))
+        await write_slowly(writer, body, held_back)
+        await reader.read()
+
+    async with serving(handler) as url, asyncio.timeout(60):
+        response = await send(client, url)
+        await held_back.wait()
+        assert await body_of(response) == body
+
+
+@pytest.mark.parametrize(
+    "header", [(b"x-a", b"1\r\nx-evil: 1"), (b"x-a", b"1\nx"), (b"x-a: 1\r\nx-evil", b"1"), (b"x a", b"1"), (b"", b"1")]
+)
+async def test_headers_that_would_be_other_lines(client, header):
+    """Nothing of the call is sent."""
+    requests = []
+
+    async def handler(reader, writer):
+        requests.append(await read_request(reader))
+
+    async with serving(handler) as url:
+        with pytest.raises(UpstreamFailed):
+            await send(client, url, headers=[header])
+    assert requests == []
+
+
+async def test_an_ipv6_address(client):
+    """It is written in brackets, in the address and in `host`."""
+    heads = []
+
+    async def handler(reader, writer):
+        heads.append((await read_request(reader))[0])
+        writer.write(PLAIN)
+
+    async with serving(handler, host="::1") as url:
+        assert url.startswith("http://[::1]:")
+        assert await body_of(await send(client, url)) == b"ok"
+        assert b"\r\nHost: %s\r\n" % url.removeprefix("http://").encode() in heads[0]
