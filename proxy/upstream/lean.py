@@ -20,6 +20,7 @@ that falls behind stops the socket: no more than `BUFFER_BYTES` and what one rea
 
 import asyncio
 import ipaddress
+import os
 import select
 import socket
 import ssl
@@ -55,6 +56,9 @@ WRITE_BYTES = 262_144
 
 _HAPPY_EYEBALLS_S = 0.25
 """How long one address of a host may take before the next one is tried beside it (RFC 8305, section 5)."""
+
+_LAST_READS_MAX = 4
+"""An answer that is longer than this many reads is no refusal."""
 
 _CLOSING_S = 1.0
 """How long closing the client waits for the loop to be done with the sockets."""
@@ -368,9 +372,9 @@ class _Connection(asyncio.Protocol):
 
     def read_on(self) -> None:
         """The reader has emptied the buffer."""
-        if self._is_reading_paused and self._transport is not None:
+        if self._is_reading_paused:
             self._is_reading_paused = False
-            self._transport.resume_reading()
+            self._set_reading(is_wanted=True)
 
     def stop(self, failure: type[UpstreamFailed], message: str, cause: BaseException | None = None) -> None:
         """Close the connection, and end the call on it, if there is one, with an error."""
@@ -422,10 +426,43 @@ class _Connection(asyncio.Protocol):
             self._pool.release()
         return answer
 
+    def _set_reading(self, *, is_wanted: bool) -> None:
+        transport = cast("asyncio.Transport", self._transport)
+        # uvloop raises on a transport that is closing.
+        if transport.is_closing():
+            return
+        if is_wanted:
+            transport.resume_reading()
+        else:
+            transport.pause_reading()
+
     def _send_more(self) -> None:
-        while self._unsent and not self._is_writing_paused and self._transport is not None:
+        """Write as much of the request's body as the transport wants, but hear the provider out first.
+
+        Once it has refused the body and closed, the next write fails, and the loop then drops what it has not read.
+        """
+        transport = cast("asyncio.Transport", self._transport)
+        while self._unsent and not self._is_writing_paused and not transport.is_closing():
+            if not self._is_reading_paused and self._poll.poll(0):
+                self._loop.call_soon(self._send_more)
+                return
             piece, self._unsent = self._unsent[:WRITE_BYTES], self._unsent[WRITE_BYTES:]
-            self._transport.write(piece)
+            transport.write(piece)
+
+    def _read_last_words(self) -> None:
+        """Read what came before a write failed, past the loop that does not: the socket is still open here.
+
+        Over TLS this cannot be done.
+        """
+        transport = cast("asyncio.Transport", self._transport)
+        if transport.get_extra_info("ssl_object") is not None:
+            return
+        with suppress(OSError):
+            socket_number = transport.get_extra_info("socket").fileno()
+            for _ in range(_LAST_READS_MAX):
+                if not (received := os.read(socket_number, WRITE_BYTES)):
+                    return
+                self._parser.feed(received)
 
     def _is_cut_off(self) -> bool:
         """Whether the end is one of TCP only: over TLS anybody on the way can make that, and asyncio does not tell."""
@@ -450,9 +487,9 @@ class _Connection(asyncio.Protocol):
             self.stop(UpstreamBroken, NOT_HTTP)
         else:
             answer.buffered_bytes += received_bytes
-            if answer.buffered_bytes > BUFFER_BYTES and answer.pieces:
+            if answer.buffered_bytes > BUFFER_BYTES and answer.pieces and not self._is_reading_paused:
                 self._is_reading_paused = True
-                cast("asyncio.Transport", self._transport).pause_reading()
+                self._set_reading(is_wanted=False)
             answer.wake()
 
     # ---- asyncio's callbacks
@@ -485,7 +522,10 @@ class _Connection(asyncio.Protocol):
             self._advance(0)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """The socket is closed."""
+        """The socket is about to be closed."""
+        if exc is not None and self._answer is not None:
+            self._read_last_words()
+            self._advance(0)
         self.stop(UpstreamBroken, BROKE, exc)
         self._pool.lost(self)
 
