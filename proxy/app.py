@@ -73,7 +73,7 @@ class Tollgate:
             self.ledger.start()
             stack.push_async_callback(self.ledger.aclose)
             await stack.enter_async_context(lease.held(self.ledger))
-            client = _http_client(self.configuration.settings.server.http_client)
+            client = http_client(self.configuration.settings.server.http_client)
             stack.push_async_callback(client.aclose)
             self.exchange = Exchange(
                 self.ledger, self._providers(client), lambda: self.catalog, _limits(self.configuration)
@@ -177,7 +177,8 @@ def _limits(configuration: Configuration) -> ExchangeLimits:
     )
 
 
-def _http_client(choice: Literal["lean", "httpx"]) -> HttpClient:
+def http_client(choice: Literal["lean", "httpx"]) -> HttpClient:
+    """What speaks to providers."""
     return LeanClient() if choice == "lean" else HttpxClient()
 
 

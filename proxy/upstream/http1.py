@@ -131,6 +131,7 @@ class AnswerParser:
         self.is_complete = False
         self.is_broken = False
         self.is_reusable = False
+        self._is_over = False
         self._is_bodiless = is_bodiless
         self._ends_with_connection = False
         self._frame_bytes = 0
@@ -151,12 +152,10 @@ class AnswerParser:
         self.is_reusable = False
         if self._is_over:
             return
-        self.is_complete = self.has_head and self._ends_with_connection
-        self.is_broken = not self.is_complete
-
-    @property
-    def _is_over(self) -> bool:
-        return self.is_complete or self.is_broken
+        if self.has_head and self._ends_with_connection:
+            self._complete()
+        else:
+            self._break()
 
     def _feed_head(self, received: bytes) -> None:
         room = HEAD_BYTES_MAX - self._frame_bytes
@@ -193,6 +192,11 @@ class AnswerParser:
         """Nothing more can be read; an answer that was complete before stays so."""
         self.is_reusable = False
         self.is_broken = not self.is_complete
+        self._is_over = True
+
+    def _complete(self) -> None:
+        self.is_complete = True
+        self._is_over = True
 
     # ---- llhttp's callbacks. None raises: httptools would turn that into errors of its own.
 
@@ -238,7 +242,7 @@ class AnswerParser:
         self._frame_bytes = 0
         if self._is_bodiless:
             # llhttp would wait for the body that the head speaks of.
-            self.is_complete = True
+            self._complete()
             self.is_reusable = False
 
     def on_body(self, piece: bytes) -> None:
@@ -251,7 +255,7 @@ class AnswerParser:
         if self._is_over:
             return
         if self.has_head:
-            self.is_complete = True
+            self._complete()
         else:
             self.headers.clear()
 

@@ -28,7 +28,7 @@ from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from itertools import zip_longest
-from typing import Self, cast
+from typing import NoReturn, Self, cast
 
 from proxy.errors import UpstreamBroken, UpstreamFailed, UpstreamTimeout, UpstreamUnreachable
 from proxy.upstream import Headers, UpstreamResponse
@@ -554,7 +554,7 @@ class _Answer:
         self._provider = provider
         self._idle_s = idle_s
         self._loop = asyncio.get_running_loop()
-        self._failure: UpstreamFailed | None = None
+        self._failure: tuple[type[UpstreamFailed], str, BaseException | None] | None = None
         self._is_taken = False
         self._waiter: asyncio.Future[None] | None = None
         self._waiting_since = 0.0
@@ -569,7 +569,7 @@ class _Answer:
         try:
             while not self.has_head:
                 if self._failure is not None:
-                    raise self._failure
+                    self._raise(*self._failure)
                 await self._wait()
         finally:
             timer.cancel()
@@ -586,7 +586,7 @@ class _Answer:
     async def __anext__(self) -> bytes:
         while not self.pieces:
             if self._failure is not None:
-                raise self._failure
+                self._raise(*self._failure)
             if self._connection is None:
                 raise StopAsyncIteration
             self._watch_silence()
@@ -603,7 +603,7 @@ class _Answer:
         self.pieces.clear()
         self._stop(UpstreamBroken, SPENT)
         if self._failure is None:
-            self.fail(UpstreamBroken, SPENT, None)
+            self._failure = (UpstreamBroken, SPENT, None)
 
     # ---- the connection's side
 
@@ -619,8 +619,7 @@ class _Answer:
 
     def fail(self, failure: type[UpstreamFailed], message: str, cause: BaseException | None) -> None:
         """No more will come; what has come can still be read."""
-        self._failure = failure(message, provider=self._provider)
-        self._failure.__cause__ = cause
+        self._failure = (failure, message, cause)
         self._let_go()
 
     def wake(self) -> None:
@@ -629,6 +628,9 @@ class _Answer:
             self._waiter.set_result(None)
 
     # ---- waiting
+
+    def _raise(self, failure: type[UpstreamFailed], message: str, cause: BaseException | None) -> NoReturn:
+        raise failure(message, provider=self._provider) from cause
 
     def _let_go(self) -> None:
         self._connection = None

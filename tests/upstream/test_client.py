@@ -4,8 +4,11 @@ import asyncio
 
 import pytest
 
+from proxy.app import http_client
 from proxy.errors import UpstreamBroken, UpstreamFailed, UpstreamTimeout, UpstreamUnreachable
+from proxy.settings import ServerSettings
 from proxy.upstream.client import Timeouts
+from proxy.upstream.lean import LeanClient
 from tests.upstream.servers import (
     CHUNKED_HEAD,
     FAST,
@@ -814,3 +817,11 @@ async def test_an_ipv6_address(client):
         assert url.startswith("http://[::1]:")
         assert await body_of(await send(client, url)) == b"ok"
         assert b"\r\nHost: %s\r\n" % url.removeprefix("http://").encode() in heads[0]
+
+
+async def test_the_setting_chooses(client_class):
+    """`[server] http_client` names one of the two, and ours is the default."""
+    chosen = http_client("lean" if client_class is LeanClient else "httpx")
+    assert type(chosen) is client_class
+    await chosen.aclose()
+    assert ServerSettings().http_client == "lean"
