@@ -214,7 +214,8 @@ class AnswerParser:
             if self._trailers_bytes > HEAD_BYTES_MAX:
                 self._break()
             return
-        self.headers.append((name.lower(), value))
+        # llhttp takes white space off the front only.
+        self.headers.append((name.lower(), value.rstrip(b" \t")))
         if len(self.headers) > HEADERS_MAX:
             self._break()
 
@@ -268,5 +269,5 @@ def _framing(headers: Headers) -> tuple[bool, list[bytes]]:
         if name == b"content-length":
             has_length = True
         elif name == b"transfer-encoding":
-            codings.append(value.strip().lower())
+            codings.append(value.lower())
     return has_length, codings

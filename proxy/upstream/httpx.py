@@ -1,7 +1,7 @@
 """An `HttpClient` over the library httpx2: the one module that knows it.
 
-It costs about twenty times the CPU of `proxy.upstream.lean`. It is kept for what that one does not do (HTTP/2, proxies,
-other transports), and as a second opinion: both pass the same tests.
+It costs twenty to thirty times the CPU of `proxy.upstream.lean`. It is kept for what that one does not do (HTTP/2,
+proxies, other transports), and as a second opinion: both pass the same tests.
 
 Library errors are translated here, by one table, while the head is awaited and while the body is read.
 

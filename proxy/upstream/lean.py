@@ -42,6 +42,7 @@ from proxy.upstream.client import (
     NOT_CONNECTED,
     NOT_CONNECTED_IN_TIME,
     NOT_HTTP,
+    NOT_SENDABLE,
     SILENT,
     SPENT,
     Timeouts,
@@ -87,9 +88,12 @@ class LeanClient:
         deadline = asyncio.get_running_loop().time() + timeouts.first_byte_s
         try:
             place = address(url)
-            head = request_head(method, place, headers, len(body))
         except ValueError as exc:
             raise UpstreamUnreachable(NO_ADDRESS, provider=provider) from exc
+        try:
+            head = request_head(method, place, headers, len(body))
+        except ValueError as exc:
+            raise UpstreamUnreachable(NOT_SENDABLE, provider=provider) from exc
         connection = await self._connected(place, provider, timeouts.connect_s, deadline)
         # From here to the first wait for the answer nothing is awaited: a slot always has an answer that gives it back.
         answer = _Answer(connection, provider=provider, idle_s=timeouts.idle_s)
