@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from decimal import Decimal
+from typing import Literal
 
 import structlog
 from litestar import Litestar
@@ -37,6 +38,8 @@ from proxy.upstream.demo import (
     DEMO_OUTPUT_TOKENS_MAX,
     DemoProvider,
 )
+from proxy.upstream.httpx import HttpxClient
+from proxy.upstream.lean import LeanClient
 from proxy.upstream.openai import OpenAIProvider
 
 log = structlog.get_logger(__name__)
@@ -74,7 +77,7 @@ class Tollgate:
             self.ledger.start()
             stack.push_async_callback(self.ledger.aclose)
             await stack.enter_async_context(lease.held(self.ledger))
-            client = HttpClient()
+            client = http_client(self.configuration.settings.server.http_client)
             stack.push_async_callback(client.aclose)
             self.exchange = Exchange(
                 self.ledger, self._providers(client), lambda: self.catalog, _limits(self.configuration)
@@ -180,6 +183,11 @@ def _limits(configuration: Configuration) -> ExchangeLimits:
         settle_wait_s=server.settle_wait_s,
         keep_alive_s=server.keep_alive_s,
     )
+
+
+def http_client(choice: Literal["lean", "httpx"]) -> HttpClient:
+    """What speaks to providers."""
+    return LeanClient() if choice == "lean" else HttpxClient()
 
 
 def _provider(name: str, settings: ProviderSettings, api_key: str | None, client: HttpClient) -> Provider:

@@ -51,6 +51,8 @@ class ServerSettings(_Section, frozen=True):
     """How long a client may take nothing of what is sent to it, before it counts as gone."""
     drain_s: PositiveInt = 30
     """How long calls in flight may go on after SIGTERM."""
+    http_client: Literal["lean", "httpx"] = "lean"
+    """What speaks to providers: our own HTTP/1.1 client, or the slower one of the library httpx2."""
 
 
 class DatabaseSettings(_Section, frozen=True):

@@ -28,6 +28,7 @@ def written(tmp_path):
         ("[server]\nprot = 1", "server"),
         ("[server]\nport = 8080.5", "server.port"),
         ("[sever]\nport = 1", "sever"),
+        ("[server]\nhttp_client = 'curl'", "server.http_client"),
         ("server = 1", "server"),
         ("[server", "config.toml"),
         ("[credits]\nmarkup_percent = -1", "credits.markup_percent"),

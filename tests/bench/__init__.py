@@ -1,0 +1,1 @@
+"""Measurements to be started by hand; none is a test."""

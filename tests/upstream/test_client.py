@@ -1,141 +1,34 @@
-import asyncio
-import contextlib
-import logging
-import socket
-import ssl
-import struct
-from base64 import b64decode
+"""What every HTTP client must do, over real sockets, under both loops."""
 
-import httpx2
+import asyncio
+
 import pytest
 
+from proxy.app import http_client
 from proxy.errors import UpstreamBroken, UpstreamFailed, UpstreamTimeout, UpstreamUnreachable
-from proxy.upstream.client import HttpClient, Timeouts, quiet_library_loggers
-
-FAST = Timeouts(connect_s=0.2, first_byte_s=0.3, idle_s=0.3)
-PATIENT = Timeouts(connect_s=10, first_byte_s=10, idle_s=10)
-PLAIN = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok"
-CHUNKED_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
-
-# A self-signed certificate of 127.0.0.1 for a hundred years, made for these tests.
-TLS_CERTIFICATE = (
-    "MIIBqjCCAVCgAwIBAgIUCw7bQJ2K7ldHszPbpSx9A6lHL6AwCgYIKoZIzj0EAwIwGTEXMBUGA1UEAwwOdG9sbGdhdGUgdGVzdHMw"
-    "IBcNMjYxMTIzMTAyODIxWhgPMjEyNjEwMzAxMDI4MjFaMBkxFzAVBgNVBAMMDnRvbGxnYXRlIHRlc3RzMFkwEwYHKoZIzj0CAQYI"
-    "KoZIzj0DAQcDQgAEHkTIFyLg/sWRY1x82DoQy0ed+Gz5GXzLNFQeHECiS5wNfQOuU2JqjpqsepK1Km7wIAzD/zElZSzlYyluUBoD"
-    "FKN0MHIwHQYDVR0OBBYEFBcKuQaGYLlxFGKdfwmzz+i/wPS5MB8GA1UdIwQYMBaAFBcKuQaGYLlxFGKdfwmzz+i/wPS5MA8GA1Ud"
-    "EwEB/wQFMAMBAf8wDwYDVR0RBAgwBocEfwAAATAOBgNVHQ8BAf8EBAMCAoQwCgYIKoZIzj0EAwIDSAAwRQIhAK4VajCdyggRecwn"
-    "7EaterkSqIWwH/wp1lp/wPdpNV80AiA24I5jo+AiUODLpV7PuJ8fOJJ75rlDKC+hC9ez/tJ9JA=="
+from proxy.settings import ServerSettings
+from proxy.upstream.client import Timeouts
+from proxy.upstream.lean import LeanClient
+from tests.upstream.servers import (
+    CHUNKED_HEAD,
+    FAST,
+    PLAIN,
+    answering,
+    body_of,
+    chunk,
+    closed_port,
+    failure_of,
+    full_port,
+    held_by,
+    read_request,
+    reset,
+    send,
+    serving,
+    stalling,
+    stalling_mid_body,
+    trusting,
+    write_slowly,
 )
-TLS_KEY = (
-    "MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQgrSeED4Fo6Nxd94KmsuEcl1YWbdT+Kjd2Sbn0v4D3bJyhRANCAAQe"
-    "RMgXIuD+xZFjXHzYOhDLR534bPkZfMs0VB4cQKJLnA19A65TYmqOmqx6krUqbvAgDMP/MSVlLOVjKW5QGgMU"
-)
-
-
-@contextlib.asynccontextmanager
-async def serving(handler, *, tls=None):
-    """The address of a server that gives each connection to `handler(reader, writer)` and then closes it."""
-    tasks = set()
-
-    async def connected(reader, writer):
-        tasks.add(asyncio.current_task())
-        try:
-            await handler(reader, writer)
-        except (ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
-            pass
-        finally:
-            writer.close()
-            with contextlib.suppress(ConnectionError):
-                await writer.wait_closed()
-
-    server = await asyncio.start_server(connected, "127.0.0.1", 0, ssl=tls)
-    try:
-        yield f"http{'s' if tls else ''}://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-    finally:
-        server.close()
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-
-async def read_request(reader):
-    """The head and the body of the next request."""
-    head = await reader.readuntil(b"\r\n\r\n")
-    length = next(
-        (int(line.split(b":")[1]) for line in head.split(b"\r\n") if line.lower().startswith(b"content-length")), 0
-    )
-    return head, await reader.readexactly(length)
-
-
-def reset(writer):
-    """End the connection with RST instead of FIN."""
-    linger = struct.pack("ii", 1, 0)
-    writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-    writer.transport.abort()
-
-
-def chunk(data):
-    return b"%x\r\n%s\r\n" % (len(data), data)
-
-
-async def answering(reader, writer):
-    while True:
-        await read_request(reader)
-        writer.write(PLAIN)
-        await writer.drain()
-
-
-async def stalling(reader, writer):
-    await read_request(reader)
-    await reader.read()
-
-
-async def stalling_mid_body(reader, writer):
-    await read_request(reader)
-    writer.write(CHUNKED_HEAD + chunk(b"half"))
-    await reader.read()
-
-
-@pytest.fixture
-async def client():
-    client = HttpClient()
-    yield client
-    await client.aclose()
-
-
-async def send(client, url, *, timeouts=PATIENT, headers=(), body=b"{}"):
-    return await client.send(
-        provider="acme", method="POST", url=url, headers=list(headers), body=body, timeouts=timeouts
-    )
-
-
-async def body_of(response):
-    return b"".join([chunk async for chunk in response.chunks()])
-
-
-async def failure_of(client, url, *, timeouts=PATIENT):
-    """The error that a whole call ends with."""
-    with pytest.raises(UpstreamFailed) as caught:
-        await body_of(await send(client, url, timeouts=timeouts))
-    assert caught.value.provider == "acme"
-    return type(caught.value)
-
-
-@pytest.fixture
-def server_tls(tmp_path):
-    pem = tmp_path / "server.pem"
-    blocks = (("PRIVATE KEY", TLS_KEY), ("CERTIFICATE", TLS_CERTIFICATE))
-    pem.write_text("".join(f"-----BEGIN {kind}-----\n{text}\n-----END {kind}-----\n" for kind, text in blocks))
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(pem)
-    return context
-
-
-@contextlib.contextmanager
-def closed_port():
-    with socket.socket() as bound:
-        bound.bind(("127.0.0.1", 0))
-        yield bound.getsockname()[1]
 
 
 async def test_status_headers_and_body_arrive(client):
@@ -228,12 +121,12 @@ async def test_cookies_are_not_kept(client):
     assert b"cookie" not in heads[1]
 
 
-async def test_the_environment_is_not_read(monkeypatch):
+async def test_the_environment_is_not_read(client_class, monkeypatch):
     """A proxy in the environment would see every key."""
     with closed_port() as port:
         monkeypatch.setenv("HTTP_PROXY", f"http://127.0.0.1:{port}")
         monkeypatch.setenv("ALL_PROXY", f"http://127.0.0.1:{port}")
-        client = HttpClient()
+        client = client_class()
         async with serving(answering) as url:
             assert await body_of(await send(client, url)) == b"ok"
         await client.aclose()
@@ -248,17 +141,8 @@ async def test_refused(client):
 
 async def test_connect_timeout(client):
     """A host that does not answer the connection attempt was sent nothing."""
-    with contextlib.ExitStack() as stack:
-        full = stack.enter_context(socket.socket())
-        full.bind(("127.0.0.1", 0))
-        full.listen(0)
-        for _ in range(4):
-            waiting = stack.enter_context(socket.socket())
-            waiting.setblocking(False)
-            waiting.connect_ex(full.getsockname())
-        assert (
-            await failure_of(client, f"http://127.0.0.1:{full.getsockname()[1]}", timeouts=FAST) is UpstreamUnreachable
-        )
+    with full_port() as port:
+        assert await failure_of(client, f"http://127.0.0.1:{port}", timeouts=FAST) is UpstreamUnreachable
 
 
 @pytest.mark.parametrize("url", ["ftp://host/", "host/path", "http://[::1", "http://host.invalid/"])
@@ -294,7 +178,7 @@ async def test_an_authority_that_is_not_trusted(client, server_tls):
         assert await failure_of(client, url) is UpstreamUnreachable
 
 
-async def test_over_tls(server_tls):
+async def test_over_tls(client_class, server_tls):
     """Answers arrive, one connection serves them all, closing early is seen."""
     requests = 0
     gone = asyncio.Event()
@@ -308,7 +192,7 @@ async def test_over_tls(server_tls):
         await reader.read()
         gone.set()
 
-    client = HttpClient(tls=ssl.create_default_context(cadata=ssl.DER_cert_to_PEM_cert(b64decode(TLS_CERTIFICATE))))
+    client = client_class(tls=trusting())
     async with serving(handler, tls=server_tls) as url, asyncio.timeout(10):
         for _ in range(2):
             assert await body_of(await send(client, url)) == b"ok"
@@ -321,7 +205,7 @@ async def test_over_tls(server_tls):
 
 
 @pytest.mark.parametrize("ends_with_reset", [False, True])
-async def test_half_a_body_over_tls(server_tls, ends_with_reset):
+async def test_half_a_body_over_tls(client_class, server_tls, ends_with_reset):
     """What came is delivered, and the end is an error."""
     delivered = asyncio.Event()
 
@@ -332,7 +216,7 @@ async def test_half_a_body_over_tls(server_tls, ends_with_reset):
         if ends_with_reset:
             reset(writer)
 
-    client = HttpClient(tls=ssl.create_default_context(cadata=ssl.DER_cert_to_PEM_cert(b64decode(TLS_CERTIFICATE))))
+    client = client_class(tls=trusting())
     async with serving(handler, tls=server_tls) as url:
         chunks = (await send(client, url)).chunks()
         assert await anext(chunks) == b"half"
@@ -342,9 +226,9 @@ async def test_half_a_body_over_tls(server_tls, ends_with_reset):
     await client.aclose()
 
 
-async def test_no_free_connection():
+async def test_no_free_connection(client_class):
     """A call that found the pool full was sent nothing."""
-    client = HttpClient(connections_max=1)
+    client = client_class(connections_max=1)
     async with serving(stalling_mid_body) as url:
         held = await send(client, url)
         assert await failure_of(client, url, timeouts=FAST) is UpstreamUnreachable
@@ -617,7 +501,7 @@ async def closing_the_body(client, url, reached):
         (closing_the_body, CHUNKED_HEAD + chunk(b"half"), ["close"] * 3 + ["request"] * 3),
     ],
 )
-async def test_cancelled_calls_leak_no_connection(caller, sent, marks, ticks):
+async def test_cancelled_calls_leak_no_connection(client_class, caller, sent, marks, ticks):
     """After 20 calls were cancelled, once or a second time `ticks` later, all connections can be had again."""
     is_stalling = True
     reached, gone = asyncio.Queue(), asyncio.Queue()
@@ -632,7 +516,7 @@ async def test_cancelled_calls_leak_no_connection(caller, sent, marks, ticks):
         await reader.read()
         gone.put_nowait(writer)
 
-    client = HttpClient(connections_max=3)
+    client = client_class(connections_max=3)
     async with serving(handler) as url, asyncio.timeout(20):
         for _ in range(5):
             calls = [asyncio.create_task(caller(client, url, reached)) for _ in range(4)]
@@ -648,8 +532,7 @@ async def test_cancelled_calls_leak_no_connection(caller, sent, marks, ticks):
             assert [type(end) for end in ends] == [asyncio.CancelledError] * 4
             for _ in range(3):
                 await gone.get()
-        pool = client._client._transport._pool
-        assert (pool._requests, pool._connections) == ([], [])
+        assert held_by(client) == 0
         is_stalling = False
         responses = [await send(client, url, timeouts=FAST) for _ in range(3)]
         assert [await body_of(response) for response in responses] == [b"ok"] * 3
@@ -729,72 +612,216 @@ async def test_a_connection_closed_on_reuse_is_broken_and_not_tried_again(client
     assert requests == 2
 
 
-class Failing(httpx2.AsyncBaseTransport, httpx2.AsyncByteStream):
-    """Fails with `error`, before the head or inside the body."""
+async def test_those_who_wait_for_a_connection_are_served_in_turn(client_class):
+    """First come, first served, and one connection is enough."""
+    served = []
 
-    def __init__(self, error, *, has_head):
-        self.error = error
-        self.has_head = has_head
+    async def handler(reader, writer):
+        while True:
+            served.append(int((await read_request(reader))[1]))
+            writer.write(PLAIN)
 
-    async def handle_async_request(self, request):
-        if self.has_head:
-            return httpx2.Response(200, stream=self)
-        raise self.error
-
-    async def __aiter__(self):
-        yield b"half"
-        raise self.error
-
-
-def library_errors():
-    kinds = [httpx2.HTTPError, httpx2.InvalidURL, httpx2.StreamError]
-    for kind in kinds:
-        kinds += [kind for kind in kind.__subclasses__() if kind not in kinds]
-    return kinds
+    client = client_class(connections_max=1)
+    async with serving(handler) as url, asyncio.timeout(10):
+        held = await send(client, url, body=b"0")
+        calls = []
+        for number in range(1, 21):
+            calls.append(asyncio.create_task(send(client, url, body=b"%d" % number)))
+            await asyncio.sleep(0)
+        for call in [held, *calls]:
+            response = call if call is held else await call
+            assert await body_of(response) == b"ok"
+        assert served == list(range(21))
+    await client.aclose()
 
 
-@pytest.mark.parametrize("has_head", [False, True])
-@pytest.mark.parametrize(
-    "kind", [*library_errors(), ssl.SSLError, ConnectionResetError], ids=lambda kind: kind.__name__
-)
-async def test_no_error_of_the_library_comes_through(kind, has_head):
-    """Each becomes one of ours, before the head and inside the body, and says nothing of its own."""
-    error = kind.__new__(kind)
-    Exception.__init__(error, "sk-secret")
-    client = HttpClient(transport=Failing(error, has_head=has_head))
-    with pytest.raises(UpstreamFailed) as caught:
-        await body_of(await send(client, "http://host/"))
-    assert caught.value.__cause__ is error
-    assert "sk-secret" not in str(caught.value)
+async def test_an_idle_connection_makes_room_for_another_provider(client_class):
+    """The bound counts idle connections too, and does not let them stand in the way."""
+    gone = asyncio.Event()
+
+    async def handler(reader, writer):
+        try:
+            await answering(reader, writer)
+        finally:
+            gone.set()
+
+    client = client_class(connections_max=1)
+    async with serving(handler) as first, serving(answering) as second, asyncio.timeout(5):
+        assert await body_of(await send(client, first)) == b"ok"
+        assert await body_of(await send(client, second, timeouts=FAST)) == b"ok"
+        await gone.wait()
+    await client.aclose()
+
+
+async def test_a_certificate_for_another_host(client_class, server_tls):
+    """It gets neither the request nor the key."""
+    requests = []
+
+    async def handler(reader, writer):
+        requests.append(await read_request(reader))
+
+    client = client_class(tls=trusting())
+    async with serving(handler, tls=server_tls) as url:
+        assert await failure_of(client, url.replace("127.0.0.1", "localhost")) is UpstreamUnreachable
+    assert requests == []
+    await client.aclose()
+
+
+async def test_an_idle_connection_expires(client_class):
+    """Then the next call makes a new one."""
+    connected = 0
+    gone = asyncio.Event()
+
+    async def handler(reader, writer):
+        nonlocal connected
+        connected += 1
+        try:
+            await answering(reader, writer)
+        finally:
+            gone.set()
+
+    client = client_class(keepalive_s=0.02)
+    async with serving(handler) as url, asyncio.timeout(5):
+        for expected in (1, 1, 2):
+            if expected == 2:
+                await asyncio.sleep(0.05)
+            assert await body_of(await send(client, url)) == b"ok"
+            assert connected == expected
+        await gone.wait()
     await client.aclose()
 
 
 @pytest.mark.parametrize(
-    ("error", "failure"),
+    "answer",
     [
-        (httpx2.ConnectTimeout(""), UpstreamUnreachable),
-        (httpx2.PoolTimeout(""), UpstreamUnreachable),
-        (httpx2.ConnectError(""), UpstreamUnreachable),
-        (httpx2.WriteTimeout(""), UpstreamTimeout),
-        (httpx2.ReadTimeout(""), UpstreamTimeout),
-        (httpx2.WriteError(""), UpstreamBroken),
-        (httpx2.ReadError(""), UpstreamBroken),
-        (httpx2.CloseError(""), UpstreamBroken),
-        (httpx2.RemoteProtocolError(""), UpstreamBroken),
-        (httpx2.LocalProtocolError(""), UpstreamBroken),
+        b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\nconnection: close\r\n\r\nok",
+        b"HTTP/1.0 200 OK\r\ncontent-length: 2\r\n\r\nok",
     ],
-    ids=lambda value: value.__name__ if isinstance(value, type) else type(value).__name__,
 )
-async def test_what_each_error_means(error, failure):
-    """Only an error from before the request was sent is "unreachable"."""
-    client = HttpClient(transport=Failing(error, has_head=False))
-    assert await failure_of(client, "http://host/") is failure
-    await client.aclose()
+async def test_answers_after_which_a_connection_is_not_used(client, answer):
+    """Because the provider says so."""
+    connected = 0
+
+    async def handler(reader, writer):
+        nonlocal connected
+        connected += 1
+        while True:
+            await read_request(reader)
+            writer.write(answer)
+
+    async with serving(handler) as url, asyncio.timeout(5):
+        for _ in range(3):
+            assert await body_of(await send(client, url)) == b"ok"
+    assert connected == 3
 
 
-def test_the_library_logs_no_addresses():
-    """Its INFO lines hold URLs."""
-    logging.getLogger("httpx2").setLevel(logging.DEBUG)
-    quiet_library_loggers()
-    for name in ("httpx", "httpx2", "httpcore", "httpcore2", "httpcore2.http11"):
-        assert not logging.getLogger(name).isEnabledFor(logging.INFO)
+@pytest.mark.parametrize(
+    "answer",
+    [
+        PLAIN,
+        CHUNKED_HEAD + chunk(b"ok") + b"0\r\nx-trailer: 1\r\n\r\n",
+        b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nlink: x\r\n\r\n" + PLAIN,
+        b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\nx: " + b"y" * 60_000 + b"\r\n\r\nok",
+    ],
+)
+async def test_answers_after_which_a_connection_is_used(client, answer):
+    """Trailers, informational answers and long heads are in order."""
+    connected = 0
+
+    async def handler(reader, writer):
+        nonlocal connected
+        connected += 1
+        while True:
+            await read_request(reader)
+            writer.write(answer)
+
+    async with serving(handler) as url, asyncio.timeout(5):
+        for _ in range(3):
+            response = await send(client, url)
+            assert (response.status, await body_of(response)) == (200, b"ok")
+            assert b"x-trailer" not in dict(response.headers)
+    assert connected == 1
+
+
+async def test_a_body_that_ends_with_the_connection(client):
+    """Without any other framing a clean end is the end."""
+
+    async def handler(reader, writer):
+        await read_request(reader)
+        writer.write(b"HTTP/1.1 200 OK\r\n\r\n")
+        for _ in range(10):
+            writer.write(b"x" * 10_000)
+            await writer.drain()
+
+    async with serving(handler) as url:
+        assert await body_of(await send(client, url)) == b"x" * 100_000
+
+
+async def test_a_long_request_arrives_whole(client):
+    """Byte for byte, although the provider reads more slowly than we write."""
+    body = bytes(range(256)) * 40_000
+    seen = []
+
+    async def handler(reader, writer):
+        seen.append(await read_request(reader))
+        writer.write(PLAIN)
+        await reader.read()
+
+    async with serving(handler) as url, asyncio.timeout(20):
+        assert await body_of(await send(client, url, body=body)) == b"ok"
+    assert seen[0][1] == body
+
+
+async def test_a_long_answer_to_a_slow_reader(client):
+    """It arrives byte for byte, and the provider is held back meanwhile."""
+    body = bytes(range(256)) * 160_000
+    held_back = asyncio.Event()
+
+    async def handler(reader, writer):
+        await read_request(reader)
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(body))
+        await write_slowly(writer, body, held_back)
+        await reader.read()
+
+    async with serving(handler) as url, asyncio.timeout(60):
+        response = await send(client, url)
+        await held_back.wait()
+        assert await body_of(response) == body
+
+
+@pytest.mark.parametrize(
+    "header", [(b"x-a", b"1\r\nx-evil: 1"), (b"x-a", b"1\nx"), (b"x-a: 1\r\nx-evil", b"1"), (b"x a", b"1"), (b"", b"1")]
+)
+async def test_headers_that_would_be_other_lines(client, header):
+    """Nothing of the call is sent."""
+    requests = []
+
+    async def handler(reader, writer):
+        requests.append(await read_request(reader))
+
+    async with serving(handler) as url:
+        with pytest.raises(UpstreamFailed):
+            await send(client, url, headers=[header])
+    assert requests == []
+
+
+async def test_an_ipv6_address(client):
+    """It is written in brackets, in the address and in `host`."""
+    heads = []
+
+    async def handler(reader, writer):
+        heads.append((await read_request(reader))[0])
+        writer.write(PLAIN)
+
+    async with serving(handler, host="::1") as url:
+        assert url.startswith("http://[::1]:")
+        assert await body_of(await send(client, url)) == b"ok"
+        assert b"\r\nHost: %s\r\n" % url.removeprefix("http://").encode() in heads[0]
+
+
+async def test_the_setting_chooses(client_class):
+    """`[server] http_client` names one of the two, and ours is the default."""
+    chosen = http_client("lean" if client_class is LeanClient else "httpx")
+    assert type(chosen) is client_class
+    await chosen.aclose()
+    assert ServerSettings().http_client == "lean"

@@ -4,7 +4,8 @@ import pytest
 from proxy import __version__
 from proxy.errors import SettingsError
 from proxy.upstream import ProviderCall
-from proxy.upstream.client import HttpClient, Timeouts
+from proxy.upstream.client import Timeouts
+from proxy.upstream.httpx import HttpxClient
 from proxy.upstream.openai import OpenAIProvider, relayed_headers
 
 
@@ -21,7 +22,7 @@ async def sent():
         requests.append(request)
         return httpx2.Response(200, json={})
 
-    client = HttpClient(transport=httpx2.MockTransport(answer))
+    client = HttpxClient(transport=httpx2.MockTransport(answer))
 
     async def send(call, *, base_url="https://acme.test/v1", api_key="sk-op"):
         provider = OpenAIProvider("acme", base_url, api_key, client, Timeouts())
@@ -122,7 +123,7 @@ async def test_over_the_library_itself(httpx2_mock):
     route = httpx2_mock.post("https://acme.test/v1/chat/completions").respond(
         429, headers={"retry-after": "2"}, content=b"slow"
     )
-    client = HttpClient()
+    client = HttpxClient()
     response = await OpenAIProvider("acme", "https://acme.test/v1", "sk-op", client, Timeouts()).send(call())
     assert route.called
     assert (response.status, dict(response.headers)[b"retry-after"]) == (429, b"2")
@@ -151,7 +152,7 @@ async def test_over_the_library_itself(httpx2_mock):
 )
 async def test_a_base_url_that_cannot_work(base_url):
     """It is refused at once, in words that do not repeat it."""
-    client = HttpClient()
+    client = HttpxClient()
     with pytest.raises(SettingsError, match="The base_url of provider 'acme'") as caught:
         OpenAIProvider("acme", base_url, None, client, Timeouts())
     assert "secret" not in str(caught.value)
@@ -161,7 +162,7 @@ async def test_a_base_url_that_cannot_work(base_url):
 @pytest.mark.parametrize("api_key", ["sk secret", "sk-secret\n", "sk-secrét"])
 async def test_a_key_that_cannot_be_sent(api_key):
     """It is refused at once, in words that do not repeat it."""
-    client = HttpClient()
+    client = HttpxClient()
     with pytest.raises(SettingsError) as caught:
         OpenAIProvider("acme", "https://acme.test/v1", api_key, client, Timeouts())
     assert "secr" not in str(caught.value)
