@@ -59,16 +59,19 @@ class Tollgate:
     async def open(self) -> AsyncIterator[None]:
         """Connect, recover what an earlier process left open, and work until the block ends.
 
-        Raises `SettingsError` on a schema that is not ours, `Unavailable` when the database is out of reach.
+        Raises `SettingsError` on a schema that is not ours or a database that would forget in a crash what it has
+        committed, `Unavailable` when the database is out of reach.
         """
         async with AsyncExitStack() as stack:
             stack.push_async_callback(self.engine.dispose)
             await database.check_schema(self.engine)
             await self._refresh_catalog()
             lease = Lease(self.engine, is_embedded=self.configuration.is_embedded)
-            self.ledger = Ledger(store(self.configuration, self.engine, is_server=True), lambda: lease.id)
-            self.ledger.start()
+            books = self._store()
+            self.ledger = Ledger(books, lambda: lease.id)
             stack.push_async_callback(self.ledger.aclose)
+            await books.check()
+            self.ledger.start()
             await stack.enter_async_context(lease.held(self.ledger))
             client = HttpClient()
             stack.push_async_callback(client.aclose)
@@ -78,6 +81,9 @@ class Tollgate:
             refreshing = asyncio.create_task(self._keep_catalog_fresh(), name="catalog")
             stack.callback(refreshing.cancel)
             yield
+
+    def _store(self) -> Store:
+        return store(self.configuration, self.engine, is_server=True)
 
     def _providers(self, client: HttpClient) -> dict[str, Provider]:
         return {

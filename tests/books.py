@@ -131,6 +131,13 @@ def store_at(url: str, engine: AsyncEngine) -> Store:
     return PostgresStore(engine)
 
 
+def second_store(url: str, engine: AsyncEngine) -> Store:
+    """What a second process has: a store of its own, which on SQLite never checkpoints."""
+    if url.startswith("sqlite"):
+        return SqliteStore(Path(url.removeprefix("sqlite+aiosqlite:///")), checkpoints=False)
+    return PostgresStore(engine)
+
+
 @asynccontextmanager
 async def opened_books(url: str) -> AsyncIterator[Books]:
     """An open ledger over the migrated database at `url`."""

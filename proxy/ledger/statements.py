@@ -180,3 +180,9 @@ UPDATE_KEYS = _update("api_keys", {"id": "text", **_KEY_COUNTERS})
 
 READ_FENCE_POSTGRESQL = f"SELECT {MICROS_POSTGRESQL}, (SELECT is_fenced FROM instances WHERE id = $1)"
 READ_FENCE_SQLITE = "SELECT is_fenced FROM instances WHERE id = ?"
+
+READ_FORGETFUL_POSTGRESQL = (
+    "SELECT name FROM pg_settings WHERE name IN ('fsync', 'full_page_writes', 'synchronous_commit')"
+    " AND setting = 'off' ORDER BY name"
+)
+"""The settings with which a commit that was answered can be lost, as this session has them."""
