@@ -70,6 +70,11 @@ class Books:
             rows = await connection.execute(sa.text(f"SELECT * FROM {table} WHERE id = :id"), {"id": row_id})
             return dict(rows.mappings().one())
 
+    async def ids(self, table: str) -> list[str]:
+        """The ids of all rows, in order."""
+        async with database.reading(self.engine) as connection:
+            return list(await connection.scalars(sa.text(f"SELECT id FROM {table} ORDER BY id")))
+
     async def execute(self, sql: str, **values: object) -> None:
         """Change the database behind the ledger's back."""
         async with database.writing(self.engine) as connection:
