@@ -144,12 +144,12 @@ def second_store(url: str, engine: AsyncEngine) -> Store:
 
 
 @asynccontextmanager
-async def opened_books(url: str) -> AsyncIterator[Books]:
-    """An open ledger over the migrated database at `url`."""
+async def opened_books(url: str, *, is_second: bool = False) -> AsyncIterator[Books]:
+    """An open ledger over the migrated database at `url`, of the process that serves or of a second one beside it."""
     engine = database.connect(url, pooled=False)
     lease = Lease(engine, is_embedded=url.startswith("sqlite"))
     await lease.register()
-    ledger = Ledger(store_at(url, engine), lambda: lease.id)
+    ledger = Ledger((second_store if is_second else store_at)(url, engine), lambda: lease.id)
     ledger.start()
     try:
         yield Books(url, engine, ledger, lease)

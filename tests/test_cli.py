@@ -31,7 +31,7 @@ def in_books(url: str, work) -> object:
     """What `work` returns of books that are opened for it, in a process that then is as good as dead."""
 
     async def run() -> object:
-        async with opened_books(url) as books:
+        async with opened_books(url, is_second=True) as books:
             return await work(books)
 
     return asyncio.run(run())

@@ -87,7 +87,7 @@ def answer_until_the_end(served: Served, key: str, *, is_stream: bool) -> tuple[
 
 async def new_caller(url: str) -> str:
     """The key of somebody with credits."""
-    async with opened_books(url) as books:
+    async with opened_books(url, is_second=True) as books:
         return (await books.person(GRANTED)).key
 
 
@@ -97,7 +97,7 @@ async def on_record(books: Books, table: str) -> list[dict]:
 
 async def let_leases_end(url: str) -> None:
     """What happens when nobody renews for a while and another process looks."""
-    async with opened_books(url) as books:
+    async with opened_books(url, is_second=True) as books:
         await books.execute("UPDATE instances SET is_fenced = TRUE, lease_until = 1")
 
 
@@ -125,7 +125,7 @@ async def test_a_server_that_dies(faulty, upstream, database_url, point):
         await check_promise(revived, key, database_url, promise)
         with revived.client(key) as http:
             assert http.post("/v1/chat/completions", json=wish()).status_code == 200
-        async with opened_books(database_url) as books:
+        async with opened_books(database_url, is_second=True) as books:
             assert (await books.audit()).is_clean
     finally:
         assert revived.stop() == 0
@@ -136,7 +136,7 @@ async def check_promise(served: Served, key: str, url: str, promise: Promise) ->
     with served.client(key) as http:
         balance = http.get("/api/v1/credits/balance").json()
         journal = http.get("/api/v1/credits/transactions").json()["items"]
-    async with opened_books(url) as books:
+    async with opened_books(url, is_second=True) as books:
         calls = await on_record(books, "reservations")
     assert [call["state"] for call in calls] == ([] if promise.state is None else [promise.state])
     charged = sum(call["charged"] for call in calls)
@@ -156,7 +156,7 @@ async def test_a_settle_whose_answer_is_lost(faulty, upstream, database_url, is_
     assert is_complete
     assert received.endswith(b"data: [DONE]\n\n") == is_stream
     assert faulty.log().count("ledger_lost") == 1
-    async with opened_books(database_url) as books:
+    async with opened_books(database_url, is_second=True) as books:
         [call] = await on_record(books, "reservations")
         assert (await books.audit()).is_clean
     assert call["state"] == "settled"

@@ -29,7 +29,7 @@ def logged():
 @pytest.fixture
 async def other(books):
     """A second process over the same database."""
-    async with opened_books(books.url) as other:
+    async with opened_books(books.url, is_second=True) as other:
         yield other
 
 
@@ -175,7 +175,7 @@ async def test_an_expired_lease_alone_frees_nothing(books, other):
 async def test_sweeping_twice_is_harmless(books, other):
     """By one process after the other, or by both at once: each reservation comes free once."""
     person = await books.person(1000)
-    async with opened_books(books.url) as third:
+    async with opened_books(books.url, is_second=True) as third:
         await holding(third, person, 20)
         await end_lease(books, third.lease)
         await asyncio.gather(books.lease.fence_expired(), other.lease.fence_expired())
@@ -416,7 +416,7 @@ def strays_of(books: Books, *, stray_s: float = 0) -> Lease:
 async def leaking(books: Books, person):
     """A reservation on the lease of `books` that its ledger knows nothing of."""
     leaked = reserve_of(person, 10)
-    async with opened_books(books.url) as other:
+    async with opened_books(books.url, is_second=True) as other:
         other.lease.id = books.lease.id
         await other.ledger.reserve(leaked)
     return leaked
@@ -529,7 +529,7 @@ async def test_a_running_process_frees_what_it_has_leaked(books):
 async def test_by_hand_only_the_silent_are_fenced(books, other, logged):
     """Of those past their lease, one that renews while it is watched lives; the other's calls expire."""
     person = await books.person(1000)
-    async with opened_books(books.url) as third:
+    async with opened_books(books.url, is_second=True) as third:
         dead, slow = await holding(other, person, 2), await holding(third, person, 1)
         await end_lease(books, other.lease, third.lease)
         sweeping = asyncio.create_task(sweep_by_hand(books.engine, books.ledger, is_sole=False, pace=FAST))
