@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 TEST_FLAGS ?=
 
-.PHONY: help run test check format clean lock hooks
+.PHONY: help run test coverage check format clean lock hooks
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -20,6 +20,10 @@ run: $(VENV)/.run ## set everything up and serve on 127.0.0.1:8080 (HOST= and PO
 
 test: $(VENV)/.dev ## set everything up and run the tests, on SQLite and on PostgreSQL
 	$(BIN)/python -m pytest $(TEST_FLAGS)
+
+coverage: $(VENV)/.dev ## every branch of the ledger and of what counts money is taken by a test
+	$(BIN)/python -m pytest $(MONEY_TESTS) --cov-config=pyproject.toml --cov-branch $(addprefix --cov=,$(MONEY)) \
+		--cov-report=term-missing:skip-covered --cov-fail-under=100
 
 check: $(VENV)/.dev ## format, lint, types, import contract, compose file
 	$(BIN)/ruff format --check .
@@ -43,6 +47,11 @@ lock: $(VENV)/.dev ## pin the newest dependencies anew
 
 clean: ## forget the environment (the data folder stays)
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .coverage
+
+MONEY := proxy.ledger proxy.pricing proxy.units
+# Those that start processes are left out: what a process of its own covers is not counted.
+MONEY_TESTS := tests/test_pricing.py tests/test_units.py tests/ledger \
+	--ignore=tests/ledger/test_faults.py --ignore=tests/ledger/test_rivals.py
 
 LOCK_FLAGS := --quiet --universal --generate-hashes --no-emit-index-url --no-emit-find-links --no-header --no-annotate
 

@@ -245,7 +245,7 @@ async def fence_silent(engine: AsyncEngine, pace: Pace) -> int:
         silent &= await _past_their_lease(engine)
     fenced = 0
     async with writing(engine) as connection:
-        for instance_id, lease_until in silent:
+        for instance_id, lease_until in sorted(silent):
             result = await connection.execute(
                 instances.update()
                 .where(

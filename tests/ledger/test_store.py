@@ -5,6 +5,7 @@ import random
 import sqlite3
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from types import SimpleNamespace
 
 import pytest
 import sqlalchemy as sa
@@ -391,6 +392,64 @@ async def test_a_refused_transaction_leaves_nothing_and_the_store_goes_on(books)
         await store.transact([fine, bad], owner_id=books.lease.id)
     assert (await books.row("wallets", person.wallet_id))["reserved"] == 0
     assert await store.transact([fine], owner_id=books.lease.id) == [Reserved(10)]
+    await store.aclose()
+
+
+async def test_a_credit_without_an_idempotency_key_is_booked_each_time(books):
+    """The store takes it as it is; only who sends it again knows that it is the same."""
+    person = await books.person(100)
+    store = second_store(books.url, books.engine)
+    top_up = Credit(wallet_id=person.wallet_id, type=CreditType.TOPUP, amount=5, description="test")
+    for balance in (105, 110):
+        [credited] = await store.transact([top_up], owner_id=None)
+        assert credited.transaction.balance_after == balance
+    await store.aclose()
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+async def test_what_sqlite_has_rolled_back_itself_is_refused(books):
+    """There is no transaction left to roll back, and the next one begins as usual."""
+    person = await books.person(100)
+    store = second_store(books.url, books.engine)
+    await books.execute("CREATE TRIGGER stop BEFORE UPDATE ON wallets BEGIN SELECT RAISE(ROLLBACK, 'no'); END")
+    with pytest.raises(StoreRefusedError):
+        await store.transact([reserve_of(person, 10)], owner_id=books.lease.id)
+    await books.execute("DROP TRIGGER stop")
+    assert await store.transact([reserve_of(person, 10)], owner_id=books.lease.id) == [Reserved(10)]
+    await store.aclose()
+
+
+class CutAtRollback(PostgresStore):
+    """A store that loses its connection when it would roll back."""
+
+    async def _connect(self) -> None:
+        await super()._connect()
+        driver = self._driver
+
+        async def execute(statement: str, *values: object) -> object:
+            if statement == "ROLLBACK":
+                driver.terminate()
+            return await driver.execute(statement, *values)
+
+        self._driver = SimpleNamespace(
+            execute=execute,
+            fetch=driver.fetch,
+            fetchrow=driver.fetchrow,
+            is_closed=driver.is_closed,
+            terminate=driver.terminate,
+        )
+
+
+@on_postgresql
+async def test_a_connection_that_cannot_roll_back_is_dropped(books):
+    """The refusal is told all the same, and the next transaction has a connection of its own."""
+    person = await books.person(100)
+    store = CutAtRollback(books.engine)
+    await books.execute("ALTER TABLE wallets ADD CONSTRAINT stop CHECK (reserved < 5)")
+    with pytest.raises(StoreRefusedError):
+        await store.transact([reserve_of(person, 10)], owner_id=books.lease.id)
+    await books.execute("ALTER TABLE wallets DROP CONSTRAINT stop")
+    assert await store.transact([reserve_of(person, 10)], owner_id=books.lease.id) == [Reserved(10)]
     await store.aclose()
 
 
