@@ -337,14 +337,16 @@ async def test_a_poisoned_operation_sent_twice_fails_twice():
     await ledger.aclose()
 
 
+@pytest.mark.parametrize("kind", [Expire, Reserve])
 @leaping
-async def test_a_poisoned_operation_whose_caller_has_left_is_only_logged(logged):
+async def test_a_poisoned_operation_whose_caller_has_left_is_only_logged(kind, logged):
     """There is nobody to tell, and the next operation is booked."""
     store = ScriptedStore()
-    store.refuses = lambda operation: isinstance(operation, Expire)
+    store.refuses = lambda operation: isinstance(operation, kind)
     store.may_begin.clear()
     ledger = opened(store)
-    leaving = asyncio.create_task(ledger.expire(Expire(id="?", wallet_id="w")))
+    asked = ledger.expire(Expire(id="?", wallet_id="w")) if kind is Expire else ledger.reserve(reserve_of(PERSON, 1))
+    leaving = asyncio.create_task(asked)
     await at_rest()
     leaving.cancel()
     store.may_begin.set()
