@@ -23,7 +23,7 @@ from proxy.edge.errors import respond
 from proxy.errors import Unavailable
 from proxy.exchange import Exchange, ExchangeLimits
 from proxy.ledger.ledger import Ledger
-from proxy.ledger.recovery import Lease
+from proxy.ledger.recovery import Lease, pace
 from proxy.ledger.store import PostgresStore, SqliteStore, Store
 from proxy.settings import Configuration, PriceSettings, ProviderSettings
 from proxy.storage import database
@@ -62,7 +62,8 @@ class Tollgate:
     async def open(self) -> AsyncIterator[None]:
         """Connect, recover what an earlier process left open, and work until the block ends.
 
-        Raises `SettingsError` on a schema that is not ours, `Unavailable` when the database is out of reach.
+        Raises `SettingsError` on a schema that is not ours or a database that would forget in a crash what it has
+        committed, `Unavailable` when the database is out of reach.
         """
         async with AsyncExitStack() as stack:
             stack.push_async_callback(self.engine.dispose)
@@ -71,11 +72,13 @@ class Tollgate:
             lease = Lease(
                 self.engine,
                 is_embedded=self.configuration.is_embedded,
-                lease_s=self.configuration.settings.database.lease_s,
+                pace=pace(self.configuration.settings.database.lease_s),
             )
-            self.ledger = Ledger(store(self.configuration, self.engine, is_server=True), lambda: lease.id)
-            self.ledger.start()
+            books = self._store()
+            self.ledger = Ledger(books, lambda: lease.id)
             stack.push_async_callback(self.ledger.aclose)
+            await books.check()
+            self.ledger.start()
             await stack.enter_async_context(lease.held(self.ledger))
             client = http_client(self.configuration.settings.server.http_client)
             stack.push_async_callback(client.aclose)
@@ -85,6 +88,9 @@ class Tollgate:
             refreshing = asyncio.create_task(self._keep_catalog_fresh(), name="catalog")
             stack.callback(refreshing.cancel)
             yield
+
+    def _store(self) -> Store:
+        return store(self.configuration, self.engine, is_server=True)
 
     def _providers(self, client: HttpClient) -> dict[str, Provider]:
         return {

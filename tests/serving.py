@@ -58,10 +58,14 @@ class Served:
         self.first_key: str | None = None
         self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed with the server
 
+    def program(self) -> list[str]:
+        """What serves: it prints its address as JSON when it is ready."""
+        return [sys.executable, "-m", "proxy", "serve", "--json"]
+
     def start(self) -> None:
         """Serve on a free port; returns when it is ready."""
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "proxy", "serve", "--json"],
+            self.program(),
             env=self.environ,
             stdout=subprocess.PIPE,
             stderr=self.errors,

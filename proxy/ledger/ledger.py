@@ -47,16 +47,22 @@ class Ledger:
     """Reservations and charges, durable when the awaited call returns.
 
     What is settled or released no longer depends on whoever asked for it: a cancelled caller cancels its wait and
-    nothing else.
+    nothing else. A call is in flight from before its reserve is sent until its end is answered, however it ends and
+    whoever still waits for that; what a reserve that was refused, failed or given up may yet hold is in nobody's hands.
     """
 
     def __init__(self, store: Store, owner_id: Callable[[], str | None] = lambda: None) -> None:
         self._batcher = Batcher(store, owner_id)
+        self._in_flight: set[str] = set()
 
     @property
     def is_lost(self) -> bool:
         """Whether the last attempt did not reach the database."""
         return self._batcher.is_lost
+
+    def is_in_flight(self, reservation_id: str) -> bool:
+        """Whether the reservation belongs to a call of this process that has not ended, or whose end is not booked."""
+        return reservation_id in self._in_flight
 
     def start(self) -> None:
         """Begin to work, on the running loop."""
@@ -72,6 +78,14 @@ class Ledger:
         Raises `InsufficientCredits`, `KeyLimitReached`, `RateLimited`, `Forbidden`, `Unauthenticated` when the ledger
         refuses, `Unavailable` when it cannot say within five seconds: then nothing stays held.
         """
+        self._in_flight.add(operation.id)
+        try:
+            return await self._reserve(operation)
+        except BaseException:
+            self._in_flight.discard(operation.id)
+            raise
+
+    async def _reserve(self, operation: Reserve) -> Reserved:
         future = self._batcher.submit(operation)
         try:
             async with asyncio.timeout(RESERVE_WAIT_S_MAX):
@@ -107,24 +121,30 @@ class Ledger:
 
         Raises `LedgerFault` when it cannot be booked; waits for as long as the database is out of reach.
         """
-        outcome = await self._batcher.submit(operation)
+        outcome = await self._end(operation)
         if isinstance(outcome, Settled):
             return outcome
         raise LedgerFault(f"settle {operation.id}: {outcome}")
 
     async def release(self, operation: Release) -> Released:
         """Free what one call holds. Done even when the wait for it is cancelled; errors as with `settle`."""
-        outcome = await self._batcher.submit(operation)
+        outcome = await self._end(operation)
         if isinstance(outcome, Released):
             return outcome
         raise LedgerFault(f"release {operation.id}: {outcome}")
 
     async def expire(self, operation: Expire) -> Released:
         """Free what a call of a dead process holds; errors as with `settle`."""
-        outcome = await self._batcher.submit(operation)
+        outcome = await self._end(operation)
         if isinstance(outcome, Released):
             return outcome
         raise LedgerFault(f"expire {operation.id}: {outcome}")
+
+    async def _end(self, operation: Settle | Release | Expire) -> Outcome:
+        """The outcome of a call's end; the call is in flight until it is there, though its caller may be gone."""
+        future = self._batcher.submit(operation)
+        future.add_done_callback(lambda _: self._in_flight.discard(operation.id))
+        return await asyncio.shield(future)
 
     async def credit(self, operation: Credit) -> Credited:
         """Book a top-up, refund or adjustment.

@@ -103,8 +103,10 @@ async def _reachable() -> AsyncIterator[None]:
 
 _OUT_OF_REACH = "The database is out of reach just now."
 
-_PASSING = ("08", "40", "53", "57")
-"""Connection exception, rollback, insufficient resources, operator intervention (PostgreSQL manual, appendix A)."""
+_PASSING = ("08", "40", "53", "55", "57")
+"""Connection exception, rollback, insufficient resources, not in prerequisite state (a database that takes no
+connections just now), operator intervention (PostgreSQL manual, appendix A).
+"""
 
 
 MICROS_POSTGRESQL = "(extract(epoch FROM clock_timestamp()) * 1000000)::bigint"

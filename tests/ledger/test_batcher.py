@@ -337,14 +337,16 @@ async def test_a_poisoned_operation_sent_twice_fails_twice():
     await ledger.aclose()
 
 
+@pytest.mark.parametrize("kind", [Expire, Reserve])
 @leaping
-async def test_a_poisoned_operation_whose_caller_has_left_is_only_logged(logged):
+async def test_a_poisoned_operation_whose_caller_has_left_is_only_logged(kind, logged):
     """There is nobody to tell, and the next operation is booked."""
     store = ScriptedStore()
-    store.refuses = lambda operation: isinstance(operation, Expire)
+    store.refuses = lambda operation: isinstance(operation, kind)
     store.may_begin.clear()
     ledger = opened(store)
-    leaving = asyncio.create_task(ledger.expire(Expire(id="?", wallet_id="w")))
+    asked = ledger.expire(Expire(id="?", wallet_id="w")) if kind is Expire else ledger.reserve(reserve_of(PERSON, 1))
+    leaving = asyncio.create_task(asked)
     await at_rest()
     leaving.cancel()
     store.may_begin.set()
@@ -486,6 +488,62 @@ async def test_ends_of_calls_do_not_depend_on_who_asked():
         "expired",
     ]
     assert (store.wallet.balance, store.wallet.reserved) == (BALANCE - 5 + 100, 0)
+
+
+@leaping
+async def test_a_call_is_in_flight_until_its_end_is_answered():
+    """From before its reserve is sent, though nobody waits for its end any more."""
+    store = ScriptedStore()
+    ledger = opened(store)
+    store.may_begin.clear()
+    reserve = reserve_of(PERSON, 10)
+    reserving = asyncio.create_task(ledger.reserve(reserve))
+    await at_rest()
+    assert ledger.is_in_flight(reserve.id)
+    store.may_begin.set()
+    await reserving
+    assert ledger.is_in_flight(reserve.id)
+    store.may_begin.clear()
+    leaving = asyncio.create_task(ledger.settle(settle_of(reserve, 4)))
+    await at_rest()
+    leaving.cancel()
+    await at_rest()
+    assert leaving.cancelled()
+    assert ledger.is_in_flight(reserve.id)
+    store.may_begin.set()
+    await ledger.aclose()
+    await at_rest()
+    assert store.wallet.balance == BALANCE - 4
+    assert not ledger.is_in_flight(reserve.id)
+
+
+@pytest.mark.parametrize("ending", ["refused", "broken", "given up", "cancelled", "too many"])
+@leaping
+async def test_a_call_that_holds_nothing_is_not_in_flight(ending):
+    """Whatever came of its reserve, the ledger keeps no trace of it."""
+    store = ScriptedStore()
+    ledger = opened(store)
+    reserve = reserve_of(PERSON, 2 * BALANCE if ending == "refused" else 10)
+    if ending == "broken":
+        store.breaks_at = lambda operation: isinstance(operation, Reserve)
+    if ending in {"given up", "cancelled", "too many"}:
+        store.may_begin.clear()
+    blocking = []
+    if ending == "too many":
+        blocking = [asyncio.create_task(ledger.reserve(reserve_of(PERSON, 0)))]
+        await at_rest()
+        blocking += [asyncio.create_task(ledger.reserve(reserve_of(PERSON, 0))) for _ in range(RESERVES_WAITING_MAX)]
+        await asyncio.sleep(0)
+    reserving = asyncio.create_task(ledger.reserve(reserve))
+    await asyncio.sleep(0)
+    if ending == "cancelled":
+        reserving.cancel()
+    await gathered([reserving])
+    assert not ledger.is_in_flight(reserve.id)
+    store.may_begin.set()
+    await gathered(blocking)
+    await ledger.aclose()
+    assert store.wallet.reserved == 0
 
 
 # ---- load and time
