@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import socket
+import sqlite3
 import sys
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from proxy import __version__
-from proxy.errors import SettingsError, TollgateError
+from proxy.errors import SettingsError, TollgateError, Unavailable
 from proxy.settings import Configuration, load
 
 if TYPE_CHECKING:
@@ -39,9 +40,32 @@ def main() -> None:
     except SettingsError as exc:
         click.echo(f"tollgate: {exc}", err=True)
         sys.exit(2)
+    except Unavailable as exc:
+        reason = "" if exc.__cause__ is None else f" ({_reason(exc.__cause__)})"
+        click.echo(f"tollgate: {exc}{reason}", err=True)
+        sys.exit(1)
     except TollgateError as exc:
         click.echo(f"tollgate: {exc}", err=True)
         sys.exit(1)
+    except Exception as exc:
+        if not _is_databases(exc):
+            raise
+        click.echo(f"tollgate: the database cannot be used: {_reason(exc)}", err=True)
+        sys.exit(1)
+
+
+def _is_databases(error: Exception) -> bool:
+    """Whether an error is the database's: it is damaged, not ours, or refuses us."""
+    from alembic.util import CommandError  # noqa: PLC0415 - only when something went wrong
+    from sqlalchemy.exc import SQLAlchemyError  # noqa: PLC0415 - likewise
+
+    return isinstance(error, SQLAlchemyError | CommandError | sqlite3.Error)
+
+
+def _reason(error: BaseException) -> str:
+    """What a driver says, in one line."""
+    lines = str(getattr(error, "orig", None) or error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 @click.group()
@@ -163,7 +187,7 @@ def credits_grant(email: str, amount: str, description: str, idempotency_key: st
     from proxy.identity.users import find_user  # noqa: PLC0415
     from proxy.ledger.decide import Credit, CreditType  # noqa: PLC0415
     from proxy.storage.database import reading  # noqa: PLC0415
-    from proxy.units import AmountError, format_credits, parse_credits  # noqa: PLC0415
+    from proxy.units import AmountError, format_credits, new_id, parse_credits  # noqa: PLC0415
 
     try:
         nanos = parse_credits(amount)
@@ -171,18 +195,19 @@ def credits_grant(email: str, amount: str, description: str, idempotency_key: st
         raise click.BadParameter(str(exc), param_hint="--amount") from exc
     if nanos <= 0:
         raise click.BadParameter("must be above zero", param_hint="--amount")
+    sent_key = idempotency_key or new_id("idem")
 
     async def work(books: "_Books") -> None:
         async with reading(books.engine) as connection:
             user = await find_user(connection, email)
-        async with books.ledger() as ledger:
+        async with books.ledger() as ledger, _naming(sent_key):
             credited = await ledger.credit(
                 Credit(
                     wallet_id=user.wallet_id,
                     type=CreditType.TOPUP,
                     amount=nanos,
                     description=description,
-                    idempotency_key=idempotency_key,
+                    idempotency_key=sent_key,
                 )
             )
         balance = format_credits(credited.transaction.balance_after)
@@ -193,6 +218,15 @@ def credits_grant(email: str, amount: str, description: str, idempotency_key: st
         )
 
     _with_books(work)
+
+
+@asynccontextmanager
+async def _naming(idempotency_key: str) -> "AsyncIterator[None]":
+    """Tell the operator, when the outcome is not known, with which key sending it again is safe."""
+    try:
+        yield
+    except Unavailable as exc:
+        raise Unavailable(f"{exc} It may yet be booked: repeat it with --idempotency-key {idempotency_key}") from exc
 
 
 @credits.command("balance")
@@ -397,7 +431,7 @@ class _Books:
         try:
             yield ledger
         finally:
-            await ledger.aclose()
+            await ledger.aclose(wait_s=0)
 
 
 def _with_books(work: Callable[[_Books], Awaitable[Any]]) -> Any:

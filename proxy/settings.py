@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 import msgspec
 
@@ -287,9 +288,24 @@ def _is_enabled(name: str, provider: ProviderSettings, environ: Mapping[str, str
     return True
 
 
+def _checked_postgresql(url: str) -> str:
+    """`url`, in which libpq's `sslmode` has the name that asyncpg knows it by: `ssl`."""
+    parts = urlsplit(url)
+    try:
+        has_address = bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        has_address = False
+    if not has_address or not parts.path.strip("/"):
+        raise SettingsError(f"database.url: must be of the form {_POSTGRESQL}user:password@host:port/database")
+    query = [("ssl" if name == "sslmode" else name, value) for name, value in parse_qsl(parts.query)]
+    if unknown := [name for name, _ in query if name != "ssl"]:
+        raise SettingsError(f"database.url: unknown option {unknown[0]!r}; only sslmode can be set")
+    return urlunsplit(parts._replace(query=urlencode(query)))
+
+
 def _absolute(url: str, data_dir: Path) -> str:
     if url.startswith(_POSTGRESQL):
-        return url
+        return _checked_postgresql(url)
     if not url.startswith(_SQLITE) or url in {_SQLITE, f"{_SQLITE}:memory:"} or "?" in url:
         raise SettingsError(f"database.url: must begin with {_POSTGRESQL} or name a file as {_SQLITE}tollgate.db")
     return f"{_SQLITE}{data_dir / url.removeprefix(_SQLITE)}"

@@ -34,6 +34,9 @@ MARKUP_BPS_MAX = 1_000_000
 
 _CREDIT_DECIMALS = 9
 
+_DIGITS_MAX = 20
+"""Before the point; of larger numbers nothing is computed, not even that they are too large."""
+
 
 class AmountError(ValueError):
     """A text is not an amount of credits; the message says why, for people."""
@@ -51,7 +54,7 @@ def parse_credits(text: str | int) -> Nanos:
         raise AmountError(f"{text!r} is not a decimal number") from exc
     if not amount.is_finite():
         raise AmountError(f"{text!r} is not a finite number")
-    if abs(amount) * NANOS_PER_CREDIT > NANOS_MAX:
+    if amount.adjusted() > _DIGITS_MAX or abs(amount) * NANOS_PER_CREDIT > NANOS_MAX:
         raise AmountError(f"{text!r} is too large")
     nanos = amount.scaleb(_CREDIT_DECIMALS)
     if nanos != nanos.to_integral_value():
@@ -70,9 +73,12 @@ def format_credits(nanos: Nanos) -> str:
 
 def parse_percent(percent: Decimal) -> int:
     """A markup in basis points. Raises `AmountError` beyond two decimals or outside of 0 to 10,000 %."""
+    wrong = AmountError(f"must be from 0 to {MARKUP_BPS_MAX // 100} with at most two decimals")
+    if not percent.is_finite() or percent.adjusted() > _DIGITS_MAX:
+        raise wrong
     bps = percent * 100
-    if not percent.is_finite() or bps != bps.to_integral_value() or not 0 <= bps <= MARKUP_BPS_MAX:
-        raise AmountError(f"must be from 0 to {MARKUP_BPS_MAX // 100} with at most two decimals")
+    if bps != bps.to_integral_value() or not 0 <= bps <= MARKUP_BPS_MAX:
+        raise wrong
     return int(bps)
 
 

@@ -17,7 +17,7 @@ from proxy.errors import (
     Unauthenticated,
     Unavailable,
 )
-from proxy.ledger.batcher import Batcher
+from proxy.ledger.batcher import CLOSE_WAIT_S_MAX, Batcher
 from proxy.ledger.decide import (
     Credit,
     Credited,
@@ -68,9 +68,9 @@ class Ledger:
         """Begin to work, on the running loop."""
         self._batcher.start()
 
-    async def aclose(self) -> None:
-        """Book what is queued, then stop."""
-        await self._batcher.aclose()
+    async def aclose(self, wait_s: float = CLOSE_WAIT_S_MAX) -> None:
+        """Book what is queued, then stop; waits at most about `wait_s` for a database that is out of reach."""
+        await self._batcher.aclose(wait_s)
 
     async def reserve(self, operation: Reserve) -> Reserved:
         """Hold credits for one call.
@@ -156,7 +156,7 @@ class Ledger:
             async with asyncio.timeout(CREDIT_WAIT_S_MAX):
                 outcome = await self._batcher.submit(operation)
         except TimeoutError as exc:
-            raise Unavailable("The ledger is out of reach; send the same idempotency key again.") from exc
+            raise Unavailable("The ledger is out of reach just now.") from exc
         match outcome:
             case Credited():
                 return outcome

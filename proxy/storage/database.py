@@ -47,7 +47,9 @@ def connect(url: str, *, pooled: bool = True) -> AsyncEngine:
             connect_args={"timeout": STATEMENT_S_MAX, "command_timeout": 2 * STATEMENT_S_MAX},
             **pool,
         )
-    engine = create_async_engine(url, connect_args={"timeout": STATEMENT_S_MAX}, **pool)
+    # Not parsed as a URL: a path may hold any character.
+    file = sa.URL.create("sqlite+aiosqlite", database=url.partition(":///")[2])
+    engine = create_async_engine(file, connect_args={"timeout": STATEMENT_S_MAX}, **pool)
     sa.event.listen(engine.sync_engine, "connect", _prepare_sqlite)
     sa.event.listen(engine.sync_engine, "begin", _begin_sqlite)
     return engine
@@ -144,14 +146,20 @@ async def check_schema(engine: AsyncEngine) -> None:
         return
     if found is None:
         raise SettingsError(f"the database {name_of(engine)} holds no Tollgate schema: run `tollgate migrate` first")
-    if found > SCHEMA_HEAD:
+    await check_not_newer(engine)
+    raise SettingsError(
+        f"the database {name_of(engine)} is at revision {found}, older than {SCHEMA_HEAD}: run `tollgate migrate`"
+    )
+
+
+async def check_not_newer(engine: AsyncEngine) -> None:
+    """Raises `SettingsError` when a newer program than this one has migrated the schema."""
+    found = await revision(engine)
+    if found is not None and found > SCHEMA_HEAD:
         raise SettingsError(
             f"the database {name_of(engine)} is at revision {found}, newer than this program knows ({SCHEMA_HEAD}):"
             " install the newer Tollgate"
         )
-    raise SettingsError(
-        f"the database {name_of(engine)} is at revision {found}, older than {SCHEMA_HEAD}: run `tollgate migrate`"
-    )
 
 
 async def migrate(engine: AsyncEngine, target: str = "head") -> None:
@@ -159,6 +167,7 @@ async def migrate(engine: AsyncEngine, target: str = "head") -> None:
 
     Two at once wait for each other.
     """
+    await check_not_newer(engine)
     async with engine.connect() as connection:
         await connection.execution_options(is_writing=True)
         async with connection.begin():
@@ -200,8 +209,11 @@ def sole_process(file: Path) -> "Iterator[None]":
     Raises `SettingsError` when another process serves or migrates it. The lock is the kernel's: it ends with the
     process, however that ends.
     """
-    file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    lock = os.open(f"{file}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        lock = os.open(f"{file}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as exc:
+        raise SettingsError(f"the data folder {file.parent} cannot be used: {exc.strerror}") from exc
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

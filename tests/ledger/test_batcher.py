@@ -647,6 +647,38 @@ async def test_closing_books_what_is_queued():
 
 
 @leaping
+async def test_closing_does_not_wait_for_ever(logged):
+    """What a lost database does not take in time is given up, loudly; its caller is told that it is out of reach."""
+    store = ScriptedStore()
+    ledger = opened(store)
+    reserve = reserve_of(PERSON, 10)
+    await ledger.reserve(reserve)
+    store.losses.extend(["before commit"] * 1000)
+    settle = asyncio.create_task(ledger.settle(settle_of(reserve, 1)))
+    await at_rest()
+    started_at = asyncio.get_running_loop().time()
+    await ledger.aclose(wait_s=7)
+    assert 7 <= asyncio.get_running_loop().time() - started_at < 10
+    assert store.is_closed
+    with pytest.raises(Unavailable):
+        await settle
+    assert "ledger_given_up" in [entry["event"] for entry in logged]
+
+
+@leaping
+async def test_closing_does_not_wait_for_callers_that_have_left(logged):
+    """A reserve that nobody waits for holds no process back."""
+    store = ScriptedStore()
+    ledger = opened(store)
+    store.losses.extend(["before commit"] * 1000)
+    with pytest.raises(Unavailable):
+        await ledger.reserve(reserve_of(PERSON, 10))
+    started_at = asyncio.get_running_loop().time()
+    await ledger.aclose()
+    assert asyncio.get_running_loop().time() - started_at < 3
+
+
+@leaping
 async def test_a_ledger_that_never_worked_closes():
     """Closing what was not started only closes the store."""
     store = ScriptedStore()
