@@ -23,7 +23,7 @@ from proxy.edge.errors import respond
 from proxy.errors import Unavailable
 from proxy.exchange import Exchange, ExchangeLimits
 from proxy.ledger.ledger import Ledger
-from proxy.ledger.recovery import Lease, pace
+from proxy.ledger.recovery import Lease
 from proxy.ledger.store import PostgresStore, SqliteStore, Store
 from proxy.settings import Configuration, PriceSettings, ProviderSettings
 from proxy.storage import database
@@ -72,7 +72,7 @@ class Tollgate:
             lease = Lease(
                 self.engine,
                 is_embedded=self.configuration.is_embedded,
-                pace=pace(self.configuration.settings.database.lease_s),
+                lease_s=self.configuration.settings.database.lease_s,
             )
             books = self._store()
             self.ledger = Ledger(books, lambda: lease.id)

@@ -275,7 +275,12 @@ def sweep(*, as_json: bool) -> None:
                 except SettingsError:
                     return Swept(fenced=0, expired=0), True
             async with books.ledger() as ledger:
-                swept = await sweep_by_hand(books.engine, ledger, is_sole=books.configuration.is_embedded)
+                swept = await sweep_by_hand(
+                    books.engine,
+                    ledger,
+                    is_sole=books.configuration.is_embedded,
+                    lease_s=books.configuration.settings.database.lease_s,
+                )
                 return swept, False
 
     swept, is_served = _with_books(work)

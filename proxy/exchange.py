@@ -441,7 +441,6 @@ class Exchange:
     async def _settle(self, opened: _Open, metered: Metered, outcome: str) -> Settled:
         """Charge for the call. Raises `Unavailable` when the charge is not durable in time; it is booked later."""
         candidate = opened.candidate
-        opened.is_closed = True
         charge = cost(metered.usage, candidate.price, opened.markup_bps)
         receipt = Receipt(
             outcome=outcome,
@@ -463,6 +462,7 @@ class Exchange:
             tokens=metered.usage.input_tokens + metered.usage.output_tokens,
             receipt=receipt,
         )
+        opened.is_closed = True
         try:
             async with asyncio.timeout(self._limits.settle_wait_s):
                 settled = await self._ledger.settle(operation)

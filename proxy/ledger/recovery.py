@@ -31,9 +31,8 @@ from proxy.units import MICROS_PER_SECOND, Micros, new_id
 
 log = structlog.get_logger(__name__)
 
-LEASE_S = 20
-RENEW_S = 5
-SWEEP_S = 5
+LEASE_S = 20.0
+"""How long a process without a sign of life keeps what its calls hold; it renews, and sweeps, four times as often."""
 
 STRAY_S = 30
 """What is open for longer and belongs to no call in flight is nobody's. Long enough for what is just being booked."""
@@ -42,30 +41,19 @@ _FOREVER: Micros = 2**62
 _SHOWN_MAX = 20
 
 
-class Pace(msgspec.Struct, frozen=True):
-    """How long a lease runs, how often it is renewed, how often to sweep, and from when on something is a stray."""
-
-    lease_s: float = LEASE_S
-    renew_s: float = RENEW_S
-    sweep_s: float = SWEEP_S
-    stray_s: float = STRAY_S
-
-
-USUAL_PACE = Pace()
-
-
-def pace(lease_s: float) -> Pace:
-    """The pace for a lease of `lease_s` seconds: it is renewed, and others' are looked at, four times as often."""
-    return Pace(lease_s=lease_s, renew_s=lease_s / 4, sweep_s=lease_s / 4)
-
-
 class Lease:
-    """This process's right to hold reservations."""
+    """This process's right to hold reservations, for `lease_s` seconds from each renewal.
 
-    def __init__(self, engine: AsyncEngine, *, is_embedded: bool, pace: Pace = USUAL_PACE) -> None:
+    What it holds open for longer than `stray_s` seconds, and no call of it does, is taken for leaked.
+    """
+
+    def __init__(
+        self, engine: AsyncEngine, *, is_embedded: bool, lease_s: float = LEASE_S, stray_s: float = STRAY_S
+    ) -> None:
         self._engine = engine
         self._is_embedded = is_embedded
-        self._pace = pace
+        self._lease_s = lease_s
+        self._stray_s = stray_s
         self._steady_since = 0.0
         self._suspects: set[str] = set()
         self.id: str | None = None
@@ -99,7 +87,7 @@ class Lease:
                 instances.insert().values(
                     id=instance_id,
                     started_at=now,
-                    lease_until=_FOREVER if self._is_embedded else now + _micros(self._pace.lease_s),
+                    lease_until=_FOREVER if self._is_embedded else now + _micros(self._lease_s),
                     is_fenced=False,
                 )
             )
@@ -121,9 +109,7 @@ class Lease:
                 return False
             now = await database_now(connection)
             await connection.execute(
-                instances.update()
-                .where(instances.c.id == self.id)
-                .values(lease_until=now + _micros(self._pace.lease_s))
+                instances.update().where(instances.c.id == self.id).values(lease_until=now + _micros(self._lease_s))
             )
         if held_until < now:
             self._steady_since = asyncio.get_running_loop().time()
@@ -155,7 +141,7 @@ class Lease:
         so what is not in flight now has ended, or never will. Seen once it may just be ending: it must be seen twice.
         """
         async with reading(self._engine) as connection:
-            opened_before = await database_now(connection) - _micros(self._pace.stray_s)
+            opened_before = await database_now(connection) - _micros(self._stray_s)
             rows = (
                 await connection.execute(
                     sa.select(reservations.c.id, reservations.c.wallet_id).where(
@@ -175,7 +161,7 @@ class Lease:
 
     async def _keep_renewed(self) -> None:
         while True:
-            await asyncio.sleep(self._pace.renew_s)
+            await asyncio.sleep(self._lease_s / 4)
             try:
                 if not await self.renew():
                     log.error("instance_fenced", instance_id=self.id)
@@ -192,9 +178,9 @@ class Lease:
         Otherwise the first to come back after an outage of the database would expire everyone's calls.
         """
         while True:
-            await asyncio.sleep(self._pace.sweep_s * random.uniform(0.5, 1.5))  # noqa: S311 - jitter, not a secret
+            await asyncio.sleep(self._lease_s / 4 * random.uniform(0.5, 1.5))  # noqa: S311 - jitter, not a secret
             try:
-                if asyncio.get_running_loop().time() - self._steady_since > self._pace.lease_s:
+                if asyncio.get_running_loop().time() - self._steady_since > self._lease_s:
                     await self.fence_expired()
                 await self.sweep(ledger)
                 await self.expire_strays(ledger)
@@ -215,7 +201,7 @@ class Swept(msgspec.Struct, frozen=True):
     expired: int
 
 
-async def sweep_by_hand(engine: AsyncEngine, ledger: Ledger, *, is_sole: bool, pace: Pace = USUAL_PACE) -> Swept:
+async def sweep_by_hand(engine: AsyncEngine, ledger: Ledger, *, is_sole: bool, lease_s: float = LEASE_S) -> Swept:
     """Expire what dead processes hold open, for a command that has no lease of its own.
 
     `is_sole` says that no other process serves, so that everything open is a dead one's. Otherwise an instance is
@@ -223,7 +209,7 @@ async def sweep_by_hand(engine: AsyncEngine, ledger: Ledger, *, is_sole: bool, p
 
     Raises `Unavailable` when the database is out of reach, and then fences nobody.
     """
-    fenced = await fence_all(engine) if is_sole else await fence_silent(engine, pace)
+    fenced = await fence_all(engine) if is_sole else await fence_silent(engine, lease_s)
     return Swept(fenced=fenced, expired=await expire_fenced(engine, ledger))
 
 
@@ -238,15 +224,15 @@ async def fence_all(engine: AsyncEngine, *, but: str | None = None) -> int:
     return result.rowcount
 
 
-async def fence_silent(engine: AsyncEngine, pace: Pace) -> int:
+async def fence_silent(engine: AsyncEngine, lease_s: float) -> int:
     """Fence the instances that hold something open past their lease and let one more go by; returns how many."""
     silent = await _past_their_lease(engine)
     if silent:
-        log.info("watching_for_a_lease", instances=len(silent), seconds=pace.lease_s)
-    for _ in range(round(pace.lease_s / pace.renew_s)):
+        log.info("watching_for_a_lease", instances=len(silent), seconds=lease_s)
+    for _ in range(4):
         if not silent:
             return 0
-        await asyncio.sleep(pace.renew_s)
+        await asyncio.sleep(lease_s / 4)
         silent &= await _past_their_lease(engine)
     fenced = 0
     async with writing(engine) as connection:

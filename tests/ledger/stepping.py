@@ -30,6 +30,7 @@ class SteppedStore(PostgresStore):
 
     async def _connect(self) -> None:
         await super()._connect()
+        await self._driver.execute("SET idle_in_transaction_session_timeout = 0")  # a test takes its time
         self._driver = _SteppedDriver(self._driver, self)
 
     async def step(self) -> None:
