@@ -114,10 +114,12 @@ class Served:
         return httpx2.Client(base_url=self.base_url.removesuffix("/v1"), headers=headers, timeout=30)
 
 
-def environment(folder: Path, database_url: str, upstream_url: str = "http://127.0.0.1:9/v1") -> dict[str, str]:
-    """The environment of a server whose configuration and data lie in `folder`."""
+def environment(
+    folder: Path, database_url: str, upstream_url: str = "http://127.0.0.1:9/v1", *, configuration: str = CONFIG
+) -> dict[str, str]:
+    """The environment of a server whose `configuration` (with two fields to fill in) and data lie in `folder`."""
     config = folder / "config.toml"
-    config.write_text(CONFIG.format(base_url=upstream_url, model=MODEL))
+    config.write_text(configuration.format(base_url=upstream_url, model=MODEL))
     return {
         **os.environ,
         "PYTHONPATH": str(Path(__file__).parents[1]),
@@ -129,9 +131,9 @@ def environment(folder: Path, database_url: str, upstream_url: str = "http://127
 
 
 @contextmanager
-def serving(folder: Path, database_url: str, upstream_url: str) -> Iterator[Served]:
+def serving(folder: Path, database_url: str, upstream_url: str, *, configuration: str = CONFIG) -> Iterator[Served]:
     """A migrated, running server; ended with the block, and its log free of secrets."""
-    served = Served(environment(folder, database_url, upstream_url))
+    served = Served(environment(folder, database_url, upstream_url, configuration=configuration))
     served.command("migrate")
     served.start()
     try:
