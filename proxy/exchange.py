@@ -282,15 +282,14 @@ class Exchange:
                 body = await _read_all(response, self._limits.answer_bytes_max, opened.candidate.provider)
         finally:
             await asyncio.shield(response.aclose())
-        return _refused(opened.candidate, response, response.status, body)
+        return _refused(opened.candidate, response, response.status, self._content(response, body))
 
     # ---- plain answers
 
     async def _relay_plain(self, opened: _Open, response: UpstreamResponse, answer: Answer) -> None:
         async with _within(opened):
             body = await _read_all(response, self._limits.answer_bytes_max, opened.candidate.provider)
-        encoding = relay.content_encoding(response.headers)
-        content = body if encoding is None else relay.inflate(body, encoding, self._limits.answer_bytes_max)
+        content = self._content(response, body)
         failed = failure_status(content)
         if failed is not None:
             raise _refused(opened.candidate, response, failed, content)
@@ -308,6 +307,11 @@ class Exchange:
         ]
         await answer.start(response.status, headers)
         await answer.end(body)
+
+    def _content(self, response: UpstreamResponse, body: bytes) -> bytes:
+        """What `body` says, should it be encoded in spite of our request."""
+        encoding = relay.content_encoding(response.headers)
+        return body if encoding is None else relay.inflate(body, encoding, self._limits.answer_bytes_max)
 
     async def _metered_plain(self, opened: _Open, content: bytes) -> Metered:
         def metered(counter: tokens.TokenCounter | None = None) -> Metered:
@@ -479,14 +483,8 @@ def _refused(candidate: Candidate, response: UpstreamResponse, status: int, body
             provider=candidate.provider,
             status=status,
         )
-    headers = dict(response.headers)
-    return UpstreamRejected(
-        provider=candidate.provider,
-        status=status,
-        body=body,
-        content_type=headers.get(b"content-type", b"").decode("latin-1"),
-        retry_after=headers.get(b"retry-after", b"").decode("latin-1") or None,
-    )
+    headers = [(name, value) for name, value in relayed_headers(response.headers) if not name.startswith(b"content-")]
+    return UpstreamRejected(provider=candidate.provider, status=status, body=body, headers=headers)
 
 
 def _provider_call(opened: _Open) -> ProviderCall:
