@@ -12,9 +12,9 @@ What is counted is never more than what was reserved for.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from enum import StrEnum
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any, Protocol, TypeVar
 
 import msgspec
 from msgspec import Meta, Raw
@@ -210,7 +210,22 @@ class _Chunk(msgspec.Struct):
     model: str | None = None
     choices: list[_End] | None = None
     usage: Raw = NULL  # `Raw | None` would take nothing but null
+    x_groq: Raw = NULL
     error: Any = None
+
+    @property
+    def reported(self) -> Raw:
+        """The usage, which Groq has in a field of its own as long as nobody asks for it."""
+        if _is_object(self.usage) or not _is_object(self.x_groq):
+            return self.usage
+        try:
+            return _decode_groq(self.x_groq).usage
+        except UNREADABLE:
+            return self.usage
+
+
+class _Groq(msgspec.Struct):
+    usage: Raw = NULL
 
 
 class _Part(msgspec.Struct):
@@ -248,11 +263,37 @@ class _ResponseEvent(msgspec.Struct):
     message: str | None = None
 
 
+_HALF = re.compile(rb"\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
+"""The escape of half a character."""
+
+_Shape = TypeVar("_Shape")
+
+
+def _reader(shape: type[_Shape]) -> Callable[[bytes], _Shape]:
+    """A decoder of `shape` that takes halves of characters for U+FFFD.
+
+    Providers send them where a token ends inside of a character, and msgspec refuses all of a text that holds one.
+    """
+    decode = msgspec.json.Decoder(shape).decode
+
+    def read(data: bytes) -> _Shape:
+        try:
+            return decode(data)
+        except UNREADABLE:
+            mended = _HALF.sub(rb"\\ufffd", data)
+            if mended == data:
+                raise
+            return decode(mended)
+
+    return read
+
+
 _decode_reported = msgspec.json.Decoder(_Reported).decode
-_decode_written = msgspec.json.Decoder(_Written).decode
-_decode_chunk = msgspec.json.Decoder(_Chunk).decode
-_decode_response = msgspec.json.Decoder(_Response).decode
-_decode_response_event = msgspec.json.Decoder(_ResponseEvent).decode
+_decode_groq = msgspec.json.Decoder(_Groq).decode
+_decode_written = _reader(_Written)
+_decode_chunk = _reader(_Chunk)
+_decode_response = _reader(_Response)
+_decode_response_event = _reader(_ResponseEvent)
 
 _NO_PROMPT_DETAILS = _PromptDetails()
 _NO_COMPLETION_DETAILS = _CompletionDetails()
@@ -448,7 +489,7 @@ class StreamMeter:
             kind = EventKind.USAGE_ONLY
         else:
             kind = EventKind.USAGE if any(choice.finish_reason for choice in choices) else EventKind.CONTENT
-        return _Read(kind, chunk.usage, chunk.model, has_text=bool(choices))
+        return _Read(kind, chunk.reported, chunk.model, has_text=bool(choices))
 
     def _texts(self, data: bytes) -> tuple[str | None, _Texts]:
         return _chat_texts(data)

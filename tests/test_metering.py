@@ -459,3 +459,27 @@ def test_any_events(events):
 def test_failure_status(answer, status):
     """An error in place of an answer stands for a status; beside choices it is only a remark."""
     assert failure_status(answer) == status
+
+
+def test_usage_as_groq_sends_it():
+    """Unasked, it is in a field of its own; what is beside it is content."""
+    meter, kinds = fed(event(chunk("Hi")), event(chunk(finish="stop", x_groq={"id": "r", "usage": REPORTED})))
+    assert kinds == [EventKind.CONTENT, EventKind.CONTENT]
+    assert result(meter) == Metered(Usage(input=10, output=5), UsageSource.REPORTED, "m-1")
+
+
+@pytest.mark.parametrize("x_groq", [None, "x", {"usage": None}, {"usage": 3}, {"error": {"x": '"usage": {'}}])
+def test_other_fields_of_groq(x_groq):
+    """Without usage in it, the field says nothing."""
+    meter, _ = fed(event(chunk("12345678", x_groq=x_groq)))
+    assert result(meter).usage.output == 2
+
+
+@pytest.mark.parametrize("half", ["\ud83d", "\ude00", "\ude00\ud83d", "\\\ud83d"])
+def test_half_a_character(half):
+    """A text that holds one is read all the same, whatever else is beside it."""
+    meter, kinds = fed(event(chunk(half)), event(usage_chunk(model=half)))
+    assert kinds == [EventKind.CONTENT, EventKind.USAGE_ONLY]
+    assert (result(meter).source, result(meter).usage) == (UsageSource.REPORTED, Usage(input=10, output=5))
+    plain = json.dumps({"choices": [{"message": {"content": half * 4}}]}).encode()
+    assert meter_plain(Endpoint.CHAT, plain, prompt=b"", bound=ROOMY).usage.output <= 3 * len(half)
