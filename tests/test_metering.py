@@ -475,7 +475,7 @@ def test_other_fields_of_groq(x_groq):
     assert result(meter).usage.output == 2
 
 
-@pytest.mark.parametrize("half", ["\ud83d", "\ude00", "\ude00\ud83d", "\\\ud83d"])
+@pytest.mark.parametrize("half", ["\ud83d", "\ude00\ud83d", "\\\ud83d"])
 def test_half_a_character(half):
     """A text that holds one is read all the same, whatever else is beside it."""
     meter, kinds = fed(event(chunk(half)), event(usage_chunk(model=half)))
