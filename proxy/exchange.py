@@ -29,7 +29,15 @@ from proxy.errors import (
     UpstreamTimeout,
     UpstreamUnreachable,
 )
-from proxy.estimate import Estimate, estimate, maximum_affordable, maximum_bought, plausible_tokens_max
+from proxy.estimate import (
+    Estimate,
+    estimate,
+    input_bound,
+    maximum_affordable,
+    maximum_bought,
+    output_tokens_max,
+    plausible_tokens_max,
+)
 from proxy.identity.keys import Caller
 from proxy.ledger.decide import Receipt, Release, Reserve, Settle, Settled
 from proxy.ledger.ledger import Ledger
@@ -62,6 +70,7 @@ FITTING_BYTES_PER_TOKEN = 16
 
 _PASSING_STATUSES = frozenset({408, 429})
 _OPERATOR_STATUSES = frozenset({401, 402, 403})
+_MAXIMUM_FIELDS = frozenset({"max_tokens", "max_completion_tokens"})
 _CHUNKED = frozenset({Endpoint.CHAT, Endpoint.COMPLETIONS})
 """The endpoints whose streams report usage only when asked, in `stream_options`."""
 
@@ -500,9 +509,7 @@ def _provider_call(opened: _Open) -> ProviderCall:
             changes["stream_options"] = asking_for_usage(body)
     if request.must_unstore:
         changes["store"] = b"false"
-    maximum = _clamped_maximum(opened)
-    if maximum is not None:
-        changes[_maximum_field(candidate, request.endpoint)] = str(maximum).encode()
+    changes |= _maximum_changes(opened)
     return ProviderCall(
         path=request.endpoint,
         model=candidate.model,
@@ -510,6 +517,23 @@ def _provider_call(opened: _Open) -> ProviderCall:
         headers=opened.call.headers,
         stream=request.is_stream,
     )
+
+
+def _maximum_changes(opened: _Open) -> dict[str, bytes | None]:
+    """What puts the maximum into the field that this model takes, where no maximum of the client's is there.
+
+    A provider ignores fields that it does not know, and would answer without any maximum.
+    """
+    request = opened.request
+    field = _maximum_field(opened.candidate, request.endpoint)
+    maximum = _clamped_maximum(opened)
+    if maximum is None and field not in request.maxima:
+        maximum = request.maximum
+    if maximum is None:
+        return {}
+    # OpenAI refuses a request with both of its own fields.
+    others: dict[str, bytes | None] = dict.fromkeys(_MAXIMUM_FIELDS.intersection(request.maxima))
+    return {**others, field: str(maximum).encode()}
 
 
 def _maximum_field(candidate: Candidate, endpoint: Endpoint) -> str:
@@ -524,10 +548,11 @@ def _maximum_field(candidate: Candidate, endpoint: Endpoint) -> str:
 
 def _clamped_maximum(opened: _Open) -> int | None:
     """The maximum that the reservation buys, where that is less than what the call could have had."""
-    estimated = opened.estimated
+    estimated, candidate = opened.estimated, opened.candidate
     if estimated.is_maximum_named or opened.reserved >= estimated.at_most:
         return None
-    return maximum_bought(estimated, opened.candidate, opened.reserved, opened.markup_bps)
+    bought = maximum_bought(estimated, candidate, opened.reserved, opened.markup_bps)
+    return bought if bought is not None and bought < output_tokens_max(opened.request, candidate) else None
 
 
 def _headers(opened: _Open, response: UpstreamResponse) -> Headers:
@@ -558,13 +583,13 @@ def _outcome(opened: _Open) -> str:
 
 
 def _bound(opened: _Open) -> Usage:
-    """The most that may be counted where the provider reports nothing: what was reserved for."""
-    estimated = opened.estimated
+    """The most that may be counted where the provider reports nothing: what was reserved for, at this candidate."""
+    estimated, candidate = opened.estimated, opened.candidate
     maximum = _clamped_maximum(opened)
     if maximum is None:
-        return Usage(input=estimated.input_tokens, output=estimated.output_tokens)
+        maximum = output_tokens_max(opened.request, candidate)
     output = (maximum + estimated.prediction_tokens) * estimated.choices
-    return Usage(input=estimated.input_tokens, output=output)
+    return Usage(input=input_bound(estimated, candidate), output=output)
 
 
 def _assumed(opened: _Open) -> Metered:

@@ -82,7 +82,7 @@ def decode_completion(body: bytes) -> PaidRequest:
         model=request.model,
         is_stream=bool(request.stream),
         wants_usage=request.stream_options is not None and bool(request.stream_options.include_usage),
-        maximum=request.largest,
+        maxima=request.named,
         choices=max(request.n or 1, request.best_of or 1) * prompts,
         prompts=prompts,
         must_unstore=bool(request.store),
