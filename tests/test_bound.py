@@ -39,12 +39,11 @@ max_output_tokens = 100000
 context_tokens = 200000
 is_reasoning = true
 
-[prices."fake/counted"]
-input = "2"
-output = "10"
+[prices."fake/even"]
+input = "5"
+output = "5"
 max_output_tokens = 60000
 context_tokens = 200000
-tokenizer = "o200k_base"
 
 [prices."fake/free-output"]
 input = "30"
@@ -57,7 +56,7 @@ max_output_tokens = 64000
 context_tokens = 2000000
 """
 
-MODELS = ("fake/fake-model", "fake/thinker", "fake/counted", "fake/free-output")
+MODELS = ("fake/fake-model", "fake/thinker", "fake/even", "fake/free-output")
 MAXIMA = ("max_tokens", "max_completion_tokens", "max_output_tokens", "num_predict", "max_new_tokens", "n_predict")
 WALLETS = ("1000", "5", "0.9", "0.2")
 
@@ -240,7 +239,7 @@ def with_maximum(fields, maximum) -> dict:
 
 
 @pytest.mark.parametrize("endpoint", Endpoint)
-@settings(deadline=None, max_examples=80, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(data=st.data(), wallet=st.sampled_from(range(len(WALLETS))))
 def test_no_call_costs_more_than_its_reservation(clients, endpoint, data, wallet):
     """A call is covered to the last token, or refused with a maximum that would have been covered to the last token."""
@@ -254,13 +253,43 @@ def test_no_call_costs_more_than_its_reservation(clients, endpoint, data, wallet
     affordable = answer.json()["error"].get("max_affordable_tokens")
     if not affordable:
         return
-    # Where tokens can be counted, more may turn out to be affordable than the bytes of the refused call said.
-    if not fields.keys().isdisjoint(MAXIMA) and fields["model"] != "fake/counted":
+    if not fields.keys().isdisjoint(MAXIMA):
         more = posted(client, endpoint, with_maximum(fields, affordable + 1), is_escaped=is_escaped)
         assert more.status_code == 402, more.text
     answer = posted(client, endpoint, with_maximum(fields, affordable), is_escaped=is_escaped)
     assert answer.status_code == 200, answer.text
     check_within_the_reservation(client, answer)
+
+
+IMAGE = {"type": "image_url", "image_url": {"url": PNG}}
+PROMPT = wished({"tokens": 900})
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "fields"),
+    [
+        (Endpoint.CHAT, {"prediction": {"type": "content", "content": "x" * 9_000}, "n": 4}),
+        (Endpoint.CHAT, {"messages": [{"role": "user", "content": [IMAGE] * 9}, {"role": "user", "content": PROMPT}]}),
+        (Endpoint.CHAT, {"n": 4}),
+        (Endpoint.CHAT, {"max_completion_tokens": 9}),
+        (Endpoint.CHAT, {"num_predict": 9}),
+        (Endpoint.COMPLETIONS, {"prompt": [PROMPT] * 9, "n": 2, "best_of": 3}),
+        (Endpoint.COMPLETIONS, {"prompt": [[1, 2, 3]] * 9, "max_tokens": 400}),
+        (Endpoint.COMPLETIONS, {"num_predict": 9}),
+        (Endpoint.RESPONSES, {"max_tokens": 9}),
+    ],
+)
+def test_what_multiplies_a_call_is_reserved(clients, endpoint, fields):
+    """All that comes on top of a small maximum, on a model where every token costs the same."""
+    prompt = {
+        Endpoint.CHAT: {"messages": [{"role": "user", "content": PROMPT}]},
+        Endpoint.COMPLETIONS: {"prompt": PROMPT},
+    }
+    maximum = {} if not fields.keys().isdisjoint(MAXIMA) else {"max_tokens": 9}
+    body = {"model": "fake/even", **prompt.get(endpoint, {"input": PROMPT}), **maximum, **fields}
+    answer = posted(clients[0], endpoint, body, is_escaped=False)
+    assert answer.status_code == 200, answer.text
+    check_within_the_reservation(clients[0], answer)
 
 
 def test_a_wallet_of_one_dollar_runs_two_calls_at_once(served, upstream):
