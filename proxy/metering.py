@@ -212,6 +212,8 @@ class _Chunk(msgspec.Struct):
     usage: Raw = NULL  # `Raw | None` would take nothing but null
     x_groq: Raw = NULL
     error: Any = None
+    type: Any = None
+    code: Any = None
 
     @property
     def reported(self) -> Raw:
@@ -252,12 +254,20 @@ class _Response(msgspec.Struct):
     output: list[_Item] | None = None
 
 
+class _Opened(msgspec.Struct):
+    """An item whose text is still to come."""
+
+    name: Any = None
+
+
 class _ResponseEvent(msgspec.Struct):
     """An event of a streamed response."""
 
     type: str | None = None
     delta: Any = None
     item_id: str | None = None
+    output_index: Any = None
+    item: _Opened | None = None
     response: _Response | None = None
     error: Any = None
     message: str | None = None
@@ -357,7 +367,8 @@ def read_usage(reported: bytes | Raw) -> Usage | None:
 def failure_status(body: bytes) -> int | None:
     """The HTTP status that an error in a body or event stands for, though it came with status 200; None without one.
 
-    Some providers put it into `error.code`, as a number or its digits; 502 where they do not.
+    Some providers put it into `error.code`, as a number or its digits, or into the `code` of an event of the type
+    `error`; 502 where they do not.
     """
     if _ERROR not in body:
         return None
@@ -365,9 +376,10 @@ def failure_status(body: bytes) -> int | None:
         answer = _decode_chunk(body)
     except UNREADABLE:
         return None
-    if not answer.error or answer.choices:
+    is_event = answer.type == "error"
+    if not (answer.error or is_event) or answer.choices:
         return None
-    code = answer.error.get("code") if isinstance(answer.error, dict) else None
+    code = answer.error.get("code") if isinstance(answer.error, dict) else answer.code
     text = str(code)
     return int(text) if len(text) == 3 and text.isdecimal() and 400 <= int(text) <= 599 else 502
 
@@ -555,8 +567,12 @@ class ResponseMeter(StreamMeter):
         except UNREADABLE:
             return None, {None: _as_text(data)}
         model = None if event.response is None else event.response.model
-        is_text = isinstance(event.delta, str) and event.delta
-        return model, {(event.type, event.item_id): event.delta} if is_text else {}
+        # The name of a tool comes with its item, all else bit by bit.
+        text = event.delta
+        if event.type == "response.output_item.added" and event.item is not None:
+            text = event.item.name
+        is_text = isinstance(text, str) and text
+        return model, {(event.type, event.item_id, str(event.output_index)): text} if is_text else {}
 
 
 def stream_meter(endpoint: Endpoint, kept_bytes_max: int, *, tokens_max: int | None = None) -> StreamMeter:
