@@ -185,17 +185,15 @@ class UpstreamRefusedUs(UpstreamFailed):
 class UpstreamRejected(UpstreamFailed):
     """The provider answered with an error of its own.
 
-    `status` and `body` are as they came, `retry_after` is the value of its `Retry-After` header.
+    `status` and `body` are as they came, `headers` those of its header fields that go to the client, without what
+    they say of the body.
     """
 
-    def __init__(
-        self, *, provider: str, status: int, body: bytes, content_type: str, retry_after: str | None = None
-    ) -> None:
+    def __init__(self, *, provider: str, status: int, body: bytes, headers: list[tuple[bytes, bytes]]) -> None:
         super().__init__(f"The provider answered with status {status}.", provider=provider)
         self.status = status
         self.body = body
-        self.content_type = content_type
-        self.retry_after = retry_after
+        self.headers = headers
 
 
 class Unavailable(TollgateError):

@@ -98,7 +98,7 @@ def database(request, tmp_path_factory):
 @pytest.fixture(scope="module")
 def served(database, tmp_path_factory, upstream):
     """A running server with short limits, audited when the tests are through with it."""
-    with serving(tmp_path_factory.mktemp("served"), database, upstream.base_url, CONFIG) as server:
+    with serving(tmp_path_factory.mktemp("served"), database, upstream.base_url, configuration=CONFIG) as server:
         yield server
         report = server.command("audit")
         assert report["clean"], report

@@ -429,7 +429,7 @@ def test_one_caller_cannot_read_anothers_charge(served, funded, broke, client):
 def test_two_hundred_calls_at_once_race_for_a_few_credits(served, upstream):
     """However many race, the wallet is never overdrawn, and what it could pay is served."""
     key = served.customer("racer@example.com", "0.05")
-    body = {"model": MODEL, "messages": MESSAGES, "max_tokens": 1000}
+    body = {"model": MODEL, "messages": wish(delay_s=0.5), "max_tokens": 1000}
 
     async def race() -> list[httpx2.Response]:
         async with httpx2.AsyncClient(headers={"Authorization": f"Bearer {key}"}, timeout=60) as http:

@@ -49,7 +49,8 @@ class Answer(msgspec.Struct, frozen=True):
 def answer_to(error: BaseException, request_id: str) -> Answer:
     """The answer to whatever was raised. What is not ours to show is logged, and answered with the request id alone."""
     if isinstance(error, errors.UpstreamRejected) and _is_openai_error(error):
-        return Answer(_passed_status(error.status), _headers(error), error.body)
+        headers = [(b"content-type", b"application/json"), *error.headers]
+        return Answer(_passed_status(error.status), headers, error.body)
     for kind in type(error).__mro__:
         row = TABLE.get(kind)
         if row is not None:
@@ -149,9 +150,7 @@ def _headers(error: BaseException) -> Headers:
             # The first two may have been billed already, and the third will not get better.
             return [(b"x-should-retry", b"false")]
         case errors.UpstreamRejected():
-            content = [(b"content-type", b"application/json")] if _is_openai_error(error) else []
-            again = [(b"retry-after", error.retry_after.encode())] if error.retry_after else []
-            return [*content, *again]
+            return error.headers
         case _:
             return []
 
@@ -160,7 +159,7 @@ def _passed_status(status: int) -> int:
     """The provider's own status where it speaks to the client; its failures are a gateway's, not a server's."""
     if status in {503, 529}:
         return 503
-    return 502 if status >= 500 or status < 400 else status
+    return status if 400 <= status < 500 else 502
 
 
 def _is_openai_error(error: errors.UpstreamRejected) -> bool:
