@@ -17,6 +17,7 @@ from proxy import __version__
 from proxy.catalog import Catalog, load_catalog, seed_markup
 from proxy.edge import credits as credit_routes
 from proxy.edge import health, inference
+from proxy.edge.answer import BodyLimits
 from proxy.edge.authentication import Authentication, authenticated
 from proxy.edge.errors import respond
 from proxy.errors import Unavailable
@@ -100,7 +101,7 @@ def build(tollgate: Tollgate) -> ASGIApp:
     authentication = Authentication(tollgate.engine)
     app = Litestar(
         route_handlers=[
-            *inference.paid_handlers(tollgate.exchange, tollgate.configuration.settings.server.body_bytes_max),
+            *inference.paid_handlers(tollgate.exchange, _body_limits(tollgate.configuration)),
             inference.kept_responses,
             inference.models,
             inference.model,
@@ -165,9 +166,15 @@ async def prepare(configuration: Configuration) -> None:
         await engine.dispose()
 
 
+def _body_limits(configuration: Configuration) -> BodyLimits:
+    server = configuration.settings.server
+    return BodyLimits(bytes_max=server.body_bytes_max, wait_s=server.body_s)
+
+
 def _limits(configuration: Configuration) -> ExchangeLimits:
     server = configuration.settings.server
     return ExchangeLimits(
+        nesting_max=server.nesting_max,
         answer_bytes_max=server.answer_bytes_max,
         event_bytes_max=server.event_bytes_max,
         call_s=server.call_s,

@@ -15,7 +15,7 @@ from litestar.exceptions import MethodNotAllowedException
 from litestar.types import HTTPScope, Receive, Scope, Send
 
 from proxy.catalog import Catalog
-from proxy.edge.answer import AsgiAnswer, read_body
+from proxy.edge.answer import AsgiAnswer, BodyLimits, read_body
 from proxy.edge.authentication import CHECKED_BY_LEDGER
 from proxy.edge.errors import answer_to
 from proxy.errors import BadRequest
@@ -58,17 +58,17 @@ def model(catalog: NamedDependency[Catalog], model_id: str) -> Model:
     return Model(id=name, owned_by=candidates(catalog.models, name)[0].provider)
 
 
-def paid_handlers(exchange: Exchange, body_bytes_max: int) -> list[Any]:
+def paid_handlers(exchange: Exchange, body_limits: BodyLimits) -> list[Any]:
     """The handlers of the paid paths, `POST` all."""
-    return [_paid_handler(endpoint, exchange, body_bytes_max) for endpoint in Endpoint]
+    return [_paid_handler(endpoint, exchange, body_limits) for endpoint in Endpoint]
 
 
-def _paid_handler(endpoint: Endpoint, exchange: Exchange, body_bytes_max: int) -> Any:
+def _paid_handler(endpoint: Endpoint, exchange: Exchange, body_limits: BodyLimits) -> Any:
     async def serve(scope: Scope, receive: Receive, send: Send) -> None:
         request_id = scope["state"]["request_id"]
         answer = AsgiAnswer(request_id, receive, send)
         try:
-            await exchange.serve(await _call(endpoint, cast("HTTPScope", scope), receive, body_bytes_max), answer)
+            await exchange.serve(await _call(endpoint, cast("HTTPScope", scope), receive, body_limits), answer)
         except Exception as exc:
             if answer.is_started:
                 log.exception("answer_cut_off", request_id=request_id)
@@ -96,7 +96,7 @@ def kept_responses(response_path: str) -> None:
     )
 
 
-async def _call(endpoint: Endpoint, scope: HTTPScope, receive: Receive, body_bytes_max: int) -> Call:
+async def _call(endpoint: Endpoint, scope: HTTPScope, receive: Receive, body_limits: BodyLimits) -> Call:
     if scope["method"] != "POST":
         raise MethodNotAllowedException(headers={"Allow": "POST"})
     return Call(
@@ -105,7 +105,7 @@ async def _call(endpoint: Endpoint, scope: HTTPScope, receive: Receive, body_byt
         client_request_id=_client_request_id(scope["headers"]),
         caller=scope["user"],
         headers=list(scope["headers"]),
-        body=await read_body(scope, receive, body_bytes_max),
+        body=await read_body(scope, receive, body_limits),
     )
 
 
