@@ -5,6 +5,7 @@ from litestar import get
 from litestar.di import NamedDependency
 from sqlalchemy.ext.asyncio import AsyncEngine
 
+from proxy.edge.errors import documented
 from proxy.storage.database import reading
 
 
@@ -14,7 +15,7 @@ def live() -> dict[str, str]:
     return {"status": "ok"}
 
 
-@get("/health/ready", summary="Calls can be served")
+@get("/health/ready", summary="Calls can be served", responses=documented(503, is_public=True))
 async def ready(engine: NamedDependency[AsyncEngine]) -> dict[str, str]:
     """Answer 503 while the database is out of reach: send no calls here then."""
     async with reading(engine) as connection:

@@ -17,7 +17,7 @@ from litestar.types import HTTPScope, Receive, Scope, Send
 from proxy.catalog import Catalog
 from proxy.edge.answer import AsgiAnswer, BodyLimits, read_body
 from proxy.edge.authentication import CHECKED_BY_LEDGER
-from proxy.edge.errors import answer_to
+from proxy.edge.errors import answer_to, documented
 from proxy.errors import BadRequest
 from proxy.exchange import Call, Exchange
 from proxy.routing import candidates
@@ -45,13 +45,13 @@ class ModelList(msgspec.Struct):
     object: str = "list"
 
 
-@get("/v1/models", sync_to_thread=False, summary="The models on offer")
+@get("/v1/models", sync_to_thread=False, summary="The models on offer", responses=documented())
 def models(catalog: NamedDependency[Catalog]) -> ModelList:
     """Every model that is priced and enabled."""
     return ModelList([Model(id=name, owned_by=found[0].provider) for name, found in sorted(catalog.models.items())])
 
 
-@get("/v1/models/{model_id:path}", sync_to_thread=False, summary="One model")
+@get("/v1/models/{model_id:path}", sync_to_thread=False, summary="One model", responses=documented(400, 404))
 def model(catalog: NamedDependency[Catalog], model_id: str) -> Model:
     """One model by its name, which may hold a slash."""
     name = model_id.removeprefix("/")
@@ -86,7 +86,7 @@ def _paid_handler(endpoint: Endpoint, exchange: Exchange, body_limits: BodyLimit
     ["/v1/responses/{response_path:path}"],
     http_method=["GET", "POST", "DELETE"],
     sync_to_thread=False,
-    summary="Responses are not kept",
+    include_in_schema=False,
 )
 def kept_responses(response_path: str) -> None:
     """Refuse what is done with responses that a provider has kept: it keeps none."""
