@@ -18,6 +18,7 @@ from proxy import __version__
 from proxy.catalog import Catalog, load_catalog, seed_markup
 from proxy.edge import credits as credit_routes
 from proxy.edge import health, inference
+from proxy.edge.answer import BodyLimits
 from proxy.edge.authentication import Authentication, authenticated
 from proxy.edge.errors import respond
 from proxy.errors import Unavailable
@@ -114,7 +115,7 @@ def build(tollgate: Tollgate) -> ASGIApp:
     server = tollgate.configuration.settings.server
     app = Litestar(
         route_handlers=[
-            *inference.paid_handlers(tollgate.exchange, body_bytes_max=server.body_bytes_max, stall_s=server.stall_s),
+            *inference.paid_handlers(tollgate.exchange, _body_limits(tollgate.configuration), stall_s=server.stall_s),
             inference.kept_responses,
             inference.models,
             inference.model,
@@ -180,9 +181,15 @@ async def prepare(configuration: Configuration) -> None:
         await engine.dispose()
 
 
+def _body_limits(configuration: Configuration) -> BodyLimits:
+    server = configuration.settings.server
+    return BodyLimits(bytes_max=server.body_bytes_max, wait_s=server.body_s)
+
+
 def _limits(configuration: Configuration) -> ExchangeLimits:
     server = configuration.settings.server
     return ExchangeLimits(
+        nesting_max=server.nesting_max,
         answer_bytes_max=server.answer_bytes_max,
         event_bytes_max=server.event_bytes_max,
         call_s=server.call_s,

@@ -51,7 +51,7 @@ from proxy.units import Usage, format_credits
 from proxy.upstream import Headers, Provider, ProviderCall, UpstreamResponse
 from proxy.upstream.openai import relayed_headers
 from proxy.wire.endpoints import decode
-from proxy.wire.objects import error_body, error_code, patch
+from proxy.wire.objects import check_nesting, error_body, error_code, patch
 from proxy.wire.requests import Endpoint, PaidRequest, asking_for_usage
 
 log = structlog.get_logger(__name__)
@@ -102,6 +102,7 @@ class Answer(relay.Answer, Protocol):
 class ExchangeLimits(msgspec.Struct, frozen=True):
     """What bounds a call; see `settings.ServerSettings`."""
 
+    nesting_max: int
     answer_bytes_max: int
     event_bytes_max: int
     call_s: float
@@ -175,6 +176,7 @@ class Exchange:
         Raises what `proxy.errors` names when nothing was charged and nothing sent; once the answer has begun, what
         goes wrong is said in the answer.
         """
+        check_nesting(call.body, self._limits.nesting_max)
         request = decode(call.endpoint, call.body)
         opened, offered = await self._preflight(call, request)
         answer.on_gone(opened.leave)

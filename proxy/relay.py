@@ -144,6 +144,7 @@ class StreamRelay:
         self._raises_early = raises_early
         self._on_first = on_first
         self._has_begun = False
+        self._has_data = False
         self._loop = asyncio.get_running_loop()
         self._written_at = self._loop.time()
         self._may_comment = True
@@ -156,7 +157,7 @@ class StreamRelay:
     async def forward(self, chunks: AsyncIterator[bytes]) -> None:
         """Relay until the provider's end marker, or the end of its stream.
 
-        Raises `UpstreamBroken` for a stream without any event and for an event over the limit, and what `chunks` and
+        Raises `UpstreamBroken` for a stream without any data and for an event over the limit, and what `chunks` and
         `raises_early` give.
         """
         self._timer = self._loop.call_later(self._keep_alive_s, self._on_idle)
@@ -165,21 +166,22 @@ class StreamRelay:
                 if await self._take(self._splitter.feed(chunk)):
                     self.tail.hold(self._splitter.rest)
                     return
+            rest = self._splitter.rest
         except EventTooLong as exc:
             raise UpstreamBroken("The provider sent an event over the limit.", provider=self._provider) from exc
         finally:
             self._timer.cancel()
             if self._commenting is not None:
                 await self._commenting
-        self._take_rest(self._splitter.rest)
+        self._take_rest(rest)
 
     def _take_rest(self, rest: bytes) -> None:
         """Hold what the provider sent last: an event that lacks its end, which clients read all the same."""
         kind = self._meter.feed(rest)
         if kind is EventKind.ERROR:
             self._note_failure(rest)
-        if not self._has_begun and kind is EventKind.OTHER:
-            raise UpstreamBroken("The provider sent no event.", provider=self._provider)
+        if kind is EventKind.OTHER and not self._has_data:
+            raise UpstreamBroken("The provider sent nothing but comments.", provider=self._provider)
         self._begin()
         match kind:
             case EventKind.USAGE_ONLY | EventKind.USAGE if self._shows_usage:
@@ -201,6 +203,7 @@ class StreamRelay:
             if kind is EventKind.ERROR:
                 self._note_failure(event)
             self._begin()
+            self._has_data = self._has_data or kind is not EventKind.OTHER
             match kind:
                 case EventKind.DONE:
                     self.tail.hold(event)

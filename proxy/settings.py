@@ -38,6 +38,10 @@ class ServerSettings(_Section, frozen=True):
     port: Annotated[int, msgspec.Meta(ge=0, le=65535)] = 8080
     body_bytes_max: PositiveInt = 20_000_000
     """The longest request body."""
+    body_s: Seconds = 60
+    """How long a client may take to send its body."""
+    nesting_max: PositiveInt = 128
+    """How deep arrays and objects may be nested in a request body; what the parser can take is a few hundred."""
     answer_bytes_max: PositiveInt = 64_000_000
     """The longest plain answer of a provider that is held back until its charge is durable."""
     event_bytes_max: PositiveInt = 16_000_000

@@ -60,7 +60,7 @@ context_tokens = 2000000
 
 MODELS = ("fake/fake-model", "fake/thinker", "fake/even", "fake/free-output")
 MAXIMA = ("max_tokens", "max_completion_tokens", "max_output_tokens", "num_predict", "max_new_tokens", "n_predict")
-WALLETS = ("1000", "5", "0.9", "0.2")
+WALLETS = ("1000", "5", "0.5")
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ import msgspec
 import structlog
 from litestar import Request, Response
 from litestar.exceptions import HTTPException, MethodNotAllowedException, NotFoundException
+from litestar.openapi import ResponseSpec
 
 from proxy import errors
 from proxy.units import format_credits
@@ -36,6 +37,30 @@ TABLE: dict[type[errors.TollgateError], tuple[int, str, str | None]] = {
     errors.LedgerFault: (500, "server_error", "ledger_fault"),
 }
 """Status, `type` and `code`; where the code is None the error carries its own."""
+
+
+class ErrorObject(msgspec.Struct):
+    """What went wrong; some errors have further fields."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(msgspec.Struct):
+    """An error, as OpenAI's API words it."""
+
+    error: ErrorObject
+
+
+def documented(*statuses: int, is_public: bool = False) -> dict[int, ResponseSpec]:
+    """The errors of a route, for the OpenAPI document: these, and those of every route that is not for anybody."""
+    shared = () if is_public else (401, 403, 503)
+    return {
+        status: ResponseSpec(ErrorBody, generate_examples=False, description=HTTPStatus(status).phrase)
+        for status in sorted({*shared, *statuses})
+    }
 
 
 class Answer(msgspec.Struct, frozen=True):
@@ -97,7 +122,10 @@ def _from_framework(error: HTTPException) -> Answer:
     if isinstance(error, NotFoundException):
         return _answer(404, "There is nothing at this path.", "invalid_request_error", "unknown_path")
     if isinstance(error, MethodNotAllowedException):
-        headers = [(b"allow", error.headers["Allow"].encode())] if error.headers and "Allow" in error.headers else []
+        # The framework spells it in two ways.
+        headers = [
+            (b"allow", value.encode()) for name, value in (error.headers or {}).items() if name.lower() == "allow"
+        ]
         return _answer(
             405,
             "This path does not take this method.",

@@ -15,9 +15,9 @@ from litestar.exceptions import MethodNotAllowedException
 from litestar.types import HTTPScope, Receive, Scope, Send
 
 from proxy.catalog import Catalog
-from proxy.edge.answer import AsgiAnswer, read_body
+from proxy.edge.answer import AsgiAnswer, BodyLimits, read_body
 from proxy.edge.authentication import CHECKED_BY_LEDGER
-from proxy.edge.errors import answer_to
+from proxy.edge.errors import answer_to, documented
 from proxy.edge.protocol import ABORT
 from proxy.errors import BadRequest
 from proxy.exchange import Call, Exchange
@@ -46,30 +46,30 @@ class ModelList(msgspec.Struct):
     object: str = "list"
 
 
-@get("/v1/models", sync_to_thread=False, summary="The models on offer")
+@get("/v1/models", sync_to_thread=False, summary="The models on offer", responses=documented())
 def models(catalog: NamedDependency[Catalog]) -> ModelList:
     """Every model that is priced and enabled."""
     return ModelList([Model(id=name, owned_by=found[0].provider) for name, found in sorted(catalog.models.items())])
 
 
-@get("/v1/models/{model_id:path}", sync_to_thread=False, summary="One model")
+@get("/v1/models/{model_id:path}", sync_to_thread=False, summary="One model", responses=documented(400, 404))
 def model(catalog: NamedDependency[Catalog], model_id: str) -> Model:
     """One model by its name, which may hold a slash."""
     name = model_id.removeprefix("/")
     return Model(id=name, owned_by=candidates(catalog.models, name)[0].provider)
 
 
-def paid_handlers(exchange: Exchange, *, body_bytes_max: int, stall_s: float) -> list[Any]:
+def paid_handlers(exchange: Exchange, body_limits: BodyLimits, *, stall_s: float) -> list[Any]:
     """The handlers of the paid paths, `POST` all."""
-    return [_paid_handler(endpoint, exchange, body_bytes_max=body_bytes_max, stall_s=stall_s) for endpoint in Endpoint]
+    return [_paid_handler(endpoint, exchange, body_limits, stall_s=stall_s) for endpoint in Endpoint]
 
 
-def _paid_handler(endpoint: Endpoint, exchange: Exchange, *, body_bytes_max: int, stall_s: float) -> Any:
+def _paid_handler(endpoint: Endpoint, exchange: Exchange, body_limits: BodyLimits, *, stall_s: float) -> Any:
     async def serve(scope: Scope, receive: Receive, send: Send) -> None:
         request_id = scope["state"]["request_id"]
         answer = AsgiAnswer(request_id, receive, send, stall_s=stall_s, abort=scope["state"][ABORT])
         try:
-            await exchange.serve(await _call(endpoint, cast("HTTPScope", scope), receive, body_bytes_max), answer)
+            await exchange.serve(await _call(endpoint, cast("HTTPScope", scope), receive, body_limits), answer)
         except Exception as exc:
             if answer.is_started:
                 log.exception("answer_cut_off", request_id=request_id)
@@ -87,7 +87,7 @@ def _paid_handler(endpoint: Endpoint, exchange: Exchange, *, body_bytes_max: int
     ["/v1/responses/{response_path:path}"],
     http_method=["GET", "POST", "DELETE"],
     sync_to_thread=False,
-    summary="Responses are not kept",
+    include_in_schema=False,
 )
 def kept_responses(response_path: str) -> None:
     """Refuse what is done with responses that a provider has kept: it keeps none."""
@@ -97,7 +97,7 @@ def kept_responses(response_path: str) -> None:
     )
 
 
-async def _call(endpoint: Endpoint, scope: HTTPScope, receive: Receive, body_bytes_max: int) -> Call:
+async def _call(endpoint: Endpoint, scope: HTTPScope, receive: Receive, body_limits: BodyLimits) -> Call:
     if scope["method"] != "POST":
         raise MethodNotAllowedException(headers={"Allow": "POST"})
     return Call(
@@ -106,7 +106,7 @@ async def _call(endpoint: Endpoint, scope: HTTPScope, receive: Receive, body_byt
         client_request_id=_client_request_id(scope["headers"]),
         caller=scope["user"],
         headers=list(scope["headers"]),
-        body=await read_body(scope, receive, body_bytes_max),
+        body=await read_body(scope, receive, body_limits),
     )
 
 
