@@ -575,7 +575,7 @@ class ResponseMeter(StreamMeter):
         try:
             event = _decode_response_event(data)
         except UNREADABLE:
-            return None, {None: _as_text(data)}
+            return None, _unreadable(data)
         model = None if event.response is None else event.response.model
         # The name of a tool comes with its item, all else bit by bit.
         text = event.delta
@@ -613,7 +613,7 @@ def _chat_texts(data: bytes) -> tuple[str | None, _Texts]:
     try:
         written = _decode_written(data)
     except UNREADABLE:
-        return None, {None: _as_text(data)}
+        return None, _unreadable(data)
     texts: _Texts = {}
     for number, choice in enumerate(written.choices or ()):
         for place, text in enumerate(_choice_texts(choice)):
@@ -641,7 +641,7 @@ def _response_texts(body: bytes) -> tuple[str | None, _Texts]:
     try:
         response = _decode_response(body)
     except UNREADABLE:
-        return None, {None: _as_text(body)}
+        return None, _unreadable(body)
     texts: _Texts = {}
     for item in response.output or ():
         parts = [*(item.content or ()), *(item.summary or ())]
@@ -650,8 +650,9 @@ def _response_texts(body: bytes) -> tuple[str | None, _Texts]:
     return response.model, texts
 
 
-def _as_text(data: bytes) -> str:
-    return data.decode(errors="replace")
+def _unreadable(data: bytes) -> _Texts:
+    """All of what cannot be read is text."""
+    return {None: data.decode(errors="replace")} if data else {}
 
 
 def _utf8_bytes(text: str) -> int:

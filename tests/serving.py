@@ -37,6 +37,18 @@ output = "2"
 max_output_tokens = 4096
 context_tokens = 128000
 
+[prices."fake/counted"]
+input = "1"
+output = "2"
+max_output_tokens = 4096
+context_tokens = 128000
+tokenizer = "o200k_base"
+
+[prices."fake/boundless"]
+input = "1"
+output = "2"
+max_output_tokens = 4096
+
 [prices."fake/dear"]
 input = "1000"
 output = "1000"
