@@ -24,7 +24,7 @@ from proxy.units import Micros, now_micros
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-SCHEMA_HEAD = "0001"
+SCHEMA_HEAD = "0002"
 """The revision this code is written for: the newest file in `migrations/versions`."""
 
 CONNECTIONS_MAX = 5
@@ -45,9 +45,10 @@ def connect(url: str, *, pooled: bool = True) -> AsyncEngine:
             url,
             isolation_level="READ COMMITTED",
             connect_args={"timeout": STATEMENT_S_MAX, "command_timeout": 2 * STATEMENT_S_MAX},
+            hide_parameters=True,  # an error's text goes to the log, and hashes of passwords do not
             **pool,
         )
-    engine = create_async_engine(url, connect_args={"timeout": STATEMENT_S_MAX}, **pool)
+    engine = create_async_engine(url, connect_args={"timeout": STATEMENT_S_MAX}, hide_parameters=True, **pool)
     sa.event.listen(engine.sync_engine, "connect", _prepare_sqlite)
     sa.event.listen(engine.sync_engine, "begin", _begin_sqlite)
     return engine
@@ -153,7 +154,7 @@ async def check_schema(engine: AsyncEngine) -> None:
 
 
 async def migrate(engine: AsyncEngine, target: str = "head") -> None:
-    """Bring the schema to revision `target`, or with `base` back to nothing, in one transaction.
+    """Bring the schema up to date, or back down to the revision `target` (`base`: to nothing), in one transaction.
 
     Two at once wait for each other.
     """
@@ -173,7 +174,7 @@ def _run_migrations(connection: sa.Connection, target: str) -> None:
     config.set_main_option("script_location", str(_migrations()))
     config.set_main_option("path_separator", "os")
     config.attributes["connection"] = connection
-    (command.downgrade if target == "base" else command.upgrade)(config, target)
+    (command.upgrade if target == "head" else command.downgrade)(config, target)
 
 
 def _migrations() -> Path:
