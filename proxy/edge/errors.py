@@ -20,6 +20,7 @@ TABLE: dict[type[errors.TollgateError], tuple[int, str, str | None]] = {
     errors.BodyTooLarge: (413, "invalid_request_error", None),
     errors.UnsupportedEncoding: (415, "invalid_request_error", None),
     errors.Unauthenticated: (401, "invalid_request_error", "invalid_api_key"),
+    errors.WrongPassword: (401, "invalid_request_error", "invalid_credentials"),
     errors.InsufficientCredits: (402, "insufficient_quota", "insufficient_credits"),
     errors.KeyLimitReached: (402, "insufficient_quota", "key_limit_reached"),
     errors.Forbidden: (403, "permission_error", None),

@@ -16,11 +16,12 @@ from litestar.types import HTTPScope, Receive, Scope, Send
 
 from proxy.catalog import Catalog
 from proxy.edge.answer import AsgiAnswer, read_body
-from proxy.edge.authentication import CHECKED_BY_LEDGER
+from proxy.edge.authentication import CHECKED_BY_LEDGER, needs
 from proxy.edge.errors import answer_to
 from proxy.edge.protocol import ABORT
 from proxy.errors import BadRequest
 from proxy.exchange import Call, Exchange
+from proxy.identity.keys import Scope as KeyScope
 from proxy.routing import candidates
 from proxy.wire.requests import Endpoint
 
@@ -46,13 +47,13 @@ class ModelList(msgspec.Struct):
     object: str = "list"
 
 
-@get("/v1/models", sync_to_thread=False, summary="The models on offer")
+@get("/v1/models", opt=needs(KeyScope.INFERENCE), sync_to_thread=False, summary="The models on offer")
 def models(catalog: NamedDependency[Catalog]) -> ModelList:
     """Every model that is priced and enabled."""
     return ModelList([Model(id=name, owned_by=found[0].provider) for name, found in sorted(catalog.models.items())])
 
 
-@get("/v1/models/{model_id:path}", sync_to_thread=False, summary="One model")
+@get("/v1/models/{model_id:path}", opt=needs(KeyScope.INFERENCE), sync_to_thread=False, summary="One model")
 def model(catalog: NamedDependency[Catalog], model_id: str) -> Model:
     """One model by its name, which may hold a slash."""
     name = model_id.removeprefix("/")
@@ -80,12 +81,13 @@ def _paid_handler(endpoint: Endpoint, exchange: Exchange, *, body_bytes_max: int
         finally:
             answer.close()
 
-    return asgi(f"/v1/{endpoint}", opt={CHECKED_BY_LEDGER: True})(serve)
+    return asgi(f"/v1/{endpoint}", opt={**needs(KeyScope.INFERENCE), CHECKED_BY_LEDGER: True})(serve)
 
 
 @route(
     ["/v1/responses/{response_path:path}"],
     http_method=["GET", "POST", "DELETE"],
+    opt=needs(KeyScope.INFERENCE),
     sync_to_thread=False,
     summary="Responses are not kept",
 )
