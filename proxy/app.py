@@ -22,7 +22,7 @@ from proxy.edge import accounts as account_routes
 from proxy.edge import credits as credit_routes
 from proxy.edge import health, inference
 from proxy.edge import keys as key_routes
-from proxy.edge.addresses import networks
+from proxy.edge.addresses import Addresses
 from proxy.edge.authentication import Authentication, authenticated
 from proxy.edge.errors import respond
 from proxy.errors import Unavailable, UpstreamFailed
@@ -134,7 +134,7 @@ def routed(tollgate: Tollgate) -> Litestar:
     """Every route, behind authentication."""
     authentication = Authentication(tollgate.engine, tollgate.accounts, tollgate.last_used)
     server = tollgate.configuration.settings.server
-    trusted = networks(server.trusted_proxies)
+    addresses = Addresses(server.trusted_proxies)
     return Litestar(
         route_handlers=[
             *inference.paid_handlers(tollgate.exchange, body_bytes_max=server.body_bytes_max, stall_s=server.stall_s),
@@ -162,7 +162,7 @@ def routed(tollgate: Tollgate) -> Litestar:
             "ledger": Provide(lambda: tollgate.ledger, sync_to_thread=False),
             "catalog": Provide(lambda: tollgate.catalog, sync_to_thread=False),
             "accounts": Provide(lambda: tollgate.accounts, sync_to_thread=False),
-            "trusted_proxies": Provide(lambda: trusted, sync_to_thread=False),
+            "addresses": Provide(lambda: addresses, sync_to_thread=False),
         },
         cors_config=_cors(server.cors_origins),
         openapi_config=OpenAPIConfig(

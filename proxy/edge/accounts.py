@@ -7,7 +7,7 @@ from litestar import Request, get, post
 from litestar.di import NamedDependency
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from proxy.edge.addresses import Network, holder_of
+from proxy.edge.addresses import Addresses
 from proxy.edge.authentication import needs
 from proxy.edge.credits import CallerRequest, read_balance
 from proxy.identity.accounts import Accounts, Login
@@ -18,8 +18,6 @@ from proxy.units import format_instant
 
 BODY_BYTES_MAX = 16_384
 """Of what people fill in: the longest password and everything beside it several times over."""
-
-Trusted = tuple[Network, ...]
 
 
 class Registration(msgspec.Struct, forbid_unknown_fields=True):
@@ -70,10 +68,10 @@ async def register(
     data: Registration,
     engine: NamedDependency[AsyncEngine],
     accounts: NamedDependency[Accounts],
-    trusted_proxies: NamedDependency[Trusted],
+    addresses: NamedDependency[Addresses],
 ) -> Account:
     """Make an account with an empty wallet, or with the operator's starting credits."""
-    address = _address(request, trusted_proxies)
+    address = _address(request, addresses)
     user = await accounts.register(data.email, data.password, data.full_name, address=address)
     return await _account(engine, user)
 
@@ -83,10 +81,10 @@ async def login(
     request: Request[Any, Any, Any],
     data: Credentials,
     accounts: NamedDependency[Accounts],
-    trusted_proxies: NamedDependency[Trusted],
+    addresses: NamedDependency[Addresses],
 ) -> Token:
     """Answer a token for the right password."""
-    return _token(await accounts.login(data.email, data.password, address=_address(request, trusted_proxies)))
+    return _token(await accounts.login(data.email, data.password, address=_address(request, addresses)))
 
 
 @get("/me", opt=needs(KeyScope.MANAGE), summary="Your account")
@@ -108,17 +106,17 @@ async def change_password(
     request: CallerRequest,
     data: PasswordChange,
     accounts: NamedDependency[Accounts],
-    trusted_proxies: NamedDependency[Trusted],
+    addresses: NamedDependency[Addresses],
 ) -> Token:
     """Change the password. Every token issued before is void at once; the one answered is good."""
-    address = _address(request, trusted_proxies)
+    address = _address(request, addresses)
     return _token(
         await accounts.change_password(request.user, data.current_password, data.new_password, address=address)
     )
 
 
-def _address(request: Request[Any, Any, Any], trusted: Trusted) -> str:
-    return holder_of(request.scope["client"], request.scope["headers"], trusted)
+def _address(request: Request[Any, Any, Any], addresses: Addresses) -> str:
+    return addresses.holder_of(request.scope["client"], request.scope["headers"])
 
 
 def _token(login: Login) -> Token:

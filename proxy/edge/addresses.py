@@ -10,30 +10,29 @@ _IPV6_CUSTOMER_BITS = 64
 """A customer of a provider has at least such a network: its addresses are one holder of limits."""
 
 
-def networks(trusted: Iterable[str]) -> tuple[Network, ...]:
-    """The networks that `settings` has checked."""
-    return tuple(ip_network(network) for network in trusted)
+class Addresses:
+    """`trusted` are the networks of the operator's own proxies, as `settings` has checked them."""
 
+    def __init__(self, trusted: Iterable[str]) -> None:
+        self._trusted = tuple(ip_network(network) for network in trusted)
 
-def holder_of(
-    client: tuple[str, int] | None, headers: Iterable[tuple[bytes, bytes]], trusted: Sequence[Network]
-) -> str:
-    """Who counts as the sender: an address of IPv4, or a network of IPv6.
+    def holder_of(self, client: tuple[str, int] | None, headers: Iterable[tuple[bytes, bytes]]) -> str:
+        """Who counts as the sender: an address of IPv4, or a network of IPv6.
 
-    `client` is the other end of the connection. Only where that is a trusted proxy is `X-Forwarded-For` read, from its
-    end, each entry being as good as the proxy that wrote it.
-    """
-    sender = client[0] if client is not None else ""
-    if _is_trusted(sender, trusted):
-        lines = [value.decode("latin-1") for name, value in headers if name == _FORWARDED]
-        for entry in reversed(",".join(lines).split(",")):
-            address = entry.strip()
-            if not _is_address(address):
-                break
-            sender = address
-            if not _is_trusted(sender, trusted):
-                break
-    return _holder(sender)
+        `client` is the other end of the connection. Only where that is a trusted proxy is `X-Forwarded-For` read, from
+        its end, each entry being as good as the proxy that wrote it.
+        """
+        sender = client[0] if client is not None else ""
+        if _is_in(sender, self._trusted):
+            lines = [value.decode("latin-1") for name, value in headers if name == _FORWARDED]
+            for entry in reversed(",".join(lines).split(",")):
+                address = entry.strip()
+                if not _is_address(address):
+                    break
+                sender = address
+                if not _is_in(sender, self._trusted):
+                    break
+        return _holder(sender)
 
 
 def _is_address(text: str) -> bool:
@@ -44,8 +43,8 @@ def _is_address(text: str) -> bool:
     return True
 
 
-def _is_trusted(text: str, trusted: Sequence[Network]) -> bool:
-    return bool(trusted) and _is_address(text) and any(ip_address(text) in network for network in trusted)
+def _is_in(text: str, networks: Sequence[Network]) -> bool:
+    return bool(networks) and _is_address(text) and any(ip_address(text) in network for network in networks)
 
 
 def _holder(text: str) -> str:
