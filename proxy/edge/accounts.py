@@ -5,6 +5,7 @@ from typing import Any
 import msgspec
 from litestar import Request, get, post
 from litestar.di import NamedDependency
+from litestar.params import JSONBody
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from proxy.edge.addresses import Addresses
@@ -65,7 +66,7 @@ class Token(msgspec.Struct):
 @post("/register", summary="Make an account", request_max_body_size=BODY_BYTES_MAX)
 async def register(
     request: Request[Any, Any, Any],
-    data: Registration,
+    data: JSONBody[Registration],
     engine: NamedDependency[AsyncEngine],
     accounts: NamedDependency[Accounts],
     addresses: NamedDependency[Addresses],
@@ -79,7 +80,7 @@ async def register(
 @post("/login", status_code=200, summary="Log in", request_max_body_size=BODY_BYTES_MAX)
 async def login(
     request: Request[Any, Any, Any],
-    data: Credentials,
+    data: JSONBody[Credentials],
     accounts: NamedDependency[Accounts],
     addresses: NamedDependency[Addresses],
 ) -> Token:
@@ -104,7 +105,7 @@ async def me(request: CallerRequest, engine: NamedDependency[AsyncEngine]) -> Ac
 )
 async def change_password(
     request: CallerRequest,
-    data: PasswordChange,
+    data: JSONBody[PasswordChange],
     accounts: NamedDependency[Accounts],
     addresses: NamedDependency[Addresses],
 ) -> Token:

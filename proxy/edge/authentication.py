@@ -21,7 +21,7 @@ from proxy.identity.tokens import is_token
 from proxy.storage.database import reading
 from proxy.units import MICROS_PER_SECOND, Micros, now_micros
 
-PUBLIC = frozenset({"/health/live", "/health/ready", "/schema/openapi.json", "/register", "/login"})
+PUBLIC = frozenset({"/health/live", "/health/ready", "/schema", "/schema/openapi.json", "/register", "/login"})
 """The paths that answer anybody."""
 
 NEEDS = "needs"

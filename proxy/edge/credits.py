@@ -8,7 +8,7 @@ import msgspec
 import sqlalchemy as sa
 from litestar import Request, get
 from litestar.di import NamedDependency
-from litestar.params import FromQuery
+from litestar.params import FromPath, FromQuery
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from proxy.edge.authentication import needs
@@ -131,7 +131,7 @@ async def transactions(
 
 
 @get("/api/v1/credits/charges/{request_id:str}", opt=needs(KeyScope.INFERENCE), summary="The charge of one call")
-async def charge(request: CallerRequest, engine: NamedDependency[AsyncEngine], request_id: str) -> Charge:
+async def charge(request: CallerRequest, engine: NamedDependency[AsyncEngine], request_id: FromPath[str]) -> Charge:
     """What a call cost and why, by the `x-request-id` of its answer."""
     table = reservations
     if not is_id(request_id, "req"):

@@ -12,6 +12,7 @@ import structlog
 from litestar import asgi, get, route
 from litestar.di import NamedDependency
 from litestar.exceptions import MethodNotAllowedException
+from litestar.params import FromPath
 from litestar.types import HTTPScope, Receive, Scope, Send
 
 from proxy.catalog import Catalog
@@ -54,7 +55,7 @@ def models(catalog: NamedDependency[Catalog]) -> ModelList:
 
 
 @get("/v1/models/{model_id:path}", opt=needs(KeyScope.INFERENCE), sync_to_thread=False, summary="One model")
-def model(catalog: NamedDependency[Catalog], model_id: str) -> Model:
+def model(catalog: NamedDependency[Catalog], model_id: FromPath[str]) -> Model:
     """One model by its name, which may hold a slash."""
     name = model_id.removeprefix("/")
     return Model(id=name, owned_by=candidates(catalog.models, name)[0].provider)
@@ -81,7 +82,8 @@ def _paid_handler(endpoint: Endpoint, exchange: Exchange, *, body_bytes_max: int
         finally:
             answer.close()
 
-    return asgi(f"/v1/{endpoint}", opt={**needs(KeyScope.INFERENCE), CHECKED_BY_LEDGER: True})(serve)
+    options = {**needs(KeyScope.INFERENCE), CHECKED_BY_LEDGER: True}
+    return asgi(f"/v1/{endpoint}", opt=options, copy_scope=False)(serve)
 
 
 @route(
@@ -91,7 +93,7 @@ def _paid_handler(endpoint: Endpoint, exchange: Exchange, *, body_bytes_max: int
     sync_to_thread=False,
     summary="Responses are not kept",
 )
-def kept_responses(response_path: str) -> None:
+def kept_responses(response_path: FromPath[str]) -> None:
     """Refuse what is done with responses that a provider has kept: it keeps none."""
     raise BadRequest(
         f"There is no response{response_path}: responses are not kept. Send the whole conversation as 'input'.",

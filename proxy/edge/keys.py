@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import msgspec
 from litestar import delete, get, patch, post
 from litestar.di import NamedDependency
-from litestar.params import FromQuery
+from litestar.params import FromPath, FromQuery, JSONBody
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from proxy.edge.authentication import needs
@@ -116,7 +116,7 @@ async def keys(
 
 
 @post("/api/v1/keys", opt=needs(KeyScope.MANAGE), summary="Make a key", request_max_body_size=BODY_BYTES_MAX)
-async def make_key(request: CallerRequest, engine: NamedDependency[AsyncEngine], data: Wanted) -> KeyMade:
+async def make_key(request: CallerRequest, engine: NamedDependency[AsyncEngine], data: JSONBody[Wanted]) -> KeyMade:
     """Make a key and answer it, this once. A key that asks gives no more than it has."""
     terms = KeyTerms(**_terms(msgspec.structs.asdict(data)))
     async with writing(engine) as connection:
@@ -133,7 +133,7 @@ async def make_key(request: CallerRequest, engine: NamedDependency[AsyncEngine],
     request_max_body_size=BODY_BYTES_MAX,
 )
 async def alter_key(
-    request: CallerRequest, engine: NamedDependency[AsyncEngine], key_id: str, data: Changed
+    request: CallerRequest, engine: NamedDependency[AsyncEngine], key_id: FromPath[str], data: JSONBody[Changed]
 ) -> KeyItem:
     """Give a key of yours other terms. They hold for its very next call."""
     given = {name: value for name, value in msgspec.structs.asdict(data).items() if value is not msgspec.UNSET}
@@ -145,7 +145,7 @@ async def alter_key(
 
 
 @delete("/api/v1/keys/{key_id:str}", opt=needs(KeyScope.MANAGE), summary="Revoke a key")
-async def drop_key(request: CallerRequest, engine: NamedDependency[AsyncEngine], key_id: str) -> None:
+async def drop_key(request: CallerRequest, engine: NamedDependency[AsyncEngine], key_id: FromPath[str]) -> None:
     """Close a key of yours for good: its very next call is refused. Its charges stay in the books."""
     async with writing(engine) as connection:
         key = await read_key(connection, request.user.user_id, key_id)

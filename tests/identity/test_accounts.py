@@ -212,6 +212,22 @@ async def test_an_inactive_account_stays_closed(accounts, books):
     assert user.is_active
 
 
+@pytest.mark.parametrize(
+    ("limit", "error"),
+    [("allowed_models = '[\"other\"]'", Forbidden), ("requests_per_minute = 0", RateLimited)],
+)
+async def test_the_operators_limits_bind_tokens_too(accounts, books, limit, error):
+    """A login is no way around what the operator allows the user."""
+    await accounts.register("ann@example.com", PASSWORD, None, address=HERE)
+    login = await accounts.login("ann@example.com", PASSWORD, address=HERE)
+    caller = (await accounts.credential(login.access_token)).caller
+    await books.top_up(caller.wallet_id, 10)
+    await books.ledger.reserve(reserve_by(caller))
+    await books.execute(f"UPDATE users SET {limit}")
+    with pytest.raises(error):
+        await books.ledger.reserve(reserve_by(caller))
+
+
 # ---- other issuers
 
 
