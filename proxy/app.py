@@ -1,6 +1,7 @@
 """The composition root: from the configuration to a running application. Everything is built here and handed down."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from decimal import Decimal
@@ -8,6 +9,7 @@ from typing import Literal
 
 import structlog
 from litestar import Litestar
+from litestar.config.cors import CORSConfig
 from litestar.di import Provide
 from litestar.openapi import OpenAPIConfig
 from litestar.openapi.plugins import JsonRenderPlugin
@@ -16,19 +18,27 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from proxy import __version__
 from proxy.catalog import Catalog, load_catalog, seed_markup
+from proxy.edge import accounts as account_routes
 from proxy.edge import credits as credit_routes
 from proxy.edge import health, inference
+from proxy.edge import keys as key_routes
+from proxy.edge.addresses import Addresses
 from proxy.edge.answer import BodyLimits
 from proxy.edge.authentication import Authentication, authenticated
 from proxy.edge.errors import respond
-from proxy.errors import Unavailable
+from proxy.errors import Unavailable, UpstreamFailed
 from proxy.exchange import Exchange, ExchangeLimits
+from proxy.identity.accounts import Accounts
+from proxy.identity.attempts import Attempts
+from proxy.identity.issuers import Fetch, Issuers
+from proxy.identity.last_used import LastUsed
+from proxy.identity.tokens import Tokens, kept_secret
 from proxy.ledger.ledger import Ledger
 from proxy.ledger.recovery import Lease
 from proxy.ledger.store import PostgresStore, SqliteStore, Store
 from proxy.settings import Configuration, PriceSettings, ProviderSettings
 from proxy.storage import database
-from proxy.units import new_id
+from proxy.units import SECONDS_PER_DAY, new_id, parse_credits
 from proxy.upstream import Provider
 from proxy.upstream.client import HttpClient, Timeouts
 from proxy.upstream.demo import (
@@ -48,6 +58,13 @@ log = structlog.get_logger(__name__)
 CATALOG_REFRESH_S = 1.0
 """How long a change of markup may take to reach every process."""
 
+JWT_SECRET_FILE = "jwt_secret"  # noqa: S105 - a file's name
+"""In the data folder of an embedded installation that was given no secret."""
+
+_KEY_SET_BYTES_MAX = 500_000
+_FETCH_S_MAX = 8.0
+"""Within the patience of whoever sent the first token of an issuer."""
+
 
 class Tollgate:
     """One process's parts, alive between `open` and the end of its block."""
@@ -58,6 +75,8 @@ class Tollgate:
         self.catalog: Catalog
         self.ledger: Ledger
         self.exchange: Exchange
+        self.accounts: Accounts
+        self.last_used = LastUsed(self.engine)
 
     @asynccontextmanager
     async def open(self) -> AsyncIterator[None]:
@@ -86,6 +105,10 @@ class Tollgate:
             self.exchange = Exchange(
                 self.ledger, self._providers(client), lambda: self.catalog, _limits(self.configuration)
             )
+            self.accounts = _accounts(self.configuration, self.engine, self.ledger, client)
+            stack.push_async_callback(self.last_used.write)
+            writing = asyncio.create_task(self.last_used.keep_writing(), name="last_used")
+            stack.callback(writing.cancel)
             refreshing = asyncio.create_task(self._keep_catalog_fresh(), name="catalog")
             stack.callback(refreshing.cancel)
             yield
@@ -111,9 +134,15 @@ class Tollgate:
 
 def build(tollgate: Tollgate) -> ASGIApp:
     """The web application over an open `tollgate`."""
-    authentication = Authentication(tollgate.engine)
+    return identified(routed(tollgate))
+
+
+def routed(tollgate: Tollgate) -> Litestar:
+    """Every route, behind authentication."""
+    authentication = Authentication(tollgate.engine, tollgate.accounts, tollgate.last_used)
     server = tollgate.configuration.settings.server
-    app = Litestar(
+    addresses = Addresses(server.trusted_proxies)
+    return Litestar(
         route_handlers=[
             *inference.paid_handlers(tollgate.exchange, _body_limits(tollgate.configuration), stall_s=server.stall_s),
             inference.kept_responses,
@@ -122,6 +151,14 @@ def build(tollgate: Tollgate) -> ASGIApp:
             credit_routes.balance,
             credit_routes.transactions,
             credit_routes.charge,
+            account_routes.register,
+            account_routes.login,
+            account_routes.me,
+            account_routes.change_password,
+            key_routes.keys,
+            key_routes.make_key,
+            key_routes.alter_key,
+            key_routes.drop_key,
             health.live,
             health.ready,
         ],
@@ -131,14 +168,16 @@ def build(tollgate: Tollgate) -> ASGIApp:
             "engine": Provide(lambda: tollgate.engine, sync_to_thread=False),
             "ledger": Provide(lambda: tollgate.ledger, sync_to_thread=False),
             "catalog": Provide(lambda: tollgate.catalog, sync_to_thread=False),
+            "accounts": Provide(lambda: tollgate.accounts, sync_to_thread=False),
+            "addresses": Provide(lambda: addresses, sync_to_thread=False),
         },
+        cors_config=_cors(server.cors_origins),
         openapi_config=OpenAPIConfig(
             title="Tollgate", version=__version__, path="/schema", render_plugins=[JsonRenderPlugin()]
         ),
         logging_config=None,
         debug=False,
     )
-    return identified(app)
 
 
 def identified(app: ASGIApp) -> ASGIApp:
@@ -184,6 +223,72 @@ async def prepare(configuration: Configuration) -> None:
 def _body_limits(configuration: Configuration) -> BodyLimits:
     server = configuration.settings.server
     return BodyLimits(bytes_max=server.body_bytes_max, wait_s=server.body_s)
+
+
+_EXPOSED_HEADERS = [
+    "x-request-id",
+    "x-credits-reserved",
+    "x-credits-charged",
+    "x-credits-balance",
+    "x-credits-max-tokens",
+    "x-tollgate-provider",
+    "retry-after",
+]
+
+
+def _cors(origins: list[str]) -> CORSConfig | None:
+    """Browsers of these origins may call us; no cookie ever counts."""
+    return CORSConfig(allow_origins=origins, expose_headers=_EXPOSED_HEADERS) if origins else None
+
+
+def _accounts(configuration: Configuration, engine: AsyncEngine, ledger: Ledger, client: HttpClient) -> Accounts:
+    auth = configuration.settings.auth
+    secret = auth.jwt_secret
+    if secret is None and configuration.is_embedded:
+        secret = kept_secret(configuration.data_dir / JWT_SECRET_FILE)
+    clock = time.monotonic
+    return Accounts(
+        engine,
+        ledger,
+        tokens=None if secret is None else Tokens(secret, auth.token_days * SECONDS_PER_DAY),
+        issuers=Issuers(auth.issuers, _fetch(client), clock),
+        by_address=Attempts(auth.address_attempts_per_minute, 60, clock),
+        by_account=Attempts(auth.account_failures_per_hour, 3600, clock),
+        registration_open=auth.registration_open,
+        starting_credits=parse_credits(str(configuration.settings.credits.starting_credits)),
+    )
+
+
+def _fetch(client: HttpClient) -> Fetch:
+    """What gets an issuer's keys."""
+    timeouts = Timeouts(connect_s=3, first_byte_s=5, idle_s=5)
+
+    async def fetch(url: str) -> bytes:
+        try:
+            async with asyncio.timeout(_FETCH_S_MAX):
+                response = await client.send(
+                    provider="issuer",
+                    method="GET",
+                    url=url,
+                    headers=[(b"accept", b"application/json"), (b"accept-encoding", b"identity")],
+                    body=b"",
+                    timeouts=timeouts,
+                )
+                try:
+                    body = b""
+                    async for chunk in response.chunks():
+                        body += chunk
+                        if len(body) > _KEY_SET_BYTES_MAX:
+                            raise Unavailable("The issuer's answer is too long.")
+                finally:
+                    await response.aclose()
+        except (UpstreamFailed, TimeoutError) as exc:
+            raise Unavailable(str(exc) or "The issuer did not answer in time.") from exc
+        if response.status != 200:
+            raise Unavailable(f"The issuer answered with status {response.status}.")
+        return body
+
+    return fetch
 
 
 def _limits(configuration: Configuration) -> ExchangeLimits:

@@ -12,6 +12,7 @@ import sqlite3
 import sys
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
+from datetime import UTC
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -22,14 +23,18 @@ from proxy.settings import Configuration, load
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
+    from datetime import datetime
 
     from proxy.ledger.ledger import Ledger
 
 FIRST_ADMIN = "admin@example.com"
 FIRST_CREDITS = "10"
 
+_KEYS_SHOWN_MAX = 1000
+_INSTANTS = ["%Y-%m-%d", "%Y-%m-%dT%H:%M:%S", "%Y-%m-%dT%H:%M:%S%z", "%Y-%m-%d %H:%M:%S"]
+
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-email_option = click.option("--email", required=True, help="The user's e-mail address.")
+email_option = click.option("--email", required=True, help="The user's e-mail address, or id.")
 config_option = click.option("--config", metavar="FILE", help="The configuration (default: config.toml here).")
 
 
@@ -120,17 +125,29 @@ def users() -> None:
 @email_option
 @click.option("--password", help="Needed only to log in; API keys work without.")
 @click.option("--admin", is_flag=True, help="May use the admin endpoints.")
+@click.option("--issuer", help="An issuer of `[[auth.issuers]]` whose tokens are the user's; needs --subject.")
+@click.option("--subject", help="The `sub` by which that issuer knows the user.")
 @json_option
-def users_create(email: str, password: str | None, *, admin: bool, as_json: bool) -> None:
+def users_create(  # noqa: PLR0913 - one parameter an option
+    email: str, password: str | None, issuer: str | None, subject: str | None, *, admin: bool, as_json: bool
+) -> None:
     """Add a user with an empty wallet."""
-    from proxy.identity.passwords import hash_password  # noqa: PLC0415
-    from proxy.identity.users import create_user  # noqa: PLC0415
+    from proxy.identity.passwords import Passwords, check_password  # noqa: PLC0415
+    from proxy.identity.users import add_identity, create_user  # noqa: PLC0415
     from proxy.storage.database import writing  # noqa: PLC0415
 
+    if (issuer is None) != (subject is None):
+        raise click.UsageError("--issuer and --subject go together")
+
     async def work(books: "_Books") -> None:
-        password_hash = None if password is None else await hash_password(password)
+        password_hash = None
+        if password is not None:
+            check_password(password, email)
+            password_hash = await Passwords().hash(password)
         async with writing(books.engine) as connection:
             user = await create_user(connection, email, password_hash=password_hash, is_admin=admin)
+            if issuer is not None and subject is not None:
+                await add_identity(connection, user.id, issuer, subject)
         _show(
             {"id": user.id, "email": user.email, "is_admin": user.is_admin},
             f"Created {user.email} ({user.id}).",
@@ -155,18 +172,103 @@ def keys() -> None:
     show_default=True,
     help="What the key may be used for.",
 )
+@click.option("--limit-amount", help="Credits that it may spend, such as 2.5.")
+@click.option(
+    "--limit-period", type=click.Choice(["day", "month"]), help="By UTC day or month; without it the limit is for ever."
+)
+@click.option("--expires-at", type=click.DateTime(_INSTANTS), help="When it ends, in UTC unless it says otherwise.")
+@click.option(
+    "--allowed-models", multiple=True, metavar="NAMES", help="Models, with * and ?; separated by commas, or repeated."
+)
 @json_option
-def keys_create(email: str, name: str, scope: str, *, as_json: bool) -> None:
+def keys_create(  # noqa: PLR0913 - one parameter an option
+    *,
+    email: str,
+    name: str,
+    scope: str,
+    limit_amount: str | None,
+    limit_period: str | None,
+    expires_at: "datetime | None",
+    allowed_models: tuple[str, ...],
+    as_json: bool,
+) -> None:
     """Make an API key and print it, this once."""
-    from proxy.identity.keys import Scope, create_key  # noqa: PLC0415
+    from proxy.identity.keys import KeyTerms, Scope, create_key  # noqa: PLC0415
+    from proxy.identity.users import find_user  # noqa: PLC0415
+    from proxy.storage.database import writing  # noqa: PLC0415
+    from proxy.units import AmountError, micros_of, parse_credits  # noqa: PLC0415
+
+    try:
+        limit = None if limit_amount is None else parse_credits(limit_amount)
+    except AmountError as exc:
+        raise click.BadParameter(str(exc), param_hint="--limit-amount") from exc
+    if expires_at is not None and expires_at.tzinfo is None:
+        expires_at = expires_at.replace(tzinfo=UTC)
+    models = [model.strip() for names in allowed_models for model in names.split(",") if model.strip()]
+    terms = KeyTerms(
+        name=name,
+        scope=Scope(scope),
+        expires_at=None if expires_at is None else micros_of(expires_at),
+        allowed_models=models or None,
+        limit_amount=limit,
+        limit_period=limit_period,
+    )
+
+    async def work(books: "_Books") -> None:
+        async with writing(books.engine) as connection:
+            user = await find_user(connection, email)
+            made = await create_key(connection, user, terms)
+        _show(
+            {"key": made.secret, "id": made.id, "email": user.email, "name": name, "scope": scope},
+            made.secret,
+            as_json=as_json,
+        )
+
+    _with_books(work)
+
+
+@keys.command("list")
+@email_option
+@json_option
+def keys_list(email: str, *, as_json: bool) -> None:
+    """Show a user's keys, newest first, by their ids and beginnings."""
+    from proxy.edge.keys import shown  # noqa: PLC0415
+    from proxy.identity.keys import list_keys  # noqa: PLC0415
+    from proxy.identity.users import find_user  # noqa: PLC0415
+    from proxy.storage.database import reading  # noqa: PLC0415
+    from proxy.units import now_micros  # noqa: PLC0415
+
+    async def work(books: "_Books") -> None:
+        async with reading(books.engine) as connection:
+            user = await find_user(connection, email)
+            found = await list_keys(connection, user.id, limit=_KEYS_SHOWN_MAX)
+        items = [shown(key, now_micros()) for key in found]
+        lines = [
+            f"{item['id']}  {item['prefix']}…  {item['scope']:9}  {'active ' if item['is_active'] else 'revoked'}"
+            f"  spent {item['spent']}  {item['name']}".rstrip()
+            for item in items
+        ]
+        _show({"email": user.email, "items": items}, "\n".join(lines) or "no keys", as_json=as_json)
+
+    _with_books(work)
+
+
+@keys.command("revoke")
+@email_option
+@click.option("--id", "key_id", required=True, help="The key's id, as `keys list` shows it.")
+@json_option
+def keys_revoke(email: str, key_id: str, *, as_json: bool) -> None:
+    """Close a key for good: its very next call is refused."""
+    from proxy.identity.keys import read_key, revoke_key  # noqa: PLC0415
     from proxy.identity.users import find_user  # noqa: PLC0415
     from proxy.storage.database import writing  # noqa: PLC0415
 
     async def work(books: "_Books") -> None:
         async with writing(books.engine) as connection:
             user = await find_user(connection, email)
-            key = await create_key(connection, user, name=name, scope=Scope(scope))
-        _show({"key": key, "email": user.email, "name": name, "scope": scope}, key, as_json=as_json)
+            key = await read_key(connection, user.id, key_id)
+            await revoke_key(connection, key)
+        _show({"id": key.id, "email": user.email, "is_active": False}, f"Revoked {key.prefix}….", as_json=as_json)
 
     _with_books(work)
 
@@ -347,7 +449,7 @@ async def _serve(configuration: Configuration, listening: socket.socket, *, as_j
 
 async def _first_start(engine: Any, ledger: "Ledger") -> str | None:
     """Make the first admin and its key; None when there are users already."""
-    from proxy.identity.keys import create_key  # noqa: PLC0415
+    from proxy.identity.keys import KeyTerms, create_key  # noqa: PLC0415
     from proxy.identity.users import create_user, has_users  # noqa: PLC0415
     from proxy.ledger.decide import Credit, CreditType  # noqa: PLC0415
     from proxy.storage.database import writing  # noqa: PLC0415
@@ -357,7 +459,7 @@ async def _first_start(engine: Any, ledger: "Ledger") -> str | None:
         if await has_users(connection):
             return None
         admin = await create_user(connection, FIRST_ADMIN, is_admin=True)
-        key = await create_key(connection, admin, name="first key")
+        key = await create_key(connection, admin, KeyTerms(name="first key"))
     await ledger.credit(
         Credit(
             wallet_id=admin.wallet_id,
@@ -367,7 +469,7 @@ async def _first_start(engine: Any, ledger: "Ledger") -> str | None:
             idempotency_key="first-start",
         )
     )
-    return key
+    return key.secret
 
 
 def _announce(configuration: Configuration, listening: socket.socket, first_key: str | None, *, as_json: bool) -> None:

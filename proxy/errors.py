@@ -4,7 +4,8 @@
     ├── BadRequest                  the body or a parameter is not acceptable; says which and why
     │   ├── BodyTooLarge
     │   └── UnsupportedEncoding
-    ├── Unauthenticated             no key, or one that is unknown, revoked or expired
+    ├── Unauthenticated             no key or token, or one that is unknown, revoked or expired
+    │   └── WrongPassword
     ├── Forbidden                   the caller is known and may not do this
     ├── NotFound                    no such path or thing
     │   └── ModelNotFound
@@ -65,6 +66,13 @@ class UnsupportedEncoding(BadRequest):
 
 class Unauthenticated(TollgateError):
     """No valid credential came with the request."""
+
+
+class WrongPassword(Unauthenticated):
+    """The address or the password is wrong, and nobody is told which."""
+
+    def __init__(self) -> None:
+        super().__init__("The e-mail address or the password is wrong.")
 
 
 class Forbidden(TollgateError):

@@ -8,7 +8,7 @@ Instants are an `int` of microseconds since the Unix epoch, UTC.
 import os
 import re
 import time
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal, InvalidOperation
 
 import msgspec
@@ -24,7 +24,8 @@ NANOS_MAX = 2**63 - 1
 """What both databases can hold in one column; about 9.2 thousand million credits."""
 
 MICROS_PER_SECOND = 10**6
-MICROS_PER_DAY = 86_400 * MICROS_PER_SECOND
+SECONDS_PER_DAY = 86_400
+MICROS_PER_DAY = SECONDS_PER_DAY * MICROS_PER_SECOND
 
 MARKUP_BPS_WHOLE = 10_000
 """Basis points in the whole: 15 % is 1,500."""
@@ -92,6 +93,11 @@ def format_instant(instant: Micros) -> str:
     """An instant in ISO 8601 with microseconds, UTC: `"2026-11-23T09:37:00.000000Z"`."""
     seconds, micros = divmod(instant, MICROS_PER_SECOND)
     return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%dT%H:%M:%S}.{micros:06d}Z"
+
+
+def micros_of(instant: datetime) -> Micros:
+    """`instant`, which knows its time zone, in whole microseconds since the epoch."""
+    return (instant - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(microseconds=1)
 
 
 class Usage(msgspec.Struct, frozen=True, omit_defaults=True):

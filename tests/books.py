@@ -47,7 +47,7 @@ class Books:
         """A new user with a key and `nanos` to spend."""
         async with database.writing(self.engine) as connection:
             user = await create_user(connection, f"{new_id('u')}@example.com")
-            key = await create_key(connection, user)
+            key = (await create_key(connection, user)).secret
         async with database.reading(self.engine) as connection:
             record = await find_key(connection, hash_key(key))
         if nanos:

@@ -1,18 +1,21 @@
 """Errors as answers: the one table from what went wrong to a status and OpenAI's error object."""
 
+import re
 from http import HTTPStatus
 from typing import Any
 
 import msgspec
 import structlog
 from litestar import Request, Response
-from litestar.exceptions import HTTPException, MethodNotAllowedException, NotFoundException
+from litestar.exceptions import HTTPException, MethodNotAllowedException, NotFoundException, ValidationException
 from litestar.openapi import ResponseSpec
 
 from proxy import errors
 from proxy.units import format_credits
 
 log = structlog.get_logger(__name__)
+
+_NAMED_FIELD = re.compile(r"(unknown|missing required) field `([^`]{1,100})`")
 
 Headers = list[tuple[bytes, bytes]]
 
@@ -21,6 +24,7 @@ TABLE: dict[type[errors.TollgateError], tuple[int, str, str | None]] = {
     errors.BodyTooLarge: (413, "invalid_request_error", None),
     errors.UnsupportedEncoding: (415, "invalid_request_error", None),
     errors.Unauthenticated: (401, "invalid_request_error", "invalid_api_key"),
+    errors.WrongPassword: (401, "invalid_request_error", "invalid_credentials"),
     errors.InsufficientCredits: (402, "insufficient_quota", "insufficient_credits"),
     errors.KeyLimitReached: (402, "insufficient_quota", "key_limit_reached"),
     errors.Forbidden: (403, "permission_error", None),
@@ -89,6 +93,8 @@ def answer_to(error: BaseException, request_id: str) -> Answer:
 
 def respond(request: Request[Any, Any, Any], error: Exception) -> Response[bytes]:
     """Litestar's exception handler for everything."""
+    if isinstance(error, UnicodeDecodeError):  # only a body is decoded outside of what handlers check themselves
+        error = errors.BadRequest("The body is not UTF-8.", code="invalid_json")
     answer = answer_to(error, request.scope["state"]["request_id"])
     return Response(
         answer.body,
@@ -133,10 +139,28 @@ def _from_framework(error: HTTPException) -> Answer:
             "method_not_allowed",
             headers=headers,
         )
+    if isinstance(error, ValidationException):
+        return _invalid(error)
     status = error.status_code
     type_ = "invalid_request_error" if status < 500 else "server_error"
     code = HTTPStatus(status).phrase.lower().replace(" ", "_")
     return _answer(status, error.detail, type_, code)
+
+
+def _invalid(error: ValidationException) -> Answer:
+    """What is wrong with a body or a parameter, and where. Litestar's own text would repeat the whole address."""
+    faults = error.extra if isinstance(error.extra, list) else []
+    fault = faults[0] if faults and isinstance(faults[0], dict) else {}
+    message = str(fault.get("message", ""))
+    named = _NAMED_FIELD.search(message)
+    if named:
+        code = "unknown_parameter" if named[1] == "unknown" else "missing_required_parameter"
+        return _answer(400, f"{message}.", "invalid_request_error", code, param=named[2])
+    param = fault.get("key", "data")
+    if param == "data":
+        message = f"The body: {message}." if "Expected" in message else "A JSON body is needed."
+        return _answer(400, message, "invalid_request_error", "invalid_type")
+    return _answer(400, f"{param}: {message}.", "invalid_request_error", "invalid_type", param=param)
 
 
 def _answer(status: int, message: str, type_: str, code: str | None, **more: Any) -> Answer:

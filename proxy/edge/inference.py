@@ -12,15 +12,17 @@ import structlog
 from litestar import asgi, get, route
 from litestar.di import NamedDependency
 from litestar.exceptions import MethodNotAllowedException
+from litestar.params import FromPath
 from litestar.types import HTTPScope, Receive, Scope, Send
 
 from proxy.catalog import Catalog
 from proxy.edge.answer import AsgiAnswer, BodyLimits, read_body
-from proxy.edge.authentication import CHECKED_BY_LEDGER
+from proxy.edge.authentication import CHECKED_BY_LEDGER, needs
 from proxy.edge.errors import answer_to, documented
 from proxy.edge.protocol import ABORT
 from proxy.errors import BadRequest
 from proxy.exchange import Call, Exchange
+from proxy.identity.keys import Scope as KeyScope
 from proxy.routing import candidates
 from proxy.wire.requests import Endpoint
 
@@ -46,14 +48,26 @@ class ModelList(msgspec.Struct):
     object: str = "list"
 
 
-@get("/v1/models", sync_to_thread=False, summary="The models on offer", responses=documented())
+@get(
+    "/v1/models",
+    opt=needs(KeyScope.INFERENCE),
+    sync_to_thread=False,
+    summary="The models on offer",
+    responses=documented(),
+)
 def models(catalog: NamedDependency[Catalog]) -> ModelList:
     """Every model that is priced and enabled."""
     return ModelList([Model(id=name, owned_by=found[0].provider) for name, found in sorted(catalog.models.items())])
 
 
-@get("/v1/models/{model_id:path}", sync_to_thread=False, summary="One model", responses=documented(400, 404))
-def model(catalog: NamedDependency[Catalog], model_id: str) -> Model:
+@get(
+    "/v1/models/{model_id:path}",
+    opt=needs(KeyScope.INFERENCE),
+    sync_to_thread=False,
+    summary="One model",
+    responses=documented(400, 404),
+)
+def model(catalog: NamedDependency[Catalog], model_id: FromPath[str]) -> Model:
     """One model by its name, which may hold a slash."""
     name = model_id.removeprefix("/")
     return Model(id=name, owned_by=candidates(catalog.models, name)[0].provider)
@@ -80,16 +94,18 @@ def _paid_handler(endpoint: Endpoint, exchange: Exchange, body_limits: BodyLimit
         finally:
             answer.close()
 
-    return asgi(f"/v1/{endpoint}", opt={CHECKED_BY_LEDGER: True})(serve)
+    options = {**needs(KeyScope.INFERENCE), CHECKED_BY_LEDGER: True}
+    return asgi(f"/v1/{endpoint}", opt=options, copy_scope=False)(serve)
 
 
 @route(
     ["/v1/responses/{response_path:path}"],
     http_method=["GET", "POST", "DELETE"],
+    opt=needs(KeyScope.INFERENCE),
     sync_to_thread=False,
     include_in_schema=False,
 )
-def kept_responses(response_path: str) -> None:
+def kept_responses(response_path: FromPath[str]) -> None:
     """Refuse what is done with responses that a provider has kept: it keeps none."""
     raise BadRequest(
         f"There is no response{response_path}: responses are not kept. Send the whole conversation as 'input'.",

@@ -24,7 +24,7 @@ from proxy.units import Micros, now_micros
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-SCHEMA_HEAD = "0001"
+SCHEMA_HEAD = "0002"
 """The revision this code is written for: the newest file in `migrations/versions`."""
 
 CONNECTIONS_MAX = 5
@@ -45,11 +45,12 @@ def connect(url: str, *, pooled: bool = True) -> AsyncEngine:
             url,
             isolation_level="READ COMMITTED",
             connect_args={"timeout": STATEMENT_S_MAX, "command_timeout": 2 * STATEMENT_S_MAX},
+            hide_parameters=True,  # an error's text goes to the log, and hashes of passwords do not
             **pool,
         )
     # Not parsed as a URL: a path may hold any character.
     file = sa.URL.create("sqlite+aiosqlite", database=url.partition(":///")[2])
-    engine = create_async_engine(file, connect_args={"timeout": STATEMENT_S_MAX}, **pool)
+    engine = create_async_engine(file, connect_args={"timeout": STATEMENT_S_MAX}, hide_parameters=True, **pool)
     sa.event.listen(engine.sync_engine, "connect", _prepare_sqlite)
     sa.event.listen(engine.sync_engine, "begin", _begin_sqlite)
     return engine
@@ -163,7 +164,7 @@ async def check_not_newer(engine: AsyncEngine) -> None:
 
 
 async def migrate(engine: AsyncEngine, target: str = "head") -> None:
-    """Bring the schema to revision `target`, or with `base` back to nothing, in one transaction.
+    """Bring the schema up to date, or back down to the revision `target` (`base`: to nothing), in one transaction.
 
     Two at once wait for each other.
     """
@@ -184,7 +185,7 @@ def _run_migrations(connection: sa.Connection, target: str) -> None:
     config.set_main_option("script_location", str(_migrations()))
     config.set_main_option("path_separator", "os")
     config.attributes["connection"] = connection
-    (command.downgrade if target == "base" else command.upgrade)(config, target)
+    (command.upgrade if target == "head" else command.downgrade)(config, target)
 
 
 def _migrations() -> Path:
