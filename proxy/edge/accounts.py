@@ -11,6 +11,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from proxy.edge.addresses import Addresses
 from proxy.edge.authentication import needs
 from proxy.edge.credits import CallerRequest, read_balance
+from proxy.edge.errors import documented
 from proxy.identity.accounts import Accounts, Login
 from proxy.identity.keys import Scope as KeyScope
 from proxy.identity.users import User, read_user
@@ -63,7 +64,12 @@ class Token(msgspec.Struct):
     token_type: str = "bearer"  # noqa: S105 - a word, not a secret
 
 
-@post("/register", summary="Make an account", request_max_body_size=BODY_BYTES_MAX)
+@post(
+    "/register",
+    summary="Make an account",
+    request_max_body_size=BODY_BYTES_MAX,
+    responses=documented(400, 403, 409, 413, 429, 503, is_public=True),
+)
 async def register(
     request: Request[Any, Any, Any],
     data: JSONBody[Registration],
@@ -77,7 +83,13 @@ async def register(
     return await _account(engine, user)
 
 
-@post("/login", status_code=200, summary="Log in", request_max_body_size=BODY_BYTES_MAX)
+@post(
+    "/login",
+    status_code=200,
+    summary="Log in",
+    request_max_body_size=BODY_BYTES_MAX,
+    responses=documented(400, 401, 403, 413, 429, 503, is_public=True),
+)
 async def login(
     request: Request[Any, Any, Any],
     data: JSONBody[Credentials],
@@ -88,7 +100,7 @@ async def login(
     return _token(await accounts.login(data.email, data.password, address=_address(request, addresses)))
 
 
-@get("/me", opt=needs(KeyScope.MANAGE), summary="Your account")
+@get("/me", opt=needs(KeyScope.MANAGE), summary="Your account", responses=documented())
 async def me(request: CallerRequest, engine: NamedDependency[AsyncEngine]) -> Account:
     """Who you are here, and what you have."""
     async with reading(engine) as connection:
@@ -102,6 +114,7 @@ async def me(request: CallerRequest, engine: NamedDependency[AsyncEngine]) -> Ac
     opt=needs(KeyScope.MANAGE),
     summary="Change your password",
     request_max_body_size=BODY_BYTES_MAX,
+    responses=documented(400, 413, 429),
 )
 async def change_password(
     request: CallerRequest,

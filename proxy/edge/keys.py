@@ -11,6 +11,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from proxy.edge.authentication import needs
 from proxy.edge.credits import PAGE_DEFAULT, PAGE_MAX, CallerRequest
+from proxy.edge.errors import documented
 from proxy.errors import BadRequest
 from proxy.identity.keys import Key, KeyTerms, change_key, create_key, list_keys, read_key, revoke_key
 from proxy.identity.keys import Scope as KeyScope
@@ -96,7 +97,7 @@ class KeyPage(msgspec.Struct):
     next_cursor: str | None
 
 
-@get("/api/v1/keys", opt=needs(KeyScope.MANAGE), summary="Your keys")
+@get("/api/v1/keys", opt=needs(KeyScope.MANAGE), summary="Your keys", responses=documented(400))
 async def keys(
     request: CallerRequest,
     engine: NamedDependency[AsyncEngine],
@@ -115,7 +116,13 @@ async def keys(
     return KeyPage(items, items[-1].id if len(found) > limit else None)
 
 
-@post("/api/v1/keys", opt=needs(KeyScope.MANAGE), summary="Make a key", request_max_body_size=BODY_BYTES_MAX)
+@post(
+    "/api/v1/keys",
+    opt=needs(KeyScope.MANAGE),
+    summary="Make a key",
+    request_max_body_size=BODY_BYTES_MAX,
+    responses=documented(400, 404, 413),
+)
 async def make_key(request: CallerRequest, engine: NamedDependency[AsyncEngine], data: JSONBody[Wanted]) -> KeyMade:
     """Make a key and answer it, this once. A key that asks gives no more than it has."""
     terms = KeyTerms(**_terms(msgspec.structs.asdict(data)))
@@ -131,6 +138,7 @@ async def make_key(request: CallerRequest, engine: NamedDependency[AsyncEngine],
     opt=needs(KeyScope.MANAGE),
     summary="Change a key",
     request_max_body_size=BODY_BYTES_MAX,
+    responses=documented(400, 404, 413),
 )
 async def alter_key(
     request: CallerRequest, engine: NamedDependency[AsyncEngine], key_id: FromPath[str], data: JSONBody[Changed]
@@ -144,7 +152,7 @@ async def alter_key(
     return KeyItem(**shown(key, now_micros()))
 
 
-@delete("/api/v1/keys/{key_id:str}", opt=needs(KeyScope.MANAGE), summary="Revoke a key")
+@delete("/api/v1/keys/{key_id:str}", opt=needs(KeyScope.MANAGE), summary="Revoke a key", responses=documented(400, 404))
 async def drop_key(request: CallerRequest, engine: NamedDependency[AsyncEngine], key_id: FromPath[str]) -> None:
     """Close a key of yours for good: its very next call is refused. Its charges stay in the books."""
     async with writing(engine) as connection:
