@@ -246,6 +246,8 @@ def _accounts(configuration: Configuration, engine: AsyncEngine, ledger: Ledger,
     secret = auth.jwt_secret
     if secret is None and configuration.is_embedded:
         secret = kept_secret(configuration.data_dir / JWT_SECRET_FILE)
+    if secret is None:
+        log.warning("login_not_configured", missing="TOLLGATE_JWT_SECRET")
     clock = time.monotonic
     return Accounts(
         engine,

@@ -157,6 +157,27 @@ def users_create(  # noqa: PLR0913 - one parameter an option
     _with_books(work)
 
 
+@users.command("password")
+@email_option
+@click.option("--password", required=True, help="The new one.")
+@json_option
+def users_password(email: str, password: str, *, as_json: bool) -> None:
+    """Set a user's password; whoever is logged in has to do so again."""
+    from proxy.identity.passwords import Passwords, check_password  # noqa: PLC0415
+    from proxy.identity.users import find_user, replace_password  # noqa: PLC0415
+    from proxy.storage.database import writing  # noqa: PLC0415
+
+    async def work(books: "_Books") -> None:
+        check_password(password, email)
+        password_hash = await Passwords().hash(password)
+        async with writing(books.engine) as connection:
+            user = await find_user(connection, email)
+            await replace_password(connection, user, password_hash)
+        _show({"id": user.id, "email": user.email}, f"{user.shown_name} has another password.", as_json=as_json)
+
+    _with_books(work)
+
+
 @cli.group()
 def keys() -> None:
     """API keys."""

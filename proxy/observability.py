@@ -1,6 +1,7 @@
 """Structured logs: one line an event, as JSON or for the console, on standard error.
 
-Never a secret, a prompt or an answer: `_redact` is the last line of defence for keys that slip into a message.
+Never a secret, a prompt or an answer: `_redact` is the last line of defence for keys, tokens and hashes that slip into
+a message.
 """
 
 import logging
@@ -11,7 +12,10 @@ from typing import Any
 
 import structlog
 
-_SECRETS = re.compile(r"\b(sk-[A-Za-z0-9_-]{4})[A-Za-z0-9_-]{8,}|(?<=Bearer )\S+")
+_SECRETS = re.compile(
+    r"\b(sk-[A-Za-z0-9_-]{4})[A-Za-z0-9_-]{8,}|(?<=Bearer )\S+|\beyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]*"
+    r"|\$argon2\S+"
+)
 _LIBRARIES = ("httpx2", "httpcore2", "uvicorn", "asyncio", "litestar")
 
 

@@ -170,7 +170,8 @@ def test_a_new_password_voids_every_token_on_the_very_next_paid_call(somebody, s
     assert somebody.post("/v1/chat/completions", json=CALL).status_code == 200
     change = {"current_password": PASSWORD, "new_password": "another password of length"}
     assert code(somebody.post("/me/password", json={**change, "current_password": "wrong one"}))[0] == 401
-    assert code(somebody.post("/me/password", json={**change, "new_password": "password1"})) == (400, "weak_password")
+    weak = somebody.post("/me/password", json={**change, "new_password": "password1"})
+    assert (code(weak), weak.json()["error"]["param"]) == ((400, "weak_password"), "new_password")
     fresh = somebody.post("/me/password", json=change).json()["access_token"]
     assert code(somebody.post("/v1/chat/completions", json=CALL)) == (401, "invalid_api_key")
     assert code(somebody.get("/me")) == (401, "invalid_api_key")
@@ -454,6 +455,15 @@ def test_the_operator_makes_lists_and_revokes_keys(member, served):
         assert code(http.post("/v1/chat/completions", json=CALL)) == (402, "key_limit_reached")
         assert "Revoked sk-tg-" in served.run("keys", "revoke", "--email", email, "--id", made["id"]).stdout
         assert code(http.post("/v1/chat/completions", json=CALL)) == (401, "invalid_api_key")
+
+
+def test_the_operator_sets_a_password(somebody, served):
+    """Whoever was logged in is not any more, and the new one opens the account."""
+    email = somebody.get("/me").json()["email"]
+    assert served.run("users", "password", "--email", email, "--password", "password1").returncode == 1
+    served.command("users", "password", "--email", email, "--password", "set by the operator")
+    assert code(somebody.get("/me")) == (401, "invalid_api_key")
+    log_in(somebody, email, "set by the operator")
 
 
 @pytest.mark.parametrize(

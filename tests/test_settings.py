@@ -8,6 +8,7 @@ from proxy.errors import SettingsError
 from proxy.settings import load
 
 OPENAI = '[providers.openai]\nkind = "openai"\nbase_url = "http://127.0.0.1:9/v1"\napi_key_env = "UPSTREAM_KEY"\n'
+ISSUER = '[[auth.issuers]]\nissuer = "https://login"\naudience = "a"\njwks_url = "https://keys"\n'
 DEMO = '[providers.demo]\nkind = "demo"\n'
 
 
@@ -36,6 +37,21 @@ def written(tmp_path):
         ('[database]\nurl = "sqlite+aiosqlite:///:memory:"', "database.url"),
         ("[database]\nlease_s = 0.5", "database.lease_s"),
         ('[auth]\njwt_secret = "short"', "auth.jwt_secret"),
+        ("[auth]\ntoken_days = 0", "auth.token_days"),
+        ("[auth]\nis_admin = true", "auth"),
+        (ISSUER.replace("https://login", "tollgate"), "auth.issuers[0].issuer"),
+        (ISSUER.replace("https://keys", "http://keys"), "auth.issuers[0].jwks_url"),
+        (ISSUER.replace("https://keys", "file://keys"), "auth.issuers[0].jwks_url"),
+        (f"{ISSUER}{ISSUER}", "auth.issuers[1].issuer"),
+        (f'{ISSUER}algorithms = ["HS256"]', "auth.issuers[0].algorithms"),
+        (f'{ISSUER}algorithms = ["none"]', "auth.issuers[0].algorithms"),
+        (f"{ISSUER}algorithms = []", "auth.issuers[0].algorithms"),
+        (ISSUER.replace("audience", "audiences"), "auth.issuers[0]"),
+        ('[server]\ntrusted_proxies = ["everybody"]', "server.trusted_proxies"),
+        ('[server]\ntrusted_proxies = ["10.0.0.1/8"]', "server.trusted_proxies"),
+        ('[credits]\nstarting_credits = "-1"', "credits.starting_credits"),
+        ('[credits]\nstarting_credits = "NaN"', "credits.starting_credits"),
+        ('[credits]\nstarting_credits = "1"', "credits.starting_credits"),
         ('[providers.x]\nkind = "magic"', "providers.x.kind"),
         ('[providers.x]\nkind = "openai"', "providers.x.base_url"),
         ('[providers."a/b"]\nkind = "demo"', "a/b"),
@@ -54,6 +70,20 @@ def test_what_is_wrong_is_named_with_its_place(written, text, place):
         load({}, config=written(text))
     assert place in str(raised.value).replace('"', "")
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '[credits]\nstarting_credits = "1"\ngive_to_strangers = true',
+        '[credits]\nstarting_credits = "1"\n[auth]\nregistration_open = false',
+        ISSUER.replace("https://keys", "http://127.0.0.1:1/keys"),
+        '[server]\ntrusted_proxies = ["10.0.0.0/8", "fd00::/8", "127.0.0.1"]',
+    ],
+)
+def test_what_is_open_to_strangers_is_meant(written, text):
+    """Free money needs closed doors or insistence; keys come over https, or from this machine."""
+    load({}, config=written(text))
 
 
 def test_the_shipped_file_needs_no_environment():

@@ -4,6 +4,7 @@ Closed by default: a path that is not on the public list needs a caller, and a h
 `needs` serves nobody.
 """
 
+import asyncio
 from collections.abc import Iterable
 from typing import Any
 from urllib.parse import unquote_to_bytes
@@ -33,6 +34,9 @@ _FRESH_S = 30
 
 _KEPT_S = 600
 """For so long a key or token that cannot be read just now is good enough to wait at the ledger for the database."""
+
+_LOOK_UP_S_MAX = 5.0
+"""For so long a paid call waits for its key to be read; a database that hangs would hold it for much longer."""
 
 _KNOWN_MAX = 10_000
 
@@ -80,11 +84,14 @@ class Authentication:
         if known is not None and age < _FRESH_S * MICROS_PER_SECOND:
             return known[0]
         try:
-            return await self._flights.join(sent_hash, lambda: self._read(sent, sent_hash))
-        except Unavailable:
+            async with asyncio.timeout(_LOOK_UP_S_MAX):
+                return await self._flights.join(sent_hash, lambda: self._read(sent, sent_hash))
+        except (Unavailable, TimeoutError) as exc:
             if known is not None and age < _KEPT_S * MICROS_PER_SECOND:
                 return known[0]
-            raise
+            if isinstance(exc, Unavailable):
+                raise
+            raise Unavailable("The database did not answer in time.", retry_after_s=2) from exc
 
     async def _read(self, sent: str, sent_hash: str) -> Credential | None:
         now = now_micros()

@@ -13,6 +13,7 @@ from proxy.identity.keys import Caller, Credential, Scope
 from proxy.identity.passwords import Passwords, check_password
 from proxy.identity.tokens import Tokens, unverified
 from proxy.identity.users import (
+    EMAIL_CHARACTERS_MAX,
     NAME_CHARACTERS_MAX,
     User,
     add_identity,
@@ -102,11 +103,12 @@ class Accounts:
         """
         tokens = self._tokens_or_refuse()
         self._by_address.take(address)
-        account = email.strip().lower()[:_ACCOUNT_CHARACTERS_MAX]
-        self._by_account.take(account)
-        found: tuple[User, str | None] | None = None
+        normal, account = None, email.lower()[:EMAIL_CHARACTERS_MAX]
         with suppress(BadRequest):
-            normal = normalise_email(email)
+            normal = account = normalise_email(email)
+        self._by_account.take(account)
+        found = None
+        if normal is not None:
             async with reading(self._engine) as connection:
                 found = await find_password(connection, normal)
         user, password_hash = found or (None, None)
@@ -134,7 +136,8 @@ class Accounts:
         if not await self._passwords.is_right(current, password_hash):
             raise WrongPassword
         self._by_account.give_back(user.id)
-        check_password(password, user.email, (user.email or "").partition("@")[0], user.full_name)
+        related = (user.email, (user.email or "").partition("@")[0], user.full_name)
+        check_password(password, *related, param="new_password")
         replacement = await self._passwords.hash(password)
         async with writing(self._engine) as connection:
             version = await replace_password(connection, user, replacement)
@@ -233,9 +236,6 @@ class Accounts:
         )
         async with writing(self._engine) as connection:
             await forget_starting_credits(connection, user.id)
-
-
-_ACCOUNT_CHARACTERS_MAX = 254
 
 
 def _credential(user: User, expires_at: Micros, *, token_version: int | None) -> Credential:

@@ -64,21 +64,24 @@ class Passwords:
             self._waiting -= 1
 
 
-def check_password(password: str, *related: str | None) -> None:
-    """Raises `BadRequest` for a new password that is too short, too long, common, or one of the `related` texts."""
+def check_password(password: str, *related: str | None, param: str = "password") -> None:
+    """Raises `BadRequest` for a new password that is too short, too long, common, or one of the `related` texts.
+
+    `param` is the field that it came in.
+    """
     if len(password) < PASSWORD_CHARACTERS_MIN:
-        raise _weak(f"A password needs at least {PASSWORD_CHARACTERS_MIN} characters.")
+        raise _weak(param, f"A password needs at least {PASSWORD_CHARACTERS_MIN} characters.")
     if len(password.encode("utf-8", "replace")) > PASSWORD_BYTES_MAX:
-        raise BadRequest("The password is too long.", param="password", code="invalid_value")
+        raise BadRequest("The password is too long.", param=param, code="invalid_value")
     folded = unicodedata.normalize("NFKC", password).casefold()
     if folded in _common() or len(set(folded)) <= 2:
-        raise _weak("This is one of the passwords that everybody tries first.")
+        raise _weak(param, "This is one of the passwords that everybody tries first.")
     if any(text is not None and folded == text.casefold() for text in related):
-        raise _weak("The password must not be the e-mail address or the name.")
+        raise _weak(param, "The password must not be the e-mail address or the name.")
 
 
-def _weak(message: str) -> BadRequest:
-    return BadRequest(message, param="password", code="weak_password")
+def _weak(param: str, message: str) -> BadRequest:
+    return BadRequest(message, param=param, code="weak_password")
 
 
 def _matches(password: str, password_hash: str) -> bool:

@@ -188,7 +188,7 @@ def _refusal(refused: Refused) -> TollgateError:
         case Refusal.INACTIVE_USER:
             return Forbidden("This account is not active.", code="inactive_user")
         case Refusal.UNKNOWN_CALLER | Refusal.INVALID_KEY | Refusal.STALE_TOKEN:
-            return Unauthenticated("The API key is not valid any more.")
+            return Unauthenticated("The API key or token is not valid any more.")
         case Refusal.FENCED:
             return Unavailable("This server has to register again; nothing was charged.")
         case _:

@@ -248,13 +248,18 @@ class Away:
     def __init__(self, engine) -> None:
         self._engine = engine
         self.is_away = False
+        self.gate: asyncio.Event | None = None
         self.asked = 0
 
-    def connect(self):
+    @asynccontextmanager
+    async def connect(self):
         self.asked += 1
         if self.is_away:
             raise ConnectionRefusedError
-        return self._engine.connect()
+        if self.gate is not None:
+            await self.gate.wait()
+        async with self._engine.connect() as connection:
+            yield connection
 
 
 @pytest.fixture
@@ -303,6 +308,21 @@ async def test_down_is_not_wrong(tollgate, door, monkeypatch):
     monkeypatch.setattr(module, "now_micros", lambda: later + module._KEPT_S * MICROS_PER_SECOND)
     with pytest.raises(Unavailable):
         await authentication.caller(sent(keys["plain inference"]), from_memory=True)
+
+
+async def test_a_database_that_hangs_is_not_waited_for(tollgate, door, monkeypatch):
+    """Not for longer than a paid call can wait: a known key goes on, an unknown one is unavailable."""
+    authentication, away = door
+    keys = await people(tollgate)
+    await authentication.caller(sent(keys["plain inference"]), from_memory=True)
+    away.gate = asyncio.Event()
+    monkeypatch.setattr(module, "_FRESH_S", 0)
+    monkeypatch.setattr(module, "_LOOK_UP_S_MAX", 0.05)
+    assert (await authentication.caller(sent(keys["plain inference"]), from_memory=True)).key_id
+    with pytest.raises(Unavailable):
+        await authentication.caller(sent(keys["plain manage"]), from_memory=True)
+    away.gate.set()
+    assert (await authentication.caller(sent(keys["plain manage"]), from_memory=True)).key_id
 
 
 async def test_a_remembered_key_expires_on_time(tollgate, door, monkeypatch):

@@ -25,6 +25,10 @@ PASSWORD = "a password of some length"
 HERE = "192.0.2.1"
 
 
+on_sqlite = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+"""Where the database makes no difference, but passwords take their time."""
+
+
 async def published(_url: str) -> bytes:
     return key_set(KEY)
 
@@ -105,6 +109,7 @@ def reserve_by(caller) -> Reserve:
     )
 
 
+@on_sqlite
 @pytest.mark.parametrize(
     ("email", "password", "name", "param"),
     [
@@ -142,6 +147,7 @@ async def test_an_address_has_one_account(accounts):
         await accounts.register("ann@example.com", PASSWORD, None, address=HERE)
 
 
+@on_sqlite
 async def test_registration_can_be_closed(books):
     """Then nobody gets in by it."""
     with pytest.raises(Forbidden) as raised:
@@ -149,6 +155,7 @@ async def test_registration_can_be_closed(books):
     assert raised.value.code == "registration_closed"
 
 
+@on_sqlite
 async def test_unknown_wrong_and_passwordless_accounts_are_alike(accounts, books):
     """The same words after the same work: nobody learns which half was wrong, or who has an account."""
     await accounts.register("ann@example.com", PASSWORD, None, address=HERE)
@@ -157,7 +164,7 @@ async def test_unknown_wrong_and_passwordless_accounts_are_alike(accounts, books
     times: dict[str, list[float]] = {}
     messages = set()
     for _ in range(2):
-        for email in ("ann@example.com", "nobody@example.com", "keys-only@example.com", "no address", "a\0b@x"):
+        for email in ("ann@example.com", "nobody@example.com", "keys-only@example.com", "a\0b@x"):
             started = time.perf_counter()
             with pytest.raises(WrongPassword) as raised:
                 await accounts.login(email, "not the password", address=HERE)
@@ -168,20 +175,22 @@ async def test_unknown_wrong_and_passwordless_accounts_are_alike(accounts, books
     assert all(min(one) > known / 2 for one in times.values()), times
 
 
+@on_sqlite
 async def test_guessing_at_one_account_ends(books):
     """After so many wrong passwords not even the right one opens it, from anywhere; unknown accounts end alike."""
-    accounts = made(books, account_failures=3)
+    accounts = made(books, account_failures=2)
     await accounts.register("ann@example.com", PASSWORD, None, address=HERE)
-    for _ in range(5):
+    for _ in range(3):
         await accounts.login("ann@example.com", PASSWORD, address=HERE)
     for email in ("ann@example.com", "nobody@example.com"):
-        for number in range(3):
+        for number in range(2):
             with pytest.raises(WrongPassword):
                 await accounts.login(email, "not the password", address=f"192.0.2.{number}")
         with pytest.raises(RateLimited):
-            await accounts.login(email.upper(), PASSWORD, address="192.0.2.9")
+            await accounts.login(email.upper().replace("EXAMPLE", "ＥＸＡＭＰＬＥ"), PASSWORD, address="192.0.2.9")
 
 
+@on_sqlite
 async def test_without_a_secret_nobody_logs_in_and_no_token_of_ours_is_good(books):
     """Registration and other issuers go on."""
     accounts = made(books, tokens=False)
@@ -200,6 +209,7 @@ async def test_a_token_of_nobody_is_no_token(accounts):
         await accounts.credential(Tokens(SECRET, 60).issue(new_id("usr"), 0))
 
 
+@on_sqlite
 async def test_an_inactive_account_stays_closed(accounts, books):
     """Whoever knows the password is told so; a token is no way around it."""
     user = await accounts.register("ann@example.com", PASSWORD, None, address=HERE)
