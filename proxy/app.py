@@ -15,9 +15,9 @@ from litestar.types import ASGIApp, Message, Receive, Scope, Send
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from proxy import __version__
-from proxy.catalog import Catalog, load_catalog, seed_markup
+from proxy.catalog import Catalog, Loader, seed
+from proxy.edge import admin, health, inference, llm
 from proxy.edge import credits as credit_routes
-from proxy.edge import health, inference
 from proxy.edge.authentication import Authentication, authenticated
 from proxy.edge.errors import respond
 from proxy.errors import Unavailable
@@ -25,11 +25,11 @@ from proxy.exchange import Exchange, ExchangeLimits
 from proxy.ledger.ledger import Ledger
 from proxy.ledger.recovery import Lease
 from proxy.ledger.store import PostgresStore, SqliteStore, Store
-from proxy.settings import Configuration, PriceSettings, ProviderSettings
+from proxy.settings import Configuration, PriceSettings
 from proxy.storage import database
 from proxy.units import new_id
 from proxy.upstream import Provider
-from proxy.upstream.client import HttpClient, Timeouts
+from proxy.upstream.client import CONNECTIONS_MAX, HttpClient, Timeouts
 from proxy.upstream.demo import (
     DEMO_CONTEXT_TOKENS,
     DEMO_INPUT_PRICE,
@@ -55,6 +55,7 @@ class Tollgate:
         self.configuration = configuration
         self.engine: AsyncEngine = database.connect(configuration.database_url)
         self.catalog: Catalog
+        self._loader = Loader(configuration, self.engine, _built_in_prices(configuration))
         self.ledger: Ledger
         self.exchange: Exchange
 
@@ -67,7 +68,9 @@ class Tollgate:
         async with AsyncExitStack() as stack:
             stack.push_async_callback(self.engine.dispose)
             await database.check_schema(self.engine)
-            await self._refresh_catalog()
+            self.catalog = await self._loader.load()
+            for remark in self.catalog.remarks:
+                log.warning("catalog", remark=remark)
             lease = Lease(
                 self.engine,
                 is_embedded=self.configuration.is_embedded,
@@ -77,29 +80,27 @@ class Tollgate:
             self.ledger.start()
             stack.push_async_callback(self.ledger.aclose)
             await stack.enter_async_context(lease.held(self.ledger))
-            client = http_client(self.configuration.settings.server.http_client)
-            stack.push_async_callback(client.aclose)
-            self.exchange = Exchange(
-                self.ledger, self._providers(client), lambda: self.catalog, _limits(self.configuration)
-            )
+            providers = self._providers()
+            for provider in providers.values():
+                stack.push_async_callback(provider.aclose)
+            self.exchange = Exchange(self.ledger, providers, lambda: self.catalog, _limits(self.configuration))
             refreshing = asyncio.create_task(self._keep_catalog_fresh(), name="catalog")
             stack.callback(refreshing.cancel)
             yield
 
-    def _providers(self, client: HttpClient) -> dict[str, Provider]:
-        return {
-            name: _provider(name, settings, self.configuration.api_keys.get(name), client)
-            for name, settings in self.configuration.providers.items()
-        }
+    def _providers(self) -> dict[str, Provider]:
+        """All that could serve: which of them do is the catalogue's to say."""
+        return {name: _provider(name, self.configuration) for name in self.configuration.providers}
 
-    async def _refresh_catalog(self) -> None:
-        self.catalog = await load_catalog(self.configuration, self.engine, _built_in_prices(self.configuration))
+    async def refresh_catalog(self) -> None:
+        """Look whether the catalogue has changed. Raises `Unavailable`."""
+        self.catalog = await self._loader.load(self.catalog)
 
     async def _keep_catalog_fresh(self) -> None:
         while True:
             await asyncio.sleep(CATALOG_REFRESH_S)
             with suppress(Unavailable):
-                await self._refresh_catalog()
+                await self.refresh_catalog()
 
 
 def build(tollgate: Tollgate) -> ASGIApp:
@@ -115,6 +116,8 @@ def build(tollgate: Tollgate) -> ASGIApp:
             credit_routes.balance,
             credit_routes.transactions,
             credit_routes.charge,
+            llm.router,
+            admin.router,
             health.live,
             health.ready,
         ],
@@ -124,6 +127,7 @@ def build(tollgate: Tollgate) -> ASGIApp:
             "engine": Provide(lambda: tollgate.engine, sync_to_thread=False),
             "ledger": Provide(lambda: tollgate.ledger, sync_to_thread=False),
             "catalog": Provide(lambda: tollgate.catalog, sync_to_thread=False),
+            "refresh": Provide(lambda: tollgate.refresh_catalog, sync_to_thread=False),
         },
         openapi_config=OpenAPIConfig(
             title="Tollgate", version=__version__, path="/schema", render_plugins=[JsonRenderPlugin()]
@@ -169,7 +173,7 @@ async def prepare(configuration: Configuration) -> None:
         if await database.revision(engine) != database.SCHEMA_HEAD:
             await database.migrate(engine)
         async with database.writing(engine) as connection:
-            await seed_markup(connection, configuration.settings.credits.markup_percent)
+            await seed(connection, configuration.settings.credits.markup_percent)
     finally:
         await engine.dispose()
 
@@ -182,19 +186,28 @@ def _limits(configuration: Configuration) -> ExchangeLimits:
         call_s=server.call_s,
         settle_wait_s=server.settle_wait_s,
         keep_alive_s=server.keep_alive_s,
+        may_pay_twice=configuration.settings.routing.may_pay_twice,
     )
 
 
-def http_client(choice: Literal["lean", "httpx"]) -> HttpClient:
-    """What speaks to providers."""
-    return LeanClient() if choice == "lean" else HttpxClient()
+def http_client(choice: Literal["lean", "httpx"], connections_max: int = CONNECTIONS_MAX) -> HttpClient:
+    """What speaks to a provider."""
+    client = LeanClient if choice == "lean" else HttpxClient
+    return client(connections_max=connections_max)
 
 
-def _provider(name: str, settings: ProviderSettings, api_key: str | None, client: HttpClient) -> Provider:
+def _provider(name: str, configuration: Configuration) -> Provider:
+    settings = configuration.providers[name]
     if settings.kind == "demo":
         return DemoProvider(name)
-    timeouts = Timeouts(connect_s=settings.connect_s, first_byte_s=settings.first_byte_s, idle_s=settings.idle_s)
-    return OpenAIProvider(name, settings.base_url or "", api_key, client, timeouts)
+    return OpenAIProvider(
+        name,
+        settings.base_url or "",
+        configuration.api_keys.get(name),
+        http_client(configuration.settings.server.http_client, settings.connections_max),
+        Timeouts(connect_s=settings.connect_s, first_byte_s=settings.first_byte_s, idle_s=settings.idle_s),
+        headers=configuration.headers[name],
+    )
 
 
 def _built_in_prices(configuration: Configuration) -> dict[str, PriceSettings]:

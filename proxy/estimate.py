@@ -11,7 +11,7 @@ import msgspec
 
 from proxy.errors import BadRequest
 from proxy.pricing import bound, output_tokens_affordable
-from proxy.routing import Candidate
+from proxy.routing import Candidate, Offer
 from proxy.units import Nanos
 from proxy.wire.requests import PaidRequest
 
@@ -24,13 +24,15 @@ class Estimate(msgspec.Struct, frozen=True):
     """The bound of one call over all of its candidates, in tokens and in nano-credits.
 
     `input_tokens` and `output_tokens` are of the largest candidate, `output_tokens` for all `choices` together.
-    `prediction_tokens` of them come on top of the maximum of each choice.
+    `prediction_tokens` of them come on top of the maximum of each choice. `images` are billed beside the tokens where
+    they have a price.
     """
 
     input_tokens: int
     output_tokens: int
     choices: int
     prediction_tokens: int
+    images: int
     is_maximum_named: bool
     at_least: Nanos
     at_most: Nanos
@@ -41,19 +43,20 @@ class Estimate(msgspec.Struct, frozen=True):
         return self.input_tokens // 4 + min(self.output_tokens, USEFUL_OUTPUT_TOKENS)
 
 
-def estimate(request: PaidRequest, prompt_tokens: int, candidates: Sequence[Candidate], markup_bps: int) -> Estimate:
+def estimate(request: PaidRequest, prompt_tokens: int, offered: Sequence[Offer]) -> Estimate:
     """The estimate of `request`, of which what is in its body is at most `prompt_tokens` tokens: its bytes, at worst.
 
     Raises `BadRequest` when more of it is not in its body, and a candidate's context is not known.
     """
     at_least = at_most = input_most = output_most = 0
-    for candidate in candidates:
-        inputs = _input_tokens(request, prompt_tokens, candidate)
-        maximum, least = _output_tokens(request, candidate)
+    images = request.images
+    for offer in offered:
+        inputs = _input_tokens(request, prompt_tokens, offer.candidate)
+        maximum, least = _output_tokens(request, offer.candidate)
         outputs = (maximum + request.prediction_tokens) * request.choices
         useful = (least + request.prediction_tokens) * request.choices
-        at_most = max(at_most, bound(inputs, outputs, candidate.price, markup_bps))
-        at_least = max(at_least, bound(inputs, useful, candidate.price, markup_bps))
+        at_most = max(at_most, bound(inputs, outputs, offer.price, offer.markup_bps, images=images))
+        at_least = max(at_least, bound(inputs, useful, offer.price, offer.markup_bps, images=images))
         input_most = max(input_most, inputs)
         output_most = max(output_most, outputs)
     return Estimate(
@@ -61,15 +64,18 @@ def estimate(request: PaidRequest, prompt_tokens: int, candidates: Sequence[Cand
         output_tokens=output_most,
         choices=request.choices,
         prediction_tokens=request.prediction_tokens,
+        images=images,
         is_maximum_named=request.maximum is not None or not request.has_output,
         at_least=at_least,
         at_most=at_most,
     )
 
 
-def maximum_bought(estimated: Estimate, candidate: Candidate, amount: Nanos, markup_bps: int) -> int | None:
+def maximum_bought(estimated: Estimate, offer: Offer, amount: Nanos) -> int | None:
     """The output tokens of each choice that `amount` covers at this candidate; None when it covers any number."""
-    tokens = output_tokens_affordable(amount, estimated.input_tokens, candidate.price, markup_bps)
+    tokens = output_tokens_affordable(
+        amount, estimated.input_tokens, offer.price, offer.markup_bps, images=estimated.images
+    )
     return None if tokens is None else max(0, max(0, tokens) // estimated.choices - estimated.prediction_tokens)
 
 
@@ -85,11 +91,9 @@ def maximum_taken(estimated: Estimate, candidate: Candidate, bought: int) -> int
     return min(bought, max(room, USEFUL_OUTPUT_TOKENS))
 
 
-def maximum_affordable(
-    estimated: Estimate, candidates: Sequence[Candidate], amount: Nanos, markup_bps: int
-) -> int | None:
+def maximum_affordable(estimated: Estimate, offered: Sequence[Offer], amount: Nanos) -> int | None:
     """The output tokens of each choice with which the call would be covered by `amount`, whoever serves it."""
-    bought = [maximum_bought(estimated, candidate, amount, markup_bps) for candidate in candidates]
+    bought = [maximum_bought(estimated, offer, amount) for offer in offered]
     return min((tokens for tokens in bought if tokens is not None), default=None)
 
 
@@ -102,15 +106,23 @@ def plausible_tokens_max(request: PaidRequest, candidate: Candidate) -> int | No
 
 
 def _input_tokens(request: PaidRequest, prompt_tokens: int, candidate: Candidate) -> int:
+    is_unsized = request.is_unsized and not (request.has_only_images and candidate.image_tokens_max is not None)
     if candidate.context_tokens is None:
-        if request.is_unsized:
+        if is_unsized:
             raise BadRequest(
                 f"The context of {candidate.target} is not known here, so images, audio and files cannot be priced.",
                 code="unsupported_content",
             )
-        return prompt_tokens
+        return _tokens_with_images(request, prompt_tokens, candidate)
     contexts = candidate.context_tokens * request.prompts
-    return contexts if request.is_unsized else min(prompt_tokens, contexts)
+    return contexts if is_unsized else min(_tokens_with_images(request, prompt_tokens, candidate), contexts)
+
+
+def _tokens_with_images(request: PaidRequest, prompt_tokens: int, candidate: Candidate) -> int:
+    """The bound of a prompt in which images become as much as they can, whatever bytes they have in the body."""
+    if not request.is_unsized:
+        return prompt_tokens
+    return prompt_tokens - request.image_bytes + request.images * (candidate.image_tokens_max or 0)
 
 
 def _output_tokens(request: PaidRequest, candidate: Candidate) -> tuple[int, int]:

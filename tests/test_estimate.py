@@ -14,7 +14,7 @@ from proxy.estimate import (
     maximum_bought,
 )
 from proxy.pricing import Price, bound, cost
-from proxy.routing import Candidate
+from proxy.routing import Candidate, Offer
 from proxy.units import Usage
 from proxy.wire.chat import decode_chat
 
@@ -38,10 +38,17 @@ def candidate(**changes) -> Candidate:
     return Candidate(**{**fields, **changes})
 
 
+def offer(**changes) -> Offer:
+    """That model, at its own price."""
+    found = candidate(**changes)
+    return Offer(found, found.price, MARKUP_BPS)
+
+
 def estimated(candidates, **fields):
     """The estimate of a chat with these fields."""
     body = msgspec.json.encode({"model": "m", "messages": [{"role": "user", "content": "hello"}], **fields})
-    return estimate(decode_chat(body), len(body), candidates, MARKUP_BPS), len(body)
+    offered = [Offer(found, found.price, MARKUP_BPS) for found in candidates]
+    return estimate(decode_chat(body), len(body), offered), len(body)
 
 
 def test_a_maximum_that_was_named_is_the_bound():
@@ -99,8 +106,8 @@ def test_what_a_grant_buys_is_within_the_grant(amount, n, predicted, named):
     fields = {"n": n, "max_tokens": named, "prediction": {"type": "content", "content": "x" * predicted}}
     found, size = estimated([candidate()], **fields)
     predicted = found.prediction_tokens
-    bought = maximum_bought(found, candidate(), amount, MARKUP_BPS)
-    assert bought == maximum_affordable(found, [candidate()], amount, MARKUP_BPS)
+    bought = maximum_bought(found, offer(), amount)
+    assert bought == maximum_affordable(found, [offer()], amount)
     if not bought:
         return
     worst = Usage(audio_input=size, audio_output=(bought + predicted) * n)

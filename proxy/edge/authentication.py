@@ -10,7 +10,7 @@ from proxy.identity.keys import PREFIX, Caller, KeyRecord, find_key, hash_key
 from proxy.storage.database import reading
 from proxy.units import MICROS_PER_SECOND, now_micros
 
-PUBLIC = frozenset({"/health/live", "/health/ready", "/schema/openapi.json"})
+PUBLIC = frozenset({"/health/live", "/health/ready", "/schema/openapi.json", "/api/v1/llm/providers"})
 """The paths that answer anybody."""
 
 CHECKED_BY_LEDGER = "is_checked_by_ledger"
