@@ -148,7 +148,7 @@ class Loader:
                 fault = _fault(entry)
                 if fault is None and state.is_enabled:
                     offered[f"{name}/{model}"] = _candidate(settings.providers[name], state, model, entry)
-                elif fault is not None and (name, model) not in book[LIST]:
+                elif fault is not None and ((name, model) in self._configured or (name, model) in book[ADMIN]):
                     remarks.append(f"{name}/{model}: {fault}, so it is not on offer")
         models = self._named(offered)
         return {name: _marked_up(name, found, rules) for name, found in models.items() if found}
