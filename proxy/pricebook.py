@@ -120,7 +120,12 @@ class _File(msgspec.Struct, frozen=True):
 
 def shipped() -> PriceList:
     """The list that comes with this program."""
-    file = msgspec.json.decode((resources.files("proxy") / "data" / "prices.json").read_bytes(), type=_File)
+    return read((resources.files("proxy") / "data" / "prices.json").read_bytes())
+
+
+def read(data: bytes) -> PriceList:
+    """The list in a file that `as_file` wrote."""
+    file = msgspec.json.decode(data, type=_File)
     rows = [
         Row(provider=line.provider, model=model, entry=line.entry, valid_from=line.valid_from)
         for line in file.rows
@@ -130,7 +135,7 @@ def shipped() -> PriceList:
 
 
 def as_file(listed: PriceList) -> bytes:
-    """`listed` as `shipped` reads it."""
+    """`listed` as `read` takes it."""
     lines: dict[bytes, _Line] = {}
     for row in listed.rows:
         line = _Line(provider=row.provider, models=[], valid_from=row.valid_from, entry=row.entry)

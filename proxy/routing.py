@@ -74,6 +74,8 @@ class Candidate(msgspec.Struct, frozen=True):
         What was reported counts, unless it has no price or is dearer than what was asked for: then the price that
         bounds the call does.
         """
+        if not self.service_prices:
+            return self.price
         bounding = self.price_bounding(asked) or self.price
         found = self._priced(reported)
         if asked in _UNDECIDED:

@@ -95,6 +95,43 @@ def test_media_count_as_the_whole_context():
         estimated([candidate(context_tokens=None)], messages=image)
 
 
+def pictures(*urls) -> list[dict]:
+    """Messages with these images, and a text."""
+    parts = [{"type": "image_url", "image_url": {"url": url, "detail": "high"}} for url in urls]
+    return [{"role": "user", "content": [{"type": "text", "text": "What is this?"}, *parts]}]
+
+
+def test_images_with_a_maximum_count_as_that():
+    """Whether they are in the body or not: their own bytes are no tokens, all others are."""
+    data = "data:image/png;base64," + "A" * 50_000
+    sized = candidate(image_tokens_max=1000)
+    found, size = estimated([sized], messages=pictures(data, "https://x/y.png"))
+    assert size > 50_000
+    assert 2000 < found.input_tokens < 2500
+    assert found.images == 2
+    unsized, _ = estimated([candidate()], messages=pictures(data))
+    assert unsized.input_tokens == 128_000
+    without_context, _ = estimated([candidate(image_tokens_max=1000, context_tokens=None)], messages=pictures(data))
+    assert 1000 < without_context.input_tokens < 1500
+
+
+def test_other_media_beside_images_count_as_the_whole_context():
+    """A maximum of images says nothing of files."""
+    messages = pictures("https://x/y.png")
+    messages[0]["content"].append({"type": "input_audio", "input_audio": {"data": "AA", "format": "wav"}})
+    found, _ = estimated([candidate(image_tokens_max=1000)], messages=messages)
+    assert found.input_tokens == 128_000
+
+
+def test_images_and_requests_are_held_where_they_have_a_price():
+    """On top of the tokens."""
+    priced = msgspec.structs.replace(CHEAP, image=10**15, request=5 * 10**15)
+    found, _ = estimated([candidate(price=priced, image_tokens_max=1)], messages=pictures("https://x/y", "https://x/z"))
+    plain, _ = estimated([candidate(image_tokens_max=1)], messages=pictures("https://x/y", "https://x/z"))
+    extra = 7 * 10**9 * (10_000 + MARKUP_BPS) // 10_000
+    assert 0 <= found.at_most - plain.at_most - extra <= 1
+
+
 @given(
     amount=st.integers(0, 10**12),
     n=st.integers(1, 5),

@@ -90,11 +90,12 @@ def decode_chat(body: bytes) -> PaidRequest:
     try:
         request = _decode_request(body)
         fields = check_fields(request, body, _TOP, _REFUSED)
-        parts = _check(request, body, fields)
+        content = _content_parts(request)
+        parts = _check(request, content, body, fields)
     except UNREADABLE as exc:
         raise bad_request(exc) from exc
-    media = [part.type for part in _content_parts(request) if part.type not in _TEXT_PARTS]
-    images = sum(kind in IMAGE_PARTS for kind in media)
+    media = [part.type for part in content if part.type not in _TEXT_PARTS]
+    images = sum(kind in IMAGE_PARTS for kind in media) if media else 0
     return PaidRequest(
         endpoint=Endpoint.CHAT,
         model=request.model,
@@ -115,20 +116,20 @@ def decode_chat(body: bytes) -> PaidRequest:
     )
 
 
-def _check(request: ChatRequest, body: bytes, fields: Fields) -> list[Fields]:
+def _check(request: ChatRequest, content: list[Part], body: bytes, fields: Fields) -> list[Fields]:
     """The checks of everything; returns the parts of all messages, unless there are none in need of a closer look."""
     if request.best_of is not None and request.best_of > 1:
         raise unsupported("best_of", "'best_of' is not supported: the choices that are not shown would be billed.")
     if request.modalities is not None and any(modality != "text" for modality in request.modalities):
         raise unsupported("modalities", "Only the output modality 'text' is priced here.")
     check_tools(request.tools or ())
-    check_number(len(request.messages) + len(_content_parts(request)), "messages")
+    check_number(len(request.messages) + len(content), "messages")
     # What remains to be checked are the objects inside of messages, and tools. When there are no more braces than
     # those of the body, of its messages and of the stream options, then there is no such object, whatever names
     # and strings there may be: the common case, at the price of a memchr.
     if body.count(b"{") == 1 + len(request.messages) + (request.stream_options is not None):
         return []
-    parts = _check_messages(request, fields["messages"])
+    parts = _check_messages(request, content, fields["messages"])
     if request.tools:
         checked_objects([fields["tools"]], _TOOL, "tools")
     return parts
@@ -138,7 +139,7 @@ def _content_parts(request: ChatRequest) -> list[Part]:
     return [part for message in request.messages if isinstance(message.content, list) for part in message.content]
 
 
-def _check_messages(request: ChatRequest, raw: Raw) -> list[Fields]:
+def _check_messages(request: ChatRequest, content: list[Part], raw: Raw) -> list[Fields]:
     """The checks of names, and for state at the provider, in each message and each part of its content: the parts."""
     messages = checked_objects([raw], _MESSAGE, "messages")
     if any(is_set(fields.get("audio")) for fields in messages):
@@ -149,7 +150,7 @@ def _check_messages(request: ChatRequest, raw: Raw) -> list[Fields]:
         if isinstance(message.content, list)
     ]
     parts = checked_objects(contents, _PART, "messages")
-    if any(part.type not in _TEXT_PARTS for part in _content_parts(request)):
+    if any(part.type not in _TEXT_PARTS for part in content):
         for part in parts:
             check_files(part, "messages")
     return parts
