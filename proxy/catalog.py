@@ -157,10 +157,12 @@ class Loader:
         """Those that are `offered`: aliases as configured, and unless only those count all by full and by bare name."""
         settings = self._configuration.settings
         models: dict[str, list[Candidate]] = {}
+        # Of several providers with a model of the same bare name, the one that the configuration names first.
         if settings.routing.expose == "priced":
             for candidate in offered.values():
                 if candidate.model not in offered:
-                    models.setdefault(candidate.model, []).append(candidate)
+                    others = models.setdefault(candidate.model, [])
+                    others.append(msgspec.structs.replace(candidate, priority=len(others)))
             models |= {target: [candidate] for target, candidate in offered.items()}
         for alias, model_settings in settings.models.items():
             models[alias] = [

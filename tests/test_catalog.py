@@ -77,6 +77,7 @@ async def test_the_names_of_what_is_on_offer(books, tmp_path):
     assert [candidate.target for candidate in catalog.models["alias"]] == ["one/m", "two/m"]
     assert [candidate.weight for candidate in catalog.models["alias"]] == [3, 1]
     assert [candidate.is_local for candidate in catalog.models["alias"]] == [False, True]
+    assert [(each.target, each.priority) for each in catalog.models["m"]] == [("one/m", 0), ("two/m", 1)]
     assert catalog.models["one/m"][0].maximum_field == "max_completion_tokens"
     assert catalog.remarks == ("two/m: a price is no whole number of nano-dollars and was rounded up",)
 
@@ -158,6 +159,45 @@ async def test_markups_are_of_names_and_of_users(books, tmp_path):
     await administration.set_default_markup(books.engine, "usr_1", "0.01")
     assert (await loader.load(catalog)).models["one/m"][0].markup_bps == 1
     assert (await events(books))[-1] == ("usr_1", "markup.set", "default", "15", "0.01")
+
+
+async def test_providers_are_switched_on_and_off(books, tmp_path):
+    """What an admin says goes before the configuration; only what is ready can be switched on."""
+    await put(books, row("m", entry(1)))
+    loader = loader_of(books, tmp_path)
+    catalog = await loader.load()
+    await administration.set_provider(books.engine, "usr_1", catalog.providers, "one", is_enabled=False)
+    off = await loader.load(catalog)
+    assert not off.providers["one"].is_enabled
+    assert set(off.models) == {"alias", "m", "two/m"}
+    assert "one/m" in catalog.models, "calls in flight keep what they began with"
+    await administration.set_provider(books.engine, "usr_1", off.providers, "one", is_enabled=True)
+    assert set((await loader.load(off)).models) == set(catalog.models)
+    lacking = {"one": msgspec.structs.replace(off.providers["one"], is_ready=False)}
+    with pytest.raises(Conflict):
+        await administration.set_provider(books.engine, "usr_1", lacking, "one", is_enabled=True)
+    with pytest.raises(NotFound):
+        await administration.set_provider(books.engine, "usr_1", off.providers, "nobody", is_enabled=True)
+    assert await events(books) == [
+        ("usr_1", "provider.disable", "one", {"enabled": True}, {"enabled": False}),
+        ("usr_1", "provider.enable", "one", {"enabled": False}, {"enabled": True}),
+    ]
+
+
+async def test_a_rule_is_changed_and_removed(books):
+    """Each time with what it was before."""
+    rule = await administration.add_rule(books.engine, "usr_1", MarkupKind.PROVIDER, "one", "7")
+    await administration.change_rule(books.engine, "usr_2", rule.id, "8.5")
+    assert [each.percent for each in await administration.rules(books.engine)] == ["8.5"]
+    await administration.remove_rule(books.engine, "usr_3", rule.id)
+    assert await administration.rules(books.engine) == []
+    with pytest.raises(NotFound):
+        await administration.change_rule(books.engine, "usr_1", rule.id, "1")
+    assert await events(books) == [
+        ("usr_1", "markup.add", "provider one", None, "7"),
+        ("usr_2", "markup.change", "provider one", "7", "8.5"),
+        ("usr_3", "markup.remove", "provider one", "8.5", None),
+    ]
 
 
 async def test_a_new_database_is_filled_with_the_list_that_ships(books, tmp_path):

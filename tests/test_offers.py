@@ -1,11 +1,14 @@
 """Routing, markup, prices and providers of a real server, changed while it serves, on both databases."""
 
+import asyncio
 import json
 from decimal import Decimal
 
 import pytest
+import sqlalchemy as sa
 
 from proxy.routing import FAILURES_MAX
+from proxy.storage import database as storage
 from tests.fakes.provider import run_in_thread
 from tests.scripted import scripted_provider
 from tests.serving import serving
@@ -181,6 +184,21 @@ def charge_of(served, key, answer) -> dict:
     return served.charge(key, answer.headers["x-request-id"])
 
 
+def execute(served, sql) -> None:
+    """Change the database behind the server's back."""
+    url = served.environ["TOLLGATE_DATABASE_URL"]
+    if url.startswith("sqlite"):
+        url = f"sqlite+aiosqlite:///{served.environ['TOLLGATE_DATA_DIR']}/served.db"
+
+    async def run() -> None:
+        engine = storage.connect(url, pooled=False)
+        async with storage.writing(engine) as connection:
+            await connection.execute(sa.text(sql))
+        await engine.dispose()
+
+    asyncio.run(run())
+
+
 # ---- routing
 
 
@@ -230,6 +248,18 @@ def test_what_may_have_been_billed_is_not_sent_again(served, key, flaky, upstrea
     assert (answer.status_code, answer.json()["error"]["code"]) == (502, "provider_broke_off")
     assert len(upstream.journal) == before
     assert charge_of(served, key, answer)["charged"] == "0"
+
+
+def test_it_is_sent_again_if_the_operator_pays_twice_for_it(tmp_path, flaky, upstream):
+    """He who allows it serves the call; the client pays for one answer."""
+    flaky[0].answers_with(0)
+    paying = config(flaky[1]).replace("may_pay_twice = false", "may_pay_twice = true")
+    with serving(tmp_path, "sqlite+aiosqlite:///served.db", upstream.base_url, paying) as served:
+        key = served.customer("customer@example.com")
+        answer = call(served, key, "closed")
+        assert (answer.status_code, answer.headers["x-tollgate-provider"]) == (200, "steady")
+        spent = 10 - Decimal(served.balance(key)["balance"])
+        assert spent == Decimal(answer.headers["x-credits-charged"]) > 0
 
 
 def test_what_is_wrong_with_a_request_is_wrong_everywhere(served, key, flaky, upstream):
@@ -535,6 +565,25 @@ def test_the_list_of_models_says_what_they_cost_this_caller(served, key, admin):
     assert listed["refused"]["pricing"]["input"] == "7.5", "the dearest that it can cost"
     assert listed["refused"]["providers"] == ["flaky", "steady"]
     assert not {"steady/boundless", "off/sleeper", "boundless"} & listed.keys()
+
+
+def test_the_list_of_models_has_only_what_the_key_may_use(served):
+    """What its user or its key is restricted to: the rest is not found there."""
+    restricted = served.customer("restricted@example.com")
+    execute(served, "UPDATE users SET allowed_models = '[\"steady/*\"]' WHERE email = 'restricted@example.com'")
+    names = {model["id"] for model in served_models(served, restricted)}
+    assert {"steady/m", "stepped"} <= names
+    assert not {name for name in names if name.startswith("flaky/")} | ({"refused"} & names)
+    with served.client(restricted) as http:
+        assert http.get("/v1/models/flaky/refused").status_code == 404
+        assert http.get("/v1/models/steady/m").status_code == 200
+
+
+def test_all_of_it_is_documented(served, admin):
+    """With the bodies that the endpoints take."""
+    document = admin.get("/schema/openapi.json").json()
+    assert "put" in document["paths"]["/api/v1/admin/markup"]
+    assert "post" in document["paths"]["/api/v1/llm/providers/{name}/enable"]
 
 
 def test_a_price_without_a_bound_is_said_at_the_start(served):

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import msgspec
 from litestar import Request, Router, delete, get, post, put
 from litestar.di import NamedDependency
-from litestar.params import FromQuery, JSONBody
+from litestar.params import FromPath, FromQuery, JSONBody
 from msgspec import Meta
 from sqlalchemy.ext.asyncio import AsyncEngine
 
@@ -202,7 +202,7 @@ async def change_rule(
     request: AdminRequest,
     engine: NamedDependency[AsyncEngine],
     refresh: NamedDependency[Refresh],
-    rule_id: str,
+    rule_id: FromPath[str],
     data: JSONBody[MarkupChange],
 ) -> Rule:
     """Give a rule another percentage."""
@@ -216,7 +216,7 @@ async def remove_rule(
     request: AdminRequest,
     engine: NamedDependency[AsyncEngine],
     refresh: NamedDependency[Refresh],
-    rule_id: str,
+    rule_id: FromPath[str],
 ) -> None:
     """Take a rule away."""
     await administration.remove_rule(engine, admin_of(request).user_id, rule_id)
@@ -290,7 +290,7 @@ def providers(request: AdminRequest, catalog: NamedDependency[Catalog]) -> Provi
 
 
 @get("/providers/{name:str}", sync_to_thread=False, summary="One provider")
-def provider(request: AdminRequest, catalog: NamedDependency[Catalog], name: str) -> ProviderItem:
+def provider(request: AdminRequest, catalog: NamedDependency[Catalog], name: FromPath[str]) -> ProviderItem:
     """One provider."""
     admin_of(request)
     for item in provider_list(catalog).items:

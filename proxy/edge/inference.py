@@ -12,6 +12,7 @@ import structlog
 from litestar import Request, asgi, get, route
 from litestar.di import NamedDependency
 from litestar.exceptions import MethodNotAllowedException
+from litestar.params import FromPath
 from litestar.types import HTTPScope, Receive, Scope, Send
 from sqlalchemy.ext.asyncio import AsyncEngine
 
@@ -81,7 +82,10 @@ async def models(
 
 @get("/v1/models/{model_id:path}", summary="One model")
 async def model(
-    request: CallerRequest, catalog: NamedDependency[Catalog], engine: NamedDependency[AsyncEngine], model_id: str
+    request: CallerRequest,
+    catalog: NamedDependency[Catalog],
+    engine: NamedDependency[AsyncEngine],
+    model_id: FromPath[str],
 ) -> Model:
     """One model by its name, which may hold a slash."""
     name = model_id.removeprefix("/")

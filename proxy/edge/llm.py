@@ -6,6 +6,7 @@ from typing import Any
 import msgspec
 from litestar import Request, Router, get, post
 from litestar.di import NamedDependency
+from litestar.params import FromPath
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from proxy import administration
@@ -72,7 +73,7 @@ async def enable(
     engine: NamedDependency[AsyncEngine],
     catalog: NamedDependency[Catalog],
     refresh: NamedDependency[Refresh],
-    name: str,
+    name: FromPath[str],
 ) -> ProviderSwitched:
     """Let a provider serve new calls (admins only)."""
     return await switch(request, engine, catalog, refresh, name, is_enabled=True)
@@ -84,7 +85,7 @@ async def disable(
     engine: NamedDependency[AsyncEngine],
     catalog: NamedDependency[Catalog],
     refresh: NamedDependency[Refresh],
-    name: str,
+    name: FromPath[str],
 ) -> ProviderSwitched:
     """Send a provider no new calls (admins only); those in flight finish."""
     return await switch(request, engine, catalog, refresh, name, is_enabled=False)
