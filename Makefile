@@ -14,7 +14,7 @@ ROUNDS ?=
 SECONDS ?=
 SHORT ?=
 
-.PHONY: help run test test-clients check chaos bench-ledger format clean lock hooks coverage
+.PHONY: help run test test-clients check chaos bench-ledger format clean lock hooks coverage prices
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -59,6 +59,9 @@ lock: $(VENV)/.dev ## pin the newest dependencies anew
 	$(BIN)/uv pip compile $(LOCK_FLAGS) --upgrade pyproject.toml --group build -o .locks/run.txt
 	$(BIN)/uv pip compile $(LOCK_FLAGS) --upgrade --constraint .locks/run.txt pyproject.toml --group build --group dev -o .locks/dev.txt
 	$(BIN)/uv pip compile $(LOCK_FLAGS) --upgrade --group clients -o .locks/clients.txt
+
+prices: $(VENV)/.dev ## write the price list of the pinned genai-prices, and what we know of its models, into proxy/data/prices.json
+	$(BIN)/tollgate prices sync --file proxy/data/prices.json
 
 clean: ## forget the environment (the data folder stays)
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .coverage

@@ -17,10 +17,10 @@ from litestar.types import ASGIApp, Message, Receive, Scope, Send
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from proxy import __version__
-from proxy.catalog import Catalog, load_catalog, seed_markup
+from proxy.catalog import Catalog, Loader, seed
 from proxy.edge import accounts as account_routes
+from proxy.edge import admin, health, inference, llm
 from proxy.edge import credits as credit_routes
-from proxy.edge import health, inference
 from proxy.edge import keys as key_routes
 from proxy.edge.addresses import Addresses
 from proxy.edge.answer import BodyLimits
@@ -36,11 +36,11 @@ from proxy.identity.tokens import Tokens, kept_secret
 from proxy.ledger.ledger import Ledger
 from proxy.ledger.recovery import Lease
 from proxy.ledger.store import PostgresStore, SqliteStore, Store
-from proxy.settings import Configuration, PriceSettings, ProviderSettings
+from proxy.settings import Configuration, PriceSettings
 from proxy.storage import database
 from proxy.units import SECONDS_PER_DAY, new_id, parse_credits
 from proxy.upstream import Provider
-from proxy.upstream.client import HttpClient, Timeouts
+from proxy.upstream.client import CONNECTIONS_MAX, HttpClient, Timeouts
 from proxy.upstream.demo import (
     DEMO_CONTEXT_TOKENS,
     DEMO_INPUT_PRICE,
@@ -73,6 +73,7 @@ class Tollgate:
         self.configuration = configuration
         self.engine: AsyncEngine = database.connect(configuration.database_url)
         self.catalog: Catalog
+        self._loader = Loader(configuration, self.engine, _built_in_prices(configuration))
         self.ledger: Ledger
         self.exchange: Exchange
         self.accounts: Accounts
@@ -88,7 +89,9 @@ class Tollgate:
         async with AsyncExitStack() as stack:
             stack.push_async_callback(self.engine.dispose)
             await database.check_schema(self.engine)
-            await self._refresh_catalog()
+            self.catalog = await self._loader.load()
+            for remark in self.catalog.remarks:
+                log.warning("catalog", remark=remark)
             lease = Lease(
                 self.engine,
                 is_embedded=self.configuration.is_embedded,
@@ -100,11 +103,12 @@ class Tollgate:
             await books.check()
             self.ledger.start()
             await stack.enter_async_context(lease.held(self.ledger))
+            providers = self._providers()
+            for provider in providers.values():
+                stack.push_async_callback(provider.aclose)
+            self.exchange = Exchange(self.ledger, providers, lambda: self.catalog, _limits(self.configuration))
             client = http_client(self.configuration.settings.server.http_client)
             stack.push_async_callback(client.aclose)
-            self.exchange = Exchange(
-                self.ledger, self._providers(client), lambda: self.catalog, _limits(self.configuration)
-            )
             self.accounts = _accounts(self.configuration, self.engine, self.ledger, client)
             stack.push_async_callback(self.last_used.write)
             writing = asyncio.create_task(self.last_used.keep_writing(), name="last_used")
@@ -116,20 +120,19 @@ class Tollgate:
     def _store(self) -> Store:
         return store(self.configuration, self.engine, is_server=True)
 
-    def _providers(self, client: HttpClient) -> dict[str, Provider]:
-        return {
-            name: _provider(name, settings, self.configuration.api_keys.get(name), client)
-            for name, settings in self.configuration.providers.items()
-        }
+    def _providers(self) -> dict[str, Provider]:
+        """All that could serve: which of them do is the catalogue's to say."""
+        return {name: _provider(name, self.configuration) for name in self.configuration.providers}
 
-    async def _refresh_catalog(self) -> None:
-        self.catalog = await load_catalog(self.configuration, self.engine, _built_in_prices(self.configuration))
+    async def refresh_catalog(self) -> None:
+        """Look whether the catalogue has changed. Raises `Unavailable`."""
+        self.catalog = await self._loader.load(self.catalog)
 
     async def _keep_catalog_fresh(self) -> None:
         while True:
             await asyncio.sleep(CATALOG_REFRESH_S)
             with suppress(Unavailable):
-                await self._refresh_catalog()
+                await self.refresh_catalog()
 
 
 def build(tollgate: Tollgate) -> ASGIApp:
@@ -159,6 +162,8 @@ def routed(tollgate: Tollgate) -> Litestar:
             key_routes.make_key,
             key_routes.alter_key,
             key_routes.drop_key,
+            llm.router,
+            admin.router,
             health.live,
             health.ready,
         ],
@@ -170,6 +175,7 @@ def routed(tollgate: Tollgate) -> Litestar:
             "catalog": Provide(lambda: tollgate.catalog, sync_to_thread=False),
             "accounts": Provide(lambda: tollgate.accounts, sync_to_thread=False),
             "addresses": Provide(lambda: addresses, sync_to_thread=False),
+            "refresh": Provide(lambda: tollgate.refresh_catalog, sync_to_thread=False),
         },
         cors_config=_cors(server.cors_origins),
         openapi_config=OpenAPIConfig(
@@ -215,7 +221,7 @@ async def prepare(configuration: Configuration) -> None:
         if await database.revision(engine) != database.SCHEMA_HEAD:
             await database.migrate(engine)
         async with database.writing(engine) as connection:
-            await seed_markup(connection, configuration.settings.credits.markup_percent)
+            await seed(connection, configuration.settings.credits.markup_percent)
     finally:
         await engine.dispose()
 
@@ -302,19 +308,28 @@ def _limits(configuration: Configuration) -> ExchangeLimits:
         call_s=server.call_s,
         settle_wait_s=server.settle_wait_s,
         keep_alive_s=server.keep_alive_s,
+        may_pay_twice=configuration.settings.routing.may_pay_twice,
     )
 
 
-def http_client(choice: Literal["lean", "httpx"]) -> HttpClient:
-    """What speaks to providers."""
-    return LeanClient() if choice == "lean" else HttpxClient()
+def http_client(choice: Literal["lean", "httpx"], connections_max: int = CONNECTIONS_MAX) -> HttpClient:
+    """What speaks to a provider."""
+    client = LeanClient if choice == "lean" else HttpxClient
+    return client(connections_max=connections_max)
 
 
-def _provider(name: str, settings: ProviderSettings, api_key: str | None, client: HttpClient) -> Provider:
+def _provider(name: str, configuration: Configuration) -> Provider:
+    settings = configuration.providers[name]
     if settings.kind == "demo":
         return DemoProvider(name)
-    timeouts = Timeouts(connect_s=settings.connect_s, first_byte_s=settings.first_byte_s, idle_s=settings.idle_s)
-    return OpenAIProvider(name, settings.base_url or "", api_key, client, timeouts)
+    return OpenAIProvider(
+        name,
+        settings.base_url or "",
+        configuration.api_keys.get(name),
+        http_client(configuration.settings.server.http_client, settings.connections_max),
+        Timeouts(connect_s=settings.connect_s, first_byte_s=settings.first_byte_s, idle_s=settings.idle_s),
+        headers=configuration.headers[name],
+    )
 
 
 def _built_in_prices(configuration: Configuration) -> dict[str, PriceSettings]:

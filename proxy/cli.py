@@ -13,6 +13,7 @@ import sys
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from datetime import UTC
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from datetime import datetime
 
     from proxy.ledger.ledger import Ledger
+    from proxy.pricelist import Converted
 
 FIRST_ADMIN = "admin@example.com"
 FIRST_CREDITS = "10"
@@ -379,6 +381,116 @@ def credits_balance(email: str, *, as_json: bool) -> None:
     _with_books(work)
 
 
+@cli.group()
+def prices() -> None:
+    """The price book: what models cost."""
+
+
+@prices.command("sync")
+@click.option("--file", metavar="FILE", help="Write the list into this file instead, as Tollgate ships it.")
+@json_option
+def prices_sync(file: str | None, *, as_json: bool) -> None:
+    """Write what is new in the open price list (genai-prices) into the book; calls in flight keep their prices."""
+    from proxy.administration import COMMAND_LINE, sync_prices  # noqa: PLC0415
+    from proxy.pricebook import as_file  # noqa: PLC0415
+
+    converted = _price_list()
+    if file is not None:
+        Path(file).write_bytes(as_file(converted.prices))
+        _show(*_synced(converted, len(converted.prices.rows)), as_json=as_json)
+        return
+
+    async def work(books: "_Books") -> None:
+        changes = await sync_prices(books.engine, COMMAND_LINE, converted.prices)
+        _show(*_synced(converted, len(changes)), as_json=as_json)
+
+    _with_books(work)
+
+
+@prices.command("diff")
+@json_option
+def prices_diff(*, as_json: bool) -> None:
+    """Show what a sync would change."""
+    from proxy.pricebook import changes  # noqa: PLC0415
+    from proxy.storage.database import database_now, reading  # noqa: PLC0415
+
+    converted = _price_list()
+
+    async def work(books: "_Books") -> None:
+        async with reading(books.engine) as connection:
+            found = await changes(connection, converted.prices, await database_now(connection))
+        lines = [change.as_text() for change in found] or [f"The book is up to date with {converted.prices.version}."]
+        shown = {"version": converted.prices.version, "changes": [change.as_object() for change in found]}
+        _show(shown, "\n".join(lines), as_json=as_json)
+
+    _with_books(work)
+
+
+@prices.command("show")
+@click.argument("target", metavar="PROVIDER/MODEL")
+@json_option
+def prices_show(target: str, *, as_json: bool) -> None:
+    """Show all that the book ever said of a model, the newest first; amounts are nano-dollars per million."""
+    from proxy.administration import price_history  # noqa: PLC0415
+    from proxy.units import format_instant  # noqa: PLC0415
+
+    provider, _, model = target.partition("/")
+
+    async def work(books: "_Books") -> None:
+        past = await price_history(books.engine, provider, model)
+        items = [
+            {
+                "source": row.source,
+                "version": row.version,
+                "valid_from": format_instant(row.valid_from),
+                "entry": row.entry,
+            }
+            for row in past
+        ]
+        lines = [f"{item['valid_from']}  {item['source']} ({item['version']})  {item['entry']}" for item in items]
+        text = "\n".join(lines) or f"The book says nothing of {target}."
+        _show({"target": target, "items": items}, text, as_json=as_json)
+
+    _with_books(work)
+
+
+@cli.group()
+def markup() -> None:
+    """The operator's percentage on the provider's cost."""
+
+
+@markup.command("show")
+@json_option
+def markup_show(*, as_json: bool) -> None:
+    """Show the default rule and all others."""
+    from proxy.administration import default_percent, rules  # noqa: PLC0415
+    from proxy.storage.database import reading  # noqa: PLC0415
+
+    async def work(books: "_Books") -> None:
+        async with reading(books.engine) as connection:
+            default = await default_percent(connection)
+        others = await rules(books.engine)
+        lines = [f"default {default} %", *(f"{rule.kind} {rule.subject} {rule.percent} %" for rule in others)]
+        items = [{"kind": rule.kind, "subject": rule.subject, "percent": rule.percent} for rule in others]
+        _show({"percent": default, "rules": items}, "\n".join(lines), as_json=as_json)
+
+    _with_books(work)
+
+
+@markup.command("set")
+@click.argument("percent")
+@json_option
+def markup_set(percent: str, *, as_json: bool) -> None:
+    """Set the default rule."""
+    from proxy.administration import COMMAND_LINE, set_default_markup  # noqa: PLC0415
+
+    async def work(books: "_Books") -> None:
+        after = await set_default_markup(books.engine, COMMAND_LINE, percent)
+        _show({"percent": after}, f"The default markup is {after} %.", as_json=as_json)
+
+    _with_books(work)
+
+
 @cli.command()
 @json_option
 def sweep(*, as_json: bool) -> None:
@@ -426,6 +538,36 @@ def audit(*, as_json: bool) -> None:
 
     if not _with_books(work):
         sys.exit(1)
+
+
+# ---- the price list
+
+
+def _price_list() -> "Converted":
+    from datetime import UTC, datetime  # noqa: PLC0415
+
+    from proxy.pricelist import convert  # noqa: PLC0415 - slow to import
+
+    return convert(datetime.now(UTC).replace(microsecond=0))
+
+
+def _synced(converted: "Converted", written: int) -> tuple[dict[str, Any], str]:
+    """What a sync has to say: for programs, and for people."""
+    unbounded = converted.unbounded
+    shown: dict[str, Any] = {
+        "version": converted.prices.version,
+        "written": written,
+        "unbounded": unbounded,
+        "rounded_up": converted.rounded_up,
+        "left_out": converted.left_out,
+    }
+    lines = [f"{written} rows written from {converted.prices.version}."]
+    lines += [f"rounded up  {target}: {reason}" for target, reason in converted.rounded_up.items()]
+    lines += [f"left out    {target}: {reason}" for target, reason in converted.left_out.items()]
+    lines += [
+        f"unbounded   {target}: not on offer until a maximum or a context is said" for target in shown["unbounded"]
+    ]
+    return shown, "\n".join(lines)
 
 
 # ---- serving
@@ -502,7 +644,8 @@ def _announce(configuration: Configuration, listening: socket.socket, first_key:
         return
     click.echo(f"Tollgate {__version__} serves on {base_url}")
     click.echo(f"Database: {configuration.sqlite_file if configuration.is_embedded else 'PostgreSQL'}")
-    click.echo(f"Providers: {', '.join(configuration.providers) or 'none; name one in config.toml'}")
+    enabled = [name for name in configuration.providers if name in configuration.enabled]
+    click.echo(f"Providers: {', '.join(enabled) or 'none; name one in config.toml'}")
     if first_key is not None:
         click.echo(_FIRST_STEPS.format(key=first_key, base_url=base_url, credits=FIRST_CREDITS, email=FIRST_ADMIN))
     elif configuration.is_embedded:

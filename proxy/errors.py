@@ -203,6 +203,11 @@ class UpstreamRejected(UpstreamFailed):
         self.body = body
         self.headers = headers
 
+    @property
+    def retry_after(self) -> str | None:
+        """The value of its `Retry-After` field, if it has one."""
+        return next((value.decode("latin-1") for name, value in self.headers if name == b"retry-after"), None)
+
 
 class Unavailable(TollgateError):
     """Something we need is out of reach just now; nothing was charged; try again in `retry_after_s` seconds."""

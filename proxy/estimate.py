@@ -11,7 +11,7 @@ import msgspec
 
 from proxy.errors import BadRequest
 from proxy.pricing import bound, output_tokens_affordable
-from proxy.routing import Candidate
+from proxy.routing import Candidate, Offer
 from proxy.units import Nanos
 from proxy.wire.requests import PaidRequest
 
@@ -27,7 +27,8 @@ class Estimate(msgspec.Struct, frozen=True):
     """The bound of one call over all of its candidates, in tokens and in nano-credits.
 
     `input_tokens` and `output_tokens` are of the largest candidate, `output_tokens` for all `choices` together,
-    `input_tokens` for all `prompts`. `prediction_tokens` of them come on top of the maximum of each choice.
+    `input_tokens` for all `prompts`. `prediction_tokens` of them come on top of the maximum of each choice. `images`
+    are billed beside the tokens where they have a price.
     """
 
     input_tokens: int
@@ -35,6 +36,7 @@ class Estimate(msgspec.Struct, frozen=True):
     prompts: int
     choices: int
     prediction_tokens: int
+    images: int
     is_maximum_named: bool
     at_least: Nanos
     at_most: Nanos
@@ -45,7 +47,7 @@ class Estimate(msgspec.Struct, frozen=True):
         return self.input_tokens // 4 + min(self.output_tokens, USEFUL_OUTPUT_TOKENS)
 
 
-def estimate(request: PaidRequest, prompt_tokens: int, candidates: Sequence[Candidate], markup_bps: int) -> Estimate:
+def estimate(request: PaidRequest, prompt_tokens: int, offered: Sequence[Offer]) -> Estimate:
     """The estimate of `request`, of which what is in its body is at most `prompt_tokens` tokens: its bytes, at worst.
 
     The numbers of its maxima are no prompt: so a call costs the same input whatever maximum it names.
@@ -54,12 +56,14 @@ def estimate(request: PaidRequest, prompt_tokens: int, candidates: Sequence[Cand
     """
     prompt_tokens = max(0, prompt_tokens - request.maxima_bytes)
     at_least = at_most = input_most = output_most = 0
-    for candidate in candidates:
+    images = request.images
+    for offer in offered:
+        candidate = offer.candidate
         inputs = _input_tokens(request, prompt_tokens, candidate)
         outputs = (output_tokens_max(request, candidate) + request.prediction_tokens) * request.choices
         useful = (_useful_output_tokens(request, candidate) + request.prediction_tokens) * request.choices
-        at_most = max(at_most, bound(inputs, outputs, candidate.price, markup_bps))
-        at_least = max(at_least, bound(inputs, useful, candidate.price, markup_bps))
+        at_most = max(at_most, bound(inputs, outputs, offer.price, offer.markup_bps, images=images))
+        at_least = max(at_least, bound(inputs, useful, offer.price, offer.markup_bps, images=images))
         input_most = max(input_most, inputs)
         output_most = max(output_most, outputs)
     return Estimate(
@@ -68,6 +72,7 @@ def estimate(request: PaidRequest, prompt_tokens: int, candidates: Sequence[Cand
         prompts=request.prompts,
         choices=request.choices,
         prediction_tokens=request.prediction_tokens,
+        images=images,
         is_maximum_named=request.maximum is not None or not request.has_output,
         at_least=at_least,
         at_most=at_most,
@@ -81,9 +86,11 @@ def input_bound(estimated: Estimate, candidate: Candidate) -> int:
     return min(estimated.input_tokens, candidate.context_tokens * estimated.prompts)
 
 
-def maximum_bought(estimated: Estimate, candidate: Candidate, amount: Nanos, markup_bps: int) -> int | None:
+def maximum_bought(estimated: Estimate, offer: Offer, amount: Nanos) -> int | None:
     """The output tokens of each choice that `amount` covers at this candidate; None when it covers any number."""
-    tokens = output_tokens_affordable(amount, input_bound(estimated, candidate), candidate.price, markup_bps)
+    tokens = output_tokens_affordable(
+        amount, input_bound(estimated, offer.candidate), offer.price, offer.markup_bps, images=estimated.images
+    )
     return None if tokens is None else max(0, max(0, tokens) // estimated.choices - estimated.prediction_tokens)
 
 
@@ -98,9 +105,7 @@ def maximum_taken(estimated: Estimate, candidate: Candidate, bought: int) -> int
     return min(bought, max(candidate.context_tokens - input_bound(estimated, candidate), USEFUL_OUTPUT_TOKENS))
 
 
-def maximum_affordable(
-    estimated: Estimate, candidates: Sequence[Candidate], amount: Nanos, markup_bps: int
-) -> int | None:
+def maximum_affordable(estimated: Estimate, offered: Sequence[Offer], amount: Nanos) -> int | None:
     """The output tokens of each choice with which the call would be covered by `amount`, whoever serves it.
 
     A call that named none will be a little longer once it does.
@@ -108,7 +113,7 @@ def maximum_affordable(
     if not estimated.is_maximum_named:
         longer = estimated.input_tokens + NAMING_BYTES_MAX
         estimated = msgspec.structs.replace(estimated, input_tokens=longer)
-    bought = [maximum_bought(estimated, candidate, amount, markup_bps) for candidate in candidates]
+    bought = [maximum_bought(estimated, offer, amount) for offer in offered]
     return min((tokens for tokens in bought if tokens is not None), default=None)
 
 
@@ -121,15 +126,23 @@ def plausible_tokens_max(request: PaidRequest, candidate: Candidate) -> int | No
 
 
 def _input_tokens(request: PaidRequest, prompt_tokens: int, candidate: Candidate) -> int:
+    is_unsized = request.is_unsized and not (request.has_only_images and candidate.image_tokens_max is not None)
     if candidate.context_tokens is None:
-        if request.is_unsized:
+        if is_unsized:
             raise BadRequest(
                 f"The context of {candidate.target} is not known here, so images, audio and files cannot be priced.",
                 code="unsupported_content",
             )
-        return prompt_tokens
+        return _tokens_with_images(request, prompt_tokens, candidate)
     contexts = candidate.context_tokens * request.prompts
-    return contexts if request.is_unsized else min(prompt_tokens, contexts)
+    return contexts if is_unsized else min(_tokens_with_images(request, prompt_tokens, candidate), contexts)
+
+
+def _tokens_with_images(request: PaidRequest, prompt_tokens: int, candidate: Candidate) -> int:
+    """The bound of a prompt in which images become as much as they can, whatever bytes they have in the body."""
+    if not request.is_unsized:
+        return prompt_tokens
+    return prompt_tokens - request.image_bytes + request.images * (candidate.image_tokens_max or 0)
 
 
 def output_tokens_max(request: PaidRequest, candidate: Candidate) -> int:

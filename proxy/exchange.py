@@ -8,6 +8,8 @@ call ends.
 """
 
 import asyncio
+import random
+import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import Protocol
@@ -44,11 +46,12 @@ from proxy.identity.keys import Caller
 from proxy.ledger.decide import Receipt, Release, Reserve, Settle, Settled
 from proxy.ledger.ledger import Ledger
 from proxy.metering import BY_BYTES, Metered, StreamMeter, UsageSource, failure_status, meter_plain, stream_meter
-from proxy.pricing import cost, dearest_usage, provider_cost, tokens_payable_max
+from proxy.pricing import Price, billed, cost, dearest_usage, provider_cost, tokens_payable_max
 from proxy.relay import Head, StreamRelay
-from proxy.routing import Candidate, candidates
+from proxy.routing import Candidate, Health, Offer, candidates, offers, retry_after_s
 from proxy.units import Usage, format_credits
 from proxy.upstream import Headers, Provider, ProviderCall, UpstreamResponse
+from proxy.upstream.media import check_media
 from proxy.upstream.openai import relayed_headers
 from proxy.wire.endpoints import decode
 from proxy.wire.objects import check_nesting, error_body, error_code, patch
@@ -100,7 +103,7 @@ class Answer(relay.Answer, Protocol):
 
 
 class ExchangeLimits(msgspec.Struct, frozen=True):
-    """What bounds a call; see `settings.ServerSettings`."""
+    """What bounds a call; see `settings.ServerSettings` and `settings.RoutingSettings`."""
 
     nesting_max: int
     answer_bytes_max: int
@@ -108,25 +111,31 @@ class ExchangeLimits(msgspec.Struct, frozen=True):
     call_s: float
     settle_wait_s: float
     keep_alive_s: float
+    may_pay_twice: bool = False
 
 
 class _Open(msgspec.Struct):
-    """A call with its reservation, from the reserve to its settle or release."""
+    """A call with its reservation, from the reserve to its settle or release; `offer` is who serves it just now."""
 
     call: Call
     request: PaidRequest
     estimated: Estimate
-    markup_bps: int
+    offered: tuple[Offer, ...]
     reserved: int
     started: float
     deadline: float
-    candidate: Candidate
+    offer: Offer
     first_byte: float | None = None
     is_closed: bool = False
     is_client_gone: bool = False
     is_stopped: bool = False
     """Whether its provider was stopped because the client had left."""
     timeout: asyncio.Timeout | None = None
+
+    @property
+    def candidate(self) -> Candidate:
+        """The candidate of `offer`."""
+        return self.offer.candidate
 
     def begin(self) -> None:
         """The first of the answer has come."""
@@ -169,6 +178,8 @@ class Exchange:
         self._limits = limits
         self._background: set[asyncio.Task[object]] = set()
         self._counting = asyncio.Semaphore(COUNTS_AT_ONCE_MAX)
+        self._health = Health()
+        self._draw = random.Random().random  # noqa: S311 - it spreads calls, and guards nothing
 
     async def serve(self, call: Call, answer: Answer) -> None:
         """Serve one call, streamed or not.
@@ -178,17 +189,10 @@ class Exchange:
         """
         check_nesting(call.body, self._limits.nesting_max)
         request = decode(call.endpoint, call.body)
-        opened, offered = await self._preflight(call, request)
+        opened = await self._preflight(call, request)
         answer.on_gone(opened.leave)
         try:
-            response = await self._send(opened, offered)
-            try:
-                if _is_stream(request, response.headers):
-                    await self._relay_stream(opened, response, answer)
-                else:
-                    await self._relay_plain(opened, response, answer)
-            finally:
-                await response.aclose()
+            await self._try_each(opened, answer)
         except UpstreamTimeout:
             if opened.is_client_gone and not opened.is_closed:
                 await self._settle(opened, _assumed(opened), "client_left")
@@ -199,38 +203,38 @@ class Exchange:
 
     # ---- before the provider is called
 
-    async def _preflight(self, call: Call, request: PaidRequest) -> tuple[_Open, tuple[Candidate, ...]]:
+    async def _preflight(self, call: Call, request: PaidRequest) -> _Open:
         """The hook before the provider is called: route, price, estimate, reserve."""
         started = _now()
         catalog = self._catalog()
-        offered = candidates(catalog.models, request.model)
-        estimated = estimate(request, len(call.body), offered, catalog.markup_bps)
+        found = candidates(catalog.models, request.model)
+        offered = offers(found, request.service_tier, catalog.user_markups.get(call.caller.user_id))
+        if request.is_unsized and any(offer.candidate.is_local for offer in offered):
+            await check_media(call.body)
+        estimated = estimate(request, len(call.body), offered)
         try:
             reserved = await self._reserve(call, request, estimated, offered)
         except NotCovered as exc:
-            counted = await self._counted(call, request, offered, exc, catalog.markup_bps)
+            counted = await self._counted(call, request, offered, exc)
             if counted is None:
-                raise _with_affordable(exc, estimated, offered, catalog.markup_bps) from None
+                raise _with_affordable(exc, estimated, offered) from None
             estimated = counted
             try:
                 reserved = await self._reserve(call, request, estimated, offered)
             except NotCovered as again:
-                raise _with_affordable(again, estimated, offered, catalog.markup_bps) from None
-        opened = _Open(
+                raise _with_affordable(again, estimated, offered) from None
+        return _Open(
             call=call,
             request=request,
             estimated=estimated,
-            markup_bps=catalog.markup_bps,
+            offered=offered,
             reserved=reserved,
             started=started,
             deadline=started + self._limits.call_s,
-            candidate=offered[0],
+            offer=offered[0],
         )
-        return opened, offered
 
-    async def _reserve(
-        self, call: Call, request: PaidRequest, estimated: Estimate, offered: tuple[Candidate, ...]
-    ) -> int:
+    async def _reserve(self, call: Call, request: PaidRequest, estimated: Estimate, offered: tuple[Offer, ...]) -> int:
         """Hold what `estimated` says; returns the amount. Raises what `Ledger.reserve` does."""
         reserved = await self._ledger.reserve(
             Reserve(
@@ -241,7 +245,7 @@ class Exchange:
                 at_least=estimated.at_least,
                 at_most=estimated.at_most,
                 window_tokens=estimated.window_tokens,
-                models=tuple(candidate.target for candidate in offered),
+                models=tuple(offer.candidate.target for offer in offered),
                 original_model=request.model,
                 is_stream=request.is_stream,
                 token_version=call.caller.token_version,
@@ -251,18 +255,13 @@ class Exchange:
         return reserved.amount
 
     async def _counted(
-        self,
-        call: Call,
-        request: PaidRequest,
-        offered: tuple[Candidate, ...],
-        refused: NotCovered,
-        markup_bps: int,
+        self, call: Call, request: PaidRequest, offered: tuple[Offer, ...], refused: NotCovered
     ) -> Estimate | None:
         """An estimate by counted tokens where bytes are too coarse; None where counting cannot help."""
-        tokenizers = {candidate.tokenizer for candidate in offered}
+        tokenizers = {offer.candidate.tokenizer for offer in offered}
         if request.is_unsized or len(call.body) > COUNTED_BYTES_MAX or not all(map(tokens.is_known, tokenizers)):
             return None
-        hoped_for = estimate(request, len(call.body) // FITTING_BYTES_PER_TOKEN, offered, markup_bps)
+        hoped_for = estimate(request, len(call.body) // FITTING_BYTES_PER_TOKEN, offered)
         if hoped_for.at_least > refused.available:
             return None
         async with self._counting:
@@ -271,26 +270,66 @@ class Exchange:
                 for tokenizer in tokenizers
                 if tokenizer is not None
             ]
-        return estimate(request, min(max(counts), len(call.body)), offered, markup_bps)
+        return estimate(request, min(max(counts), len(call.body)), offered)
 
-    async def _send(self, opened: _Open, offered: tuple[Candidate, ...]) -> UpstreamResponse:
-        """The response of the first candidate that takes the call; the last one's failure when none does."""
-        failure: UpstreamFailed | None = None
-        for candidate in offered:
-            opened.candidate = candidate
+    # ---- one candidate after the other
+
+    async def _try_each(self, opened: _Open, answer: Answer) -> None:
+        """Let the first candidate that takes the call serve it. Raises the failure of the last one that was tried."""
+        ordered = self._health.ordered(opened.offered, _now(), self._draw)
+        for offer in ordered:
+            opened.offer = offer
+            self._health.trying(offer.candidate.target, _now())
             try:
-                async with _within(opened):
-                    response = await self._providers[candidate.provider].send(_provider_call(opened))
-                if response.status < 300:
-                    return response
-                failure = await self._rejection(opened, response)
-            except UpstreamUnreachable as exc:
-                failure = exc
-            if isinstance(failure, UpstreamRejected) and not _is_passing(failure.status):
-                break
-            log.warning("candidate_failed", provider=candidate.provider, model=candidate.model, reason=str(failure))
-        assert failure is not None, "there is at least one candidate"  # noqa: S101 - routing refuses an empty list
-        raise failure
+                await self._attempt(opened, answer)
+            except UpstreamFailed as exc:
+                self._judge(opened, exc)
+                if offer is ordered[-1] or answer.is_started or not self._may_fall_back(opened, exc):
+                    raise
+            else:
+                return
+
+    async def _attempt(self, opened: _Open, answer: Answer) -> None:
+        async with _within(opened):
+            response = await self._providers[opened.candidate.provider].send(_provider_call(opened))
+        if response.status >= 300:
+            raise await self._rejection(opened, response)
+        try:
+            if _is_stream(opened.request, response.headers):
+                await self._relay_stream(opened, response, answer)
+            else:
+                await self._relay_plain(opened, response, answer)
+        finally:
+            await response.aclose()
+
+    def _may_fall_back(self, opened: _Open, failure: UpstreamFailed) -> bool:
+        """Whether another candidate may get the call: not if this one may have billed it, and somebody still waits."""
+        if opened.is_closed or opened.is_client_gone or _now() >= opened.deadline:
+            return False
+        match failure:
+            case UpstreamUnreachable() | UpstreamRefusedUs():
+                return True
+            case UpstreamRejected():
+                return _is_passing(failure.status)
+            case _:
+                return self._limits.may_pay_twice
+
+    def _judge(self, opened: _Open, failure: UpstreamFailed) -> None:
+        """What a failure says of its candidate. A client that left, or whose request was refused, says nothing bad."""
+        candidate = opened.candidate
+        if isinstance(failure, UpstreamRejected) and not _is_passing(failure.status):
+            self._health.succeeded(candidate.target)
+            return
+        if opened.is_client_gone:
+            return
+        wish = failure.retry_after if isinstance(failure, UpstreamRejected) else None
+        self._health.failed(candidate.target, _now(), retry_after_s(wish, time.time()))
+        log.warning("candidate_failed", provider=candidate.provider, model=candidate.model, reason=str(failure))
+
+    def _begin(self, opened: _Open) -> None:
+        """The candidate has begun to answer."""
+        opened.begin()
+        self._health.succeeded(opened.candidate.target)
 
     async def _rejection(self, opened: _Open, response: UpstreamResponse) -> UpstreamFailed:
         try:
@@ -309,7 +348,7 @@ class Exchange:
         failed = failure_status(content)
         if failed is not None:
             raise _refused(opened.candidate, response, failed, content)
-        opened.begin()
+        self._begin(opened)
         headers = [*_headers(opened, response), (b"content-length", str(len(body)).encode())]
         metered = await self._metered_plain(opened, content)
         if metered.is_empty and not opened.is_client_gone:
@@ -424,7 +463,7 @@ class Exchange:
             event_bytes_max=self._limits.event_bytes_max,
             keep_alive_s=self._limits.keep_alive_s,
             raises_early=lambda data: _refused(candidate, response, failure_status(data) or 502, data),
-            on_first=opened.begin,
+            on_first=lambda: self._begin(opened),
         )
 
     async def _metered_stream(self, opened: _Open, meter: StreamMeter, failure: TollgateError | None) -> Metered:
@@ -452,25 +491,26 @@ class Exchange:
 
     async def _settle(self, opened: _Open, metered: Metered, outcome: str) -> Settled:
         """Charge for the call. Raises `Unavailable` when the charge is not durable in time; it is booked later."""
-        candidate = opened.candidate
-        charge = cost(metered.usage, candidate.price, opened.markup_bps)
+        candidate, markup_bps = opened.candidate, opened.offer.markup_bps
+        price = _price_charged(opened, metered)
+        usage = billed(metered.usage, price, opened.request.images)
         receipt = Receipt(
             outcome=outcome,
             provider=candidate.provider,
             request_model=candidate.model,
             response_model=_storable(metered.response_model),
-            usage=msgspec.json.encode(metered.usage).decode(),
+            usage=msgspec.json.encode(usage).decode(),
             usage_source=metered.source,
-            price=msgspec.json.encode(candidate.price).decode(),
-            markup_bps=opened.markup_bps,
-            provider_cost=provider_cost(metered.usage, candidate.price),
+            price=msgspec.json.encode(price).decode(),
+            markup_bps=markup_bps,
+            provider_cost=provider_cost(usage, price),
             ttft_ms=None if opened.first_byte is None else _milliseconds(opened.first_byte - opened.started),
             duration_ms=_milliseconds(_now() - opened.started),
         )
         operation = Settle(
             id=opened.call.request_id,
             wallet_id=opened.call.caller.wallet_id,
-            cost=charge,
+            cost=cost(usage, price, markup_bps),
             tokens=metered.usage.input_tokens + metered.usage.output_tokens,
             receipt=receipt,
         )
@@ -506,13 +546,18 @@ class Exchange:
             log.warning("release_deferred", request_id=opened.call.request_id)
 
 
-def _with_affordable(
-    refused: NotCovered, estimated: Estimate, offered: tuple[Candidate, ...], markup_bps: int
-) -> NotCovered:
+def _with_affordable(refused: NotCovered, estimated: Estimate, offered: tuple[Offer, ...]) -> NotCovered:
     """The refusal with the maximum that would have been covered."""
     if isinstance(refused, InsufficientCredits):
-        refused.tokens_affordable = maximum_affordable(estimated, offered, refused.available, markup_bps)
+        refused.tokens_affordable = maximum_affordable(estimated, offered, refused.available)
     return refused
+
+
+def _price_charged(opened: _Open, metered: Metered) -> Price:
+    """The price of the service tier that served; where nobody knows what was used, the one that bounds the call."""
+    if metered.source is UsageSource.ASSUMED:
+        return opened.offer.price
+    return opened.candidate.price_charged(opened.request.service_tier, metered.service_tier)
 
 
 def _refused(candidate: Candidate, response: UpstreamResponse, status: int, body: bytes) -> UpstreamFailed:
@@ -583,7 +628,7 @@ def _clamped_maximum(opened: _Open) -> int | None:
     estimated, candidate = opened.estimated, opened.candidate
     if estimated.is_maximum_named or opened.reserved >= estimated.at_most:
         return None
-    bought = maximum_bought(estimated, candidate, opened.reserved, opened.markup_bps)
+    bought = maximum_bought(estimated, opened.offer, opened.reserved)
     if bought is None or bought >= output_tokens_max(opened.request, candidate):
         return None
     return maximum_taken(estimated, candidate, bought)
@@ -619,7 +664,7 @@ def _storable(name: str | None) -> str | None:
 
 def _plausible_max(opened: _Open) -> int:
     """The most tokens that a provider can have used: by the model's limits, and by what can be booked at all."""
-    by_price = tokens_payable_max(opened.candidate.price, opened.markup_bps)
+    by_price = tokens_payable_max(opened.offer.price, opened.offer.markup_bps)
     by_model = plausible_tokens_max(opened.request, opened.candidate)
     return by_price if by_model is None else min(by_price, by_model)
 
@@ -641,7 +686,7 @@ def _bound(opened: _Open) -> Usage:
 def _assumed(opened: _Open) -> Metered:
     """The whole reservation: nobody knows what was used."""
     bound = _bound(opened)
-    usage = dearest_usage(bound.input, bound.output, opened.candidate.price)
+    usage = dearest_usage(bound.input, bound.output, opened.offer.price, images=opened.estimated.images)
     return Metered(usage, UsageSource.ASSUMED)
 
 
@@ -653,6 +698,7 @@ def _release(opened: _Open, outcome: str, *, is_undelivered: bool = False) -> Re
             outcome=outcome,
             provider=opened.candidate.provider,
             request_model=opened.candidate.model,
+            markup_bps=opened.offer.markup_bps,
             duration_ms=_milliseconds(_now() - opened.started),
         ),
         is_undelivered=is_undelivered,

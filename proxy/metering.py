@@ -59,9 +59,9 @@ class EventKind(StrEnum):
 class Metered(msgspec.Struct, frozen=True):
     """A usage and where it comes from.
 
-    `response_model` is the model that the provider says it used. `is_implausible` when the provider reported
-    something that cannot be: worth an alarm, since prices or bounds may be wrong. `is_empty` when it reported nothing
-    and there was nothing to count either: no answer at all.
+    `response_model` is the model that the provider says it used, `service_tier` the tier in which it says it did.
+    `is_implausible` when the provider reported something that cannot be: worth an alarm, since prices or bounds may be
+    wrong. `is_empty` when it reported nothing and there was nothing to count either: no answer at all.
     """
 
     usage: Usage
@@ -69,6 +69,7 @@ class Metered(msgspec.Struct, frozen=True):
     response_model: str | None = None
     is_implausible: bool = False
     is_empty: bool = False
+    service_tier: str | None = None
 
 
 class Counter(Protocol):
@@ -216,6 +217,7 @@ class _Chunk(msgspec.Struct):
     error: Any = None
     type: Any = None
     code: Any = None
+    service_tier: Any = None
 
     @property
     def reported(self) -> Raw:
@@ -254,6 +256,7 @@ class _Response(msgspec.Struct):
     usage: Raw = NULL
     error: Any = None
     output: list[_Item] | None = None
+    service_tier: Any = None
 
 
 class _Opened(msgspec.Struct):
@@ -407,17 +410,22 @@ def meter_plain(  # noqa: PLR0913 - what it depends on
         answer = _Chunk()
     usage = _plausible(answer.usage, tokens_max)
     if usage is not None and (usage.output_tokens or endpoint is Endpoint.EMBEDDINGS):
-        return Metered(usage, UsageSource.REPORTED, answer.model)
+        return Metered(usage, UsageSource.REPORTED, answer.model, service_tier=_tier(answer))
     model, texts = _response_texts(body) if is_response else _chat_texts(body)
     if usage is not None and not texts:
-        return Metered(usage, UsageSource.REPORTED, answer.model)
+        return Metered(usage, UsageSource.REPORTED, answer.model, service_tier=_tier(answer))
     return Metered(
         _counted(None, counter.prompt(prompt), counter.texts(texts.values()), bound),
         UsageSource.COUNTED,
         answer.model or model,
         is_implausible=bytes(answer.usage) != b"null",
         is_empty=not texts and not (endpoint is Endpoint.EMBEDDINGS and b'"data"' in body),
+        service_tier=_tier(answer),
     )
+
+
+def _tier(answer: _Chunk | _Response) -> str | None:
+    return answer.service_tier if isinstance(answer.service_tier, str) else None
 
 
 class _Read(msgspec.Struct, frozen=True):
@@ -427,6 +435,7 @@ class _Read(msgspec.Struct, frozen=True):
     usage: Raw = NULL
     model: str | None = None
     has_text: bool = False
+    service_tier: str | None = None
 
 
 class StreamMeter:
@@ -448,6 +457,7 @@ class StreamMeter:
         self._dropped_bytes = 0
         self._usage: Usage | None = None
         self._model: str | None = None
+        self._service_tier: str | None = None
         self._is_implausible = False
 
     @property
@@ -480,11 +490,24 @@ class StreamMeter:
         """
         tokens = 0 if self.is_reported else self._unreported_tokens(counter)
         if self._usage is not None and not tokens:
-            return Metered(self._usage, UsageSource.REPORTED, self._model, self._is_implausible)
+            return Metered(
+                self._usage,
+                UsageSource.REPORTED,
+                self._model,
+                self._is_implausible,
+                service_tier=self._service_tier,
+            )
         is_empty = self._usage is None and not tokens
         prompt_tokens = 0 if self._usage is not None else counter.prompt(prompt)
         usage = _counted(self._usage, prompt_tokens, tokens, bound)
-        return Metered(usage, UsageSource.COUNTED, self._model, self._is_implausible, is_empty=is_empty)
+        return Metered(
+            usage,
+            UsageSource.COUNTED,
+            self._model,
+            self._is_implausible,
+            is_empty=is_empty,
+            service_tier=self._service_tier,
+        )
 
     def _may_say(self, data: bytes) -> bool:
         """Whether an event may hold usage or an error."""
@@ -507,7 +530,7 @@ class StreamMeter:
             kind = EventKind.USAGE_ONLY
         else:
             kind = EventKind.USAGE if any(choice.finish_reason for choice in choices) else EventKind.CONTENT
-        return _Read(kind, chunk.reported, chunk.model, has_text=bool(choices))
+        return _Read(kind, chunk.reported, chunk.model, has_text=bool(choices), service_tier=_tier(chunk))
 
     def _texts(self, data: bytes) -> tuple[str | None, _Texts]:
         return _chat_texts(data)
@@ -518,6 +541,7 @@ class StreamMeter:
         except UNREADABLE:
             self._keep(data)
             return EventKind.CONTENT
+        self._service_tier = read.service_tier or self._service_tier
         usage = _plausible(read.usage, self._tokens_max)
         if usage is not None and (usage.output_tokens or not self._has_text(data)):
             self._usage, self._model = usage, read.model or self._model
@@ -569,7 +593,8 @@ class ResponseMeter(StreamMeter):
             kind = EventKind.ERROR
         else:
             kind = EventKind.DONE if event.type in _RESPONSE_ENDS else EventKind.CONTENT
-        return _Read(kind, response.usage, response.model, has_text=kind is EventKind.CONTENT)
+        has_text = kind is EventKind.CONTENT
+        return _Read(kind, response.usage, response.model, has_text=has_text, service_tier=_tier(response))
 
     def _texts(self, data: bytes) -> tuple[str | None, _Texts]:
         try:

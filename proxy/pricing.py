@@ -4,7 +4,10 @@ Because one function serves both, it is monotone where it matters: usage within 
 what was reserved for the bound.
 """
 
+from collections.abc import Mapping, Sequence
 from decimal import ROUND_CEILING, Decimal
+from enum import StrEnum
+from typing import Final, TypeVar
 
 import msgspec
 
@@ -13,9 +16,13 @@ from proxy.units import MARKUP_BPS_WHOLE, NANOS_MAX, NANOS_PER_CREDIT, Nanos, Us
 _UNITS_PER_PRICE = 10**6
 _CHARGE_DIVISOR = _UNITS_PER_PRICE * MARKUP_BPS_WHOLE
 
+_INPUT_CLASSES: Final = ("input", "cached_input", "cache_write", "audio_input")
+_OUTPUT_CLASSES: Final = ("output", "audio_output")
+TOKEN_CLASSES: Final = (*_INPUT_CLASSES, *_OUTPUT_CLASSES)
 
-class Price(msgspec.Struct, frozen=True):
-    """Nano-dollars per million tokens of each usage class of one model at one provider."""
+
+class Rates(msgspec.Struct, frozen=True):
+    """Nano-dollars per million tokens of each class."""
 
     input: int
     cached_input: int
@@ -33,6 +40,47 @@ class Price(msgspec.Struct, frozen=True):
     def dearest_output(self) -> int:
         """The most that any output token can cost."""
         return max(self.output, self.audio_output)
+
+
+class LongContext(Rates, frozen=True):
+    """The rates of all tokens of a call that has more than `above_tokens` of input, of every class together."""
+
+    above_tokens: int
+
+
+class Price(Rates, frozen=True, kw_only=True, omit_defaults=True):
+    """What one model costs at one provider, in one service tier: the rates of its tokens, and what is billed beside.
+
+    `image` and `request` are nano-dollars per million images and requests. `long_context` goes from the lowest
+    threshold to the highest, and no class gets cheaper on the way (see `stepped`): else a bound of the input would not
+    bound the cost. `service_tier` is None for the standard one.
+    """
+
+    image: int = 0
+    request: int = 0
+    long_context: tuple[LongContext, ...] = ()
+    service_tier: str | None = None
+
+    def at(self, input_tokens: int) -> Rates:
+        """The rates of a call with so much input."""
+        rates: Rates = self
+        for step in self.long_context:
+            if input_tokens > step.above_tokens:
+                rates = step
+        return rates
+
+    def marked_up(self, markup_bps: int) -> "Price":
+        """This price with the markup on it, for people: each number is rounded up, where a charge is only once."""
+        steps = tuple(
+            msgspec.structs.replace(step, **_marked_up(step, TOKEN_CLASSES, markup_bps)) for step in self.long_context
+        )
+        numbers = _marked_up(self, (*TOKEN_CLASSES, "image", "request"), markup_bps)
+        return msgspec.structs.replace(self, **numbers, long_context=steps)
+
+
+def _marked_up(rates: Rates, names: Sequence[str], markup_bps: int) -> dict[str, int]:
+    whole = MARKUP_BPS_WHOLE + markup_bps
+    return {name: -(-getattr(rates, name) * whole // MARKUP_BPS_WHOLE) for name in names}
 
 
 def price_nanos_per_mtok(dollars_per_mtok: Decimal) -> tuple[int, bool]:
@@ -55,49 +103,170 @@ def provider_cost(usage: Usage, price: Price) -> Nanos:
     return _charge(_provider_total(usage, price), 0)
 
 
-def bound(input_tokens: int, output_tokens: int, price: Price, markup_bps: int) -> Nanos:
-    """The most that a call of at most so many tokens can cost the caller, whatever their classes."""
-    return _charge(input_tokens * price.dearest_input + output_tokens * price.dearest_output, markup_bps)
+def billed(usage: Usage, price: Price, images: int) -> Usage:
+    """The tokens of a call with what else of it is billed at `price`: itself, and its images."""
+    if not price.request and not price.image:
+        return usage
+    return msgspec.structs.replace(usage, requests=1 if price.request else 0, images=images if price.image else 0)
+
+
+def bound(input_tokens: int, output_tokens: int, price: Price, markup_bps: int, *, images: int = 0) -> Nanos:
+    """The most that a call of at most so many tokens and images can cost the caller, whatever the tokens' classes."""
+    rates = price.at(input_tokens)
+    tokens = input_tokens * rates.dearest_input + output_tokens * rates.dearest_output
+    return _charge(tokens + price.request + images * price.image, markup_bps)
 
 
 def tokens_payable_max(price: Price, markup_bps: int) -> int:
-    """How many tokens of any class can be charged for in 64 bits."""
-    dearest = max(price.dearest_input, price.dearest_output, 1)
-    return NANOS_MAX * _UNITS_PER_PRICE // dearest * MARKUP_BPS_WHOLE // (MARKUP_BPS_WHOLE + markup_bps)
+    """How many tokens of any class can be charged for in 64 bits, beside what else is billed of a call."""
+    rates = price.long_context[-1] if price.long_context else price
+    dearest = max(rates.dearest_input, rates.dearest_output, 1)
+    payable = NANOS_MAX * _UNITS_PER_PRICE * MARKUP_BPS_WHOLE // (MARKUP_BPS_WHOLE + markup_bps)
+    return max(0, payable - price.request - IMAGES_MAX * price.image) // dearest
 
 
-def dearest_usage(input_tokens: int, output_tokens: int, price: Price) -> Usage:
-    """The usage of so many tokens that costs the most: its `cost` is their `bound`."""
-    dearest_input = max(("input", "cached_input", "cache_write", "audio_input"), key=lambda name: getattr(price, name))
-    dearest_output = max(("output", "audio_output"), key=lambda name: getattr(price, name))
-    return Usage(**{dearest_input: input_tokens, dearest_output: output_tokens})
+IMAGES_MAX = 20_000
+"""In one call: as many as a request may have parts."""
 
 
-def output_tokens_affordable(amount: Nanos, input_tokens: int, price: Price, markup_bps: int) -> int | None:
+def dearest_usage(input_tokens: int, output_tokens: int, price: Price, *, images: int = 0) -> Usage:
+    """The usage of so many tokens and images that costs the most: its `cost` is their `bound`."""
+    rates = price.at(input_tokens)
+    dearest_input = max(_INPUT_CLASSES, key=lambda name: getattr(rates, name))
+    dearest_output = max(_OUTPUT_CLASSES, key=lambda name: getattr(rates, name))
+    return billed(Usage(**{dearest_input: input_tokens, dearest_output: output_tokens}), price, images)
+
+
+def output_tokens_affordable(
+    amount: Nanos, input_tokens: int, price: Price, markup_bps: int, *, images: int = 0
+) -> int | None:
     """How many output tokens `amount` covers beside `input_tokens`; negative when not even the input is covered.
 
     None when output is free, so that any number is covered. Exact: `bound` of the answer is within `amount`, and
     of one token more it is not.
     """
+    rates = price.at(input_tokens)
     total = amount * _CHARGE_DIVISOR // (MARKUP_BPS_WHOLE + markup_bps)
-    left = total - input_tokens * price.dearest_input
+    left = total - input_tokens * rates.dearest_input - price.request - images * price.image
     if left < 0:
         return -1
-    if not price.dearest_output:
+    if not rates.dearest_output:
         return None
-    return left // price.dearest_output
+    return left // rates.dearest_output
 
 
 def _provider_total(usage: Usage, price: Price) -> int:
+    rates = price.at(usage.input_tokens) if price.long_context else price
     return (
-        usage.input * price.input
-        + usage.cached_input * price.cached_input
-        + usage.cache_write * price.cache_write
-        + usage.audio_input * price.audio_input
-        + usage.output * price.output
-        + usage.audio_output * price.audio_output
+        usage.input * rates.input
+        + usage.cached_input * rates.cached_input
+        + usage.cache_write * rates.cache_write
+        + usage.audio_input * rates.audio_input
+        + usage.output * rates.output
+        + usage.audio_output * rates.audio_output
+        + usage.images * price.image
+        + usage.requests * price.request
     )
 
 
 def _charge(total: int, markup_bps: int) -> Nanos:
     return -(-total * (MARKUP_BPS_WHOLE + markup_bps) // _CHARGE_DIVISOR)
+
+
+# ---- making prices
+
+_AnyRates = TypeVar("_AnyRates", bound=Rates)
+
+
+def raised(rates: _AnyRates, *others: Rates) -> _AnyRates:
+    """`rates` with each class at least as dear as in all of `others`."""
+    dearest = {name: max(getattr(each, name) for each in (rates, *others)) for name in TOKEN_CLASSES}
+    return msgspec.structs.replace(rates, **dearest)
+
+
+def stepped(price: Price) -> tuple[Price, bool]:
+    """`price` with no step of its long context below the one before, and whether it was so already."""
+    steps: list[LongContext] = []
+    floor: Rates = price
+    for step in sorted(price.long_context, key=lambda step: step.above_tokens):
+        steps.append(raised(step, floor))
+        floor = steps[-1]
+    changed = msgspec.structs.replace(price, long_context=tuple(steps))
+    return changed, changed == price
+
+
+def dearest_price(prices: Sequence[Price]) -> Price:
+    """The price that costs at least as much as each of `prices`, whatever the usage."""
+    if len(prices) == 1:
+        return prices[0]
+    first = prices[0]
+    thresholds = sorted({step.above_tokens for price in prices for step in price.long_context})
+    return Price(
+        **{name: max(getattr(price, name) for price in prices) for name in (*TOKEN_CLASSES, "image", "request")},
+        long_context=tuple(
+            raised(LongContext(**_rates(first.at(above + 1)), above_tokens=above), *(p.at(above + 1) for p in prices))
+            for above in thresholds
+        ),
+    )
+
+
+def is_no_dearer(price: Price, than: Price) -> bool:
+    """Whether no usage costs more at `price` than at `than`."""
+    if price.image > than.image or price.request > than.request:
+        return False
+    inputs = [0, *(step.above_tokens + 1 for step in (*price.long_context, *than.long_context))]
+    return all(
+        getattr(price.at(tokens), name) <= getattr(than.at(tokens), name) for tokens in inputs for name in TOKEN_CLASSES
+    )
+
+
+def _rates(rates: Rates) -> dict[str, int]:
+    return {name: getattr(rates, name) for name in TOKEN_CLASSES}
+
+
+# ---- markup
+
+
+class MarkupKind(StrEnum):
+    """What a rule is for, the most specific first."""
+
+    USER = "user"
+    MODEL = "model"
+    PROVIDER = "provider"
+    DEFAULT = "default"
+
+
+class Markup(msgspec.Struct, frozen=True):
+    """A markup with the rule that it comes from; `subject` is None for the default one."""
+
+    kind: MarkupKind
+    subject: str | None
+    bps: int
+
+
+class MarkupRules(msgspec.Struct, frozen=True):
+    """Every rule there is, in basis points by its subject.
+
+    Users go by their ids; models by the name that a client asks for, by `provider/model`, or by their name at any
+    provider, in this order.
+    """
+
+    default_bps: int
+    users: Mapping[str, int] = {}
+    models: Mapping[str, int] = {}
+    providers: Mapping[str, int] = {}
+
+    def of_model(self, asked: str, provider: str, model: str) -> Markup:
+        """The markup of what serves the name `asked`, for everybody without a rule of their own."""
+        for subject in (asked, f"{provider}/{model}", model):
+            if subject in self.models:
+                return Markup(MarkupKind.MODEL, subject, self.models[subject])
+        if provider in self.providers:
+            return Markup(MarkupKind.PROVIDER, provider, self.providers[provider])
+        return Markup(MarkupKind.DEFAULT, None, self.default_bps)
+
+    def of_call(self, user_id: str | None, asked: str, provider: str, model: str) -> Markup:
+        """The markup of a call: the user's own rule goes before all others."""
+        if user_id is not None and user_id in self.users:
+            return Markup(MarkupKind.USER, user_id, self.users[user_id])
+        return self.of_model(asked, provider, model)

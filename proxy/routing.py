@@ -1,18 +1,43 @@
-"""Which candidates may serve a call, in which order."""
+"""Which candidates may serve a call, in which order, and which of them are left alone for a while."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from email.utils import parsedate_to_datetime
 
 import msgspec
 
-from proxy.errors import ModelNotFound
-from proxy.pricing import Price
+from proxy.errors import BadRequest, ModelNotFound
+from proxy.pricing import Price, is_no_dearer
+
+FAILURES_MAX = 3
+"""In a row: with the last of them a candidate is left alone. One failure says little of the next call."""
+
+COOL_DOWN_S = 5.0
+"""The first time; each further failure doubles it."""
+
+COOL_DOWN_S_MAX = 60.0
+
+RETRY_AFTER_S_MAX = 600.0
+"""How much of a provider's own wish to be left alone is granted."""
+
+PROBE_S = 30.0
+"""How long the one call that tries a candidate again may take to say how it goes, before another one may."""
+
+_STANDARD = frozenset({"default", "standard", "on_demand"})
+"""What providers call the service tier of their ordinary price."""
+
+_UNDECIDED = frozenset({None, "auto"})
+"""The provider, or the operator's account there, chooses the service tier."""
 
 
 class Candidate(msgspec.Struct, frozen=True):
-    """One model at one provider, with its price and limits.
+    """One model at one provider, with its price, markup and limits, under one of the names that clients ask for.
 
     `output_tokens_max` and `context_tokens` are None where nobody has said; at least one of them is known. `tokenizer`
-    is the name of OpenAI's tokenizer that it uses, None where it uses another one.
+    is the name of OpenAI's tokenizer that it uses, None where it uses another one; `image_tokens_max` the most that an
+    image can become, None where it can be anything. `service_prices` are those of the service tiers beside the standard
+    one, by name, and `dearest_price` costs at least as much as any of them. `markup_bps` is for callers without a rule
+    of their own. Of the candidates of a name the lowest `priority` comes first, and among equals as many calls go to
+    each as its `weight` says. `is_local` for a provider inside of the operator's own network.
     """
 
     provider: str
@@ -24,11 +49,49 @@ class Candidate(msgspec.Struct, frozen=True):
     is_reasoning: bool
     knows_stream_options: bool
     tokenizer: str | None = None
+    image_tokens_max: int | None = None
+    service_prices: Mapping[str, Price] = {}
+    dearest_price: Price | None = None
+    markup_bps: int = 0
+    priority: int = 0
+    weight: int = 1
+    is_local: bool = False
 
     @property
     def target(self) -> str:
         """`provider/model`, the name that prices and allowances know it by."""
         return f"{self.provider}/{self.model}"
+
+    def price_bounding(self, service_tier: str | None) -> Price | None:
+        """What a call costs at most that asks for `service_tier`; None where that has no price."""
+        if service_tier in _UNDECIDED:
+            return self.dearest_price or self.price
+        return self._priced(service_tier)
+
+    def price_charged(self, asked: str | None, reported: str | None) -> Price:
+        """What a call costs that `asked` for a service tier, and whose answer `reported` one; None where there is none.
+
+        What was reported counts, unless it has no price or is dearer than what was asked for: then the price that
+        bounds the call does.
+        """
+        if not self.service_prices:
+            return self.price
+        bounding = self.price_bounding(asked) or self.price
+        found = self._priced(reported)
+        if asked in _UNDECIDED:
+            return self.price if reported is None else found or bounding
+        return found if found is not None and is_no_dearer(found, bounding) else bounding
+
+    def _priced(self, service_tier: str | None) -> Price | None:
+        return self.price if service_tier in _STANDARD else self.service_prices.get(service_tier or "")
+
+
+class Offer(msgspec.Struct, frozen=True):
+    """A candidate for one call, with the price that bounds what it costs there, and the caller's markup."""
+
+    candidate: Candidate
+    price: Price
+    markup_bps: int
 
 
 Models = Mapping[str, tuple[Candidate, ...]]
@@ -41,3 +104,106 @@ def candidates(models: Models, model: str) -> tuple[Candidate, ...]:
     if not found:
         raise ModelNotFound(model)
     return found
+
+
+def offers(found: Sequence[Candidate], service_tier: str | None, markup_bps: int | None) -> tuple[Offer, ...]:
+    """Those of `found` where `service_tier` has a price, at the caller's own `markup_bps` or everybody's.
+
+    Raises `BadRequest` when there are none.
+    """
+    offered = []
+    for candidate in found:
+        price = candidate.price_bounding(service_tier)
+        if price is not None:
+            offered.append(Offer(candidate, price, candidate.markup_bps if markup_bps is None else markup_bps))
+    if not offered:
+        raise BadRequest(
+            f"The service tier '{service_tier}' is not priced here.",
+            param="service_tier",
+            code="unsupported_parameter",
+        )
+    return tuple(offered)
+
+
+class _State(msgspec.Struct):
+    failures: int = 0
+    cooling_until: float = 0.0
+    probed_until: float = 0.0
+
+
+class Health:
+    """What one process has seen of its candidates lately; instants are seconds of any clock that only goes forward.
+
+    A candidate that failed `FAILURES_MAX` times in a row, or asked to be left alone, comes after all others until its
+    cool-down is over. Then one call at a time tries it again, until one of them succeeds. Nobody is ever left without
+    a candidate: where all are cooling down they are tried all the same.
+    """
+
+    def __init__(self) -> None:
+        self._states: dict[str, _State] = {}
+
+    def ordered(self, offered: Sequence[Offer], now: float, draw: Callable[[], float]) -> tuple[Offer, ...]:
+        """`offered` in the order in which to try them; `draw` gives random numbers from 0 to below 1."""
+        if len(offered) == 1:
+            return tuple(offered)
+        by_priority: dict[int, list[Offer]] = {}
+        for offer in offered:
+            by_priority.setdefault(offer.candidate.priority, []).append(offer)
+        preferred = [offer for priority in sorted(by_priority) for offer in _shuffled(by_priority[priority], draw)]
+        if not self._states:
+            return tuple(preferred)
+        return tuple(sorted(preferred, key=lambda offer: self._is_left_alone(offer.candidate.target, now)))
+
+    def trying(self, target: str, now: float) -> None:
+        """A call goes to `target`: if it was cooling down, this one finds out whether it is well again."""
+        state = self._states.get(target)
+        if state is not None and state.cooling_until:
+            state.probed_until = now + PROBE_S
+
+    def succeeded(self, target: str) -> None:
+        """`target` has answered."""
+        self._states.pop(target, None)
+
+    def failed(self, target: str, now: float, retry_after_s: float | None = None) -> None:
+        """`target` has failed, and would like to be left alone for `retry_after_s` seconds."""
+        state = self._states.setdefault(target, _State())
+        state.failures += 1
+        state.probed_until = 0.0
+        wait_s = 0.0
+        if state.failures >= FAILURES_MAX:
+            # An exponent of any size would overflow a float.
+            doublings = min(state.failures - FAILURES_MAX, 10)
+            wait_s = min(COOL_DOWN_S * 2**doublings, COOL_DOWN_S_MAX)
+        if retry_after_s is not None:
+            wait_s = max(wait_s, min(retry_after_s, RETRY_AFTER_S_MAX))
+        if wait_s:
+            state.cooling_until = max(state.cooling_until, now + wait_s)
+
+    def _is_left_alone(self, target: str, now: float) -> bool:
+        state = self._states.get(target)
+        return state is not None and (now < state.cooling_until or now < state.probed_until)
+
+
+def _shuffled(offered: list[Offer], draw: Callable[[], float]) -> list[Offer]:
+    """All of `offered`, each the more likely before another the more it weighs."""
+    waiting, drawn = list(offered), []
+    while len(waiting) > 1:
+        point = draw() * sum(offer.candidate.weight for offer in waiting)
+        for place, offer in enumerate(waiting):
+            point -= offer.candidate.weight
+            if point < 0 or place == len(waiting) - 1:
+                drawn.append(waiting.pop(place))
+                break
+    return drawn + waiting
+
+
+def retry_after_s(value: str | None, unix_s: float) -> float | None:
+    """The seconds in a `Retry-After` header (RFC 9110, section 10.2.3) at `unix_s`; None where there are none."""
+    text = (value or "").strip()
+    if text.isascii() and text.isdecimal():
+        return float(min(int(text[:10]), RETRY_AFTER_S_MAX))
+    try:
+        until_s = parsedate_to_datetime(text).timestamp()
+    except (ValueError, OverflowError):
+        return None
+    return min(max(until_s - unix_s, 0.0), RETRY_AFTER_S_MAX)

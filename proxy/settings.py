@@ -5,7 +5,7 @@ Everything wrong is reported as one `SettingsError` that names the place, before
 
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from decimal import Decimal
 from ipaddress import ip_network
 from pathlib import Path
@@ -122,10 +122,23 @@ class AuthSettings(_Section, frozen=True):
     issuers: list[IssuerSettings] = []
 
 
+MaximumField = Literal["max_tokens", "max_completion_tokens"]
+
+
+class RoutingSettings(_Section, frozen=True):
+    """Who serves a call, and what is on offer."""
+
+    expose: Literal["listed", "priced"] = "priced"
+    """What may be asked for: every model with a price, or only the names that `[models]` lists."""
+    may_pay_twice: bool = False
+    """Whether a call is sent to the next candidate although the last one may have done, and billed, the work."""
+
+
 class ProviderSettings(_Section, frozen=True):
     """One upstream.
 
-    `enabled = "auto"` enables it when the variable that `api_key_env` names is set.
+    `enabled = "auto"` enables it when the variable that `api_key_env` names is set. Admins enable and disable providers
+    at run time; what they say stands from then on.
     """
 
     kind: Literal["openai", "demo"]
@@ -134,19 +147,41 @@ class ProviderSettings(_Section, frozen=True):
     api_key_env: str | None = None
     knows_stream_options: bool = True
     """Whether it accepts `stream_options.include_usage`; if not, usage it does not report is counted."""
+    maximum_field: MaximumField | None = None
+    """The field in which its models take their maximum, where their rows do not say."""
+    headers: dict[str, str] = {}
+    """Header fields that go with every call."""
+    headers_env: dict[str, str] = {}
+    """Likewise, with the names of the environment variables that hold their values, such as `api-key`."""
+    connections_max: PositiveInt = 1000
+    """Calls at once."""
+    price_list: str | None = None
+    """The name under which the price book knows it, if that is not its own."""
+    is_local: bool | None = None
+    """Whether it stands in the operator's own network, and must not fetch media from there for clients; none: if its
+    address says so."""
     connect_s: Seconds = 5
     first_byte_s: Seconds = 300
     idle_s: Seconds = 120
 
 
+class CandidateSettings(_Section, frozen=True):
+    """One who may serve a name. The lowest priority comes first; equals share the calls by their weights."""
+
+    target: str
+    priority: Annotated[int, msgspec.Meta(ge=0)] | None = None
+    """None: its place in the list."""
+    weight: PositiveInt = 1
+
+
 class ModelSettings(_Section, frozen=True):
     """A name that clients use, and who may serve it: `provider/model`, in order of preference."""
 
-    candidates: Annotated[list[str], msgspec.Meta(min_length=1)]
+    candidates: Annotated[list[str | CandidateSettings], msgspec.Meta(min_length=1)]
 
 
-class PriceSettings(_Section, frozen=True):
-    """Dollars per million tokens, and the limits of the model. A class without a price costs what its side does."""
+class RateSettings(_Section, frozen=True):
+    """Dollars per million tokens. A class without a price costs what its side does."""
 
     input: Decimal
     output: Decimal
@@ -154,12 +189,34 @@ class PriceSettings(_Section, frozen=True):
     cache_write: Decimal | None = None
     audio_input: Decimal | None = None
     audio_output: Decimal | None = None
+
+
+class LongContextSettings(RateSettings, frozen=True, kw_only=True):
+    """The rates of all tokens of a call with more input than `above_tokens`."""
+
+    above_tokens: PositiveInt
+
+
+class ServicePriceSettings(RateSettings, frozen=True, kw_only=True):
+    """Dollars per million tokens, and for one image and one request."""
+
+    image: Decimal | None = None
+    request: Decimal | None = None
+    long_context: list[LongContextSettings] = []
+
+
+class PriceSettings(ServicePriceSettings, frozen=True, kw_only=True):
+    """What a model costs, in the standard service tier and in others, and its limits: those not said are the book's."""
+
+    service_tiers: dict[str, ServicePriceSettings] = {}
     max_output_tokens: PositiveInt | None = None
     context_tokens: PositiveInt | None = None
+    image_tokens_max: PositiveInt | None = None
+    """The most tokens that one image can become; without it, the whole context."""
     tokenizer: str | None = None
-    maximum_field: Literal["max_tokens", "max_completion_tokens"] | None = None
+    maximum_field: MaximumField | None = None
     """The field in which this model takes its maximum; reasoning models know only the second one."""
-    is_reasoning: bool = False
+    is_reasoning: bool | None = None
     """Whether it thinks before it answers, on output tokens that are not shown."""
 
 
@@ -170,6 +227,7 @@ class Settings(_Section, frozen=True):
     database: DatabaseSettings = DatabaseSettings()
     credits: CreditsSettings = CreditsSettings()
     auth: AuthSettings = AuthSettings()
+    routing: RoutingSettings = RoutingSettings()
     providers: dict[str, ProviderSettings] = {}
     models: dict[str, ModelSettings] = {}
     prices: dict[str, PriceSettings] = {}
@@ -183,9 +241,13 @@ class Configuration(msgspec.Struct, frozen=True):
     database_url: str
     """Absolute: a relative SQLite path has been taken to lie in the data folder."""
     providers: dict[str, ProviderSettings]
-    """Those that are enabled."""
+    """Those that could serve: they have all they need."""
+    enabled: frozenset[str]
+    """Those of them that do, until an admin says otherwise."""
     api_keys: dict[str, str]
-    """The key of each enabled provider that has one. A secret: never log this struct."""
+    """The key of each provider that has one. A secret: never log this struct."""
+    headers: dict[str, list[tuple[str, str]]]
+    """The header fields of each provider's calls. Secrets as well."""
 
     @property
     def is_embedded(self) -> bool:
@@ -221,15 +283,23 @@ def load(
         raise SettingsError(f"{path}: {_fault(raw, exc)}") from exc
     _check(settings, path)
     data_dir = Path(environ.get("TOLLGATE_DATA_DIR") or path.parent / DATA_FOLDER).absolute()
+    enabled = {name for name, provider in settings.providers.items() if _is_enabled(name, provider, environ, path)}
     providers = {
-        name: provider for name, provider in settings.providers.items() if _is_enabled(name, provider, environ, path)
+        name: provider
+        for name, provider in settings.providers.items()
+        if name in enabled or not _fault_of(provider, environ)
     }
     return Configuration(
         settings=settings,
         data_dir=data_dir,
         database_url=_absolute(settings.database.url, data_dir),
         providers=providers,
+        enabled=frozenset(enabled),
         api_keys={name: environ[provider.api_key_env] for name, provider in providers.items() if provider.api_key_env},
+        headers={
+            name: [*provider.headers.items(), *((field, environ[env]) for field, env in provider.headers_env.items())]
+            for name, provider in providers.items()
+        },
     )
 
 
@@ -286,14 +356,34 @@ def _check(settings: Settings, path: Path) -> None:
             raise SettingsError(f"{path}: providers.{name!r}: a provider's name must not be empty or hold a slash")
     for alias, model in settings.models.items():
         for candidate in model.candidates:
-            _check_target(candidate, settings, f'{path}: models."{alias}".candidates')
+            target = candidate if isinstance(candidate, str) else candidate.target
+            _check_target(target, settings, f'{path}: models."{alias}".candidates')
     for target, price in settings.prices.items():
         place = f'{path}: prices."{target}"'
         _check_target(target, settings, place)
-        for name in ("input", "cached_input", "cache_write", "audio_input", "output", "audio_output"):
-            value = getattr(price, name)
-            if value is not None and not (value.is_finite() and 0 <= value <= _DOLLARS_PER_MTOK_MAX):
-                raise SettingsError(f"{place}.{name}: must be from 0 to {_DOLLARS_PER_MTOK_MAX} dollars")
+        try:
+            check_price(price)
+        except AmountError as exc:
+            raise SettingsError(f"{place}.{exc}") from exc
+
+
+def check_price(price: PriceSettings) -> None:
+    """Raises `AmountError`, which begins with the place, when one of the prices is out of range."""
+    for place, rates in _rates_in(price):
+        for name in (*RateSettings.__struct_fields__, "image", "request"):
+            value = getattr(rates, name, None)
+            most = _DOLLARS_EACH_MAX if name in {"image", "request"} else _DOLLARS_PER_MTOK_MAX
+            if value is not None and not (value.is_finite() and 0 <= value <= most):
+                raise AmountError(f"{place}{name}: must be from 0 to {most} dollars")
+
+
+def _rates_in(price: PriceSettings) -> Iterator[tuple[str, RateSettings]]:
+    services: list[tuple[str, ServicePriceSettings]] = [("", price)]
+    services += [(f"service_tiers.{name}.", service) for name, service in price.service_tiers.items()]
+    for place, service in services:
+        yield place, service
+        for step in service.long_context:
+            yield f"{place}long_context.", step
 
 
 def _check_strangers(settings: Settings, path: Path) -> None:
@@ -328,6 +418,9 @@ _LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
 _DOLLARS_PER_MTOK_MAX = 1_000_000
 """A dollar a token: more is a slip of the keyboard, and less keeps any one call within 64 bits."""
 
+_DOLLARS_EACH_MAX = 1_000
+"""For one image or request: likewise."""
+
 
 def _check_target(target: str, settings: Settings, place: str) -> None:
     provider, slash, model = target.partition("/")
@@ -348,17 +441,25 @@ def _is_enabled(name: str, provider: ProviderSettings, environ: Mapping[str, str
         )
     if provider.enabled is False or (provider.enabled == "auto" and variable and not environ.get(variable)):
         return False
-    place = f"{path}: providers.{name}"
+    fault = _fault_of(provider, environ)
+    if fault is not None:
+        raise SettingsError(f"{path}: providers.{name}{fault}")
+    return True
+
+
+def _fault_of(provider: ProviderSettings, environ: Mapping[str, str]) -> str | None:
+    """What keeps a provider from serving, with its place; None when nothing does."""
     if provider.kind == "openai":
         if not provider.base_url or not provider.base_url.startswith(("http://", "https://")):
-            raise SettingsError(f"{place}.base_url: an http:// or https:// address is needed")
-    elif provider.base_url or variable:
-        raise SettingsError(f"{place}: a demo provider takes neither base_url nor api_key_env")
-    if variable and not environ.get(variable):
-        raise SettingsError(
-            f"{place}.api_key_env: the environment variable {variable} is not set (or set `enabled = false`)"
-        )
-    return True
+            return ".base_url: an http:// or https:// address is needed"
+    elif provider.base_url or provider.api_key_env:
+        return ": a demo provider takes neither base_url nor api_key_env"
+    places = [("api_key_env", provider.api_key_env)]
+    places += [(f"headers_env.{field}", variable) for field, variable in provider.headers_env.items()]
+    for place, variable in places:
+        if variable and not environ.get(variable):
+            return f".{place}: the environment variable {variable} is not set (or set `enabled = false`)"
+    return None
 
 
 def _checked_postgresql(url: str) -> str:

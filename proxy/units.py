@@ -105,7 +105,7 @@ class Usage(msgspec.Struct, frozen=True, omit_defaults=True):
 
     OpenAI reports cached and audio tokens *inside* `prompt_tokens`; here `input` is what is left of them, so
     that a sum over all classes counts nothing twice. `reasoning` is the part of `output` that was not shown:
-    it is kept for the record and has no price of its own.
+    it is kept for the record and has no price of its own. `images` and `requests` are counted where they are priced.
     """
 
     input: int = 0
@@ -115,6 +115,8 @@ class Usage(msgspec.Struct, frozen=True, omit_defaults=True):
     output: int = 0
     audio_output: int = 0
     reasoning: int = 0
+    images: int = 0
+    requests: int = 0
 
     @property
     def input_tokens(self) -> int:

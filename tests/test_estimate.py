@@ -15,7 +15,7 @@ from proxy.estimate import (
     maximum_bought,
 )
 from proxy.pricing import Price, bound, cost
-from proxy.routing import Candidate
+from proxy.routing import Candidate, Offer
 from proxy.units import Usage
 from proxy.wire.chat import decode_chat
 
@@ -39,10 +39,17 @@ def candidate(**changes) -> Candidate:
     return Candidate(**{**fields, **changes})
 
 
+def offer(**changes) -> Offer:
+    """That model, at its own price."""
+    found = candidate(**changes)
+    return Offer(found, found.price, MARKUP_BPS)
+
+
 def estimated(candidates, **fields):
     """The estimate of a chat with these fields."""
     body = msgspec.json.encode({"model": "m", "messages": [{"role": "user", "content": "hello"}], **fields})
-    return estimate(decode_chat(body), len(body), candidates, MARKUP_BPS), len(body)
+    offered = [Offer(found, found.price, MARKUP_BPS) for found in candidates]
+    return estimate(decode_chat(body), len(body), offered), len(body)
 
 
 def test_a_maximum_that_was_named_is_the_bound():
@@ -73,7 +80,7 @@ def test_a_maximum_is_no_prompt():
 def test_what_is_affordable_leaves_room_to_name_it():
     """A body is longer once it names the maximum that it was told."""
     unnamed, _ = estimated([candidate()])
-    affordable = maximum_affordable(unnamed, [candidate()], unnamed.at_least - 1, MARKUP_BPS)
+    affordable = maximum_affordable(unnamed, [offer()], unnamed.at_least - 1)
     assert affordable < USEFUL_OUTPUT_TOKENS
     for field in ("max_tokens", "max_completion_tokens"):
         named, _ = estimated([candidate()], **{field: affordable})
@@ -85,7 +92,7 @@ def test_each_candidate_is_bounded_by_its_own_context():
     small, large = candidate(price=DEAR, context_tokens=50), candidate()
     found, size = estimated([small, large], messages=[{"role": "user", "content": "x" * 5000}])
     assert (input_bound(found, small), input_bound(found, large)) == (50, size)
-    assert maximum_bought(found, small, found.at_least, MARKUP_BPS) >= USEFUL_OUTPUT_TOKENS
+    assert maximum_bought(found, Offer(small, DEAR, MARKUP_BPS), found.at_least) >= USEFUL_OUTPUT_TOKENS
 
 
 def test_the_dearest_candidate_sets_the_bound():
@@ -114,6 +121,43 @@ def test_media_count_as_the_whole_context():
         estimated([candidate(context_tokens=None)], messages=image)
 
 
+def pictures(*urls) -> list[dict]:
+    """Messages with these images, and a text."""
+    parts = [{"type": "image_url", "image_url": {"url": url, "detail": "high"}} for url in urls]
+    return [{"role": "user", "content": [{"type": "text", "text": "What is this?"}, *parts]}]
+
+
+def test_images_with_a_maximum_count_as_that():
+    """Whether they are in the body or not: their own bytes are no tokens, all others are."""
+    data = "data:image/png;base64," + "A" * 50_000
+    sized = candidate(image_tokens_max=1000)
+    found, size = estimated([sized], messages=pictures(data, "https://x/y.png"))
+    assert size > 50_000
+    assert 2000 < found.input_tokens < 2500
+    assert found.images == 2
+    unsized, _ = estimated([candidate()], messages=pictures(data))
+    assert unsized.input_tokens == 128_000
+    without_context, _ = estimated([candidate(image_tokens_max=1000, context_tokens=None)], messages=pictures(data))
+    assert 1000 < without_context.input_tokens < 1500
+
+
+def test_other_media_beside_images_count_as_the_whole_context():
+    """A maximum of images says nothing of files."""
+    messages = pictures("https://x/y.png")
+    messages[0]["content"].append({"type": "input_audio", "input_audio": {"data": "AA", "format": "wav"}})
+    found, _ = estimated([candidate(image_tokens_max=1000)], messages=messages)
+    assert found.input_tokens == 128_000
+
+
+def test_images_and_requests_are_held_where_they_have_a_price():
+    """On top of the tokens."""
+    priced = msgspec.structs.replace(CHEAP, image=10**15, request=5 * 10**15)
+    found, _ = estimated([candidate(price=priced, image_tokens_max=1)], messages=pictures("https://x/y", "https://x/z"))
+    plain, _ = estimated([candidate(image_tokens_max=1)], messages=pictures("https://x/y", "https://x/z"))
+    extra = 7 * 10**9 * (10_000 + MARKUP_BPS) // 10_000
+    assert 0 <= found.at_most - plain.at_most - extra <= 1
+
+
 @given(
     amount=st.integers(0, 10**12),
     n=st.integers(1, 5),
@@ -125,8 +169,8 @@ def test_what_a_grant_buys_is_within_the_grant(amount, n, predicted, named):
     fields = {"n": n, "max_tokens": named, "prediction": {"type": "content", "content": "x" * predicted}}
     found, _ = estimated([candidate()], **fields)
     predicted = found.prediction_tokens
-    bought = maximum_bought(found, candidate(), amount, MARKUP_BPS)
-    affordable = maximum_affordable(found, [candidate()], amount, MARKUP_BPS)
+    bought = maximum_bought(found, offer(), amount)
+    affordable = maximum_affordable(found, [offer()], amount)
     assert affordable <= bought if named is None else affordable == bought
     if not bought:
         return

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from proxy.metering import (
     EventKind,
     Metered,
+    ResponseMeter,
     StreamMeter,
     UsageSource,
     failure_status,
@@ -181,6 +182,18 @@ def plain(body, bound=ROOMY, **maxima):
 def test_a_plain_answer_that_reports():
     """Its usage is taken as it is, and its model is known."""
     assert plain(answer(usage=REPORTED)) == Metered(Usage(input=10, output=5), UsageSource.REPORTED, "m-1")
+
+
+@pytest.mark.parametrize(("said", "known"), [("flex", "flex"), (None, None), (7, None), ({}, None)])
+def test_the_service_tier_that_served(said, known):
+    """As the provider says it, in answers and in streams of either shape; what is no name is none."""
+    assert plain(answer(usage=REPORTED, service_tier=said)).service_tier == known
+    meter, _ = fed(event(chunk("x")), event(usage_chunk(service_tier=said)))
+    assert result(meter).service_tier == known
+    responded = {"type": "response.completed", "response": {"usage": REPORTED, "service_tier": said}}
+    streamed = ResponseMeter(1000)
+    streamed.feed(event(responded))
+    assert result(streamed).service_tier == known
 
 
 def test_reported_usage_is_not_cut_to_the_bound():

@@ -2,22 +2,43 @@ from decimal import Decimal
 from fractions import Fraction
 from math import ceil
 
+import msgspec
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.pricing import (
+    TOKEN_CLASSES,
+    LongContext,
+    Markup,
+    MarkupRules,
     Price,
+    billed,
     bound,
     cost,
+    dearest_price,
     dearest_usage,
+    is_no_dearer,
     output_tokens_affordable,
     price_nanos_per_mtok,
     provider_cost,
+    stepped,
+    tokens_payable_max,
 )
-from proxy.units import Usage
+from proxy.units import NANOS_MAX, Usage
 
-prices = st.builds(Price, *[st.integers(0, 10**14)] * 6)
+rates = st.integers(0, 10**14)
 tokens = st.integers(0, 2_000_000)
+steps = st.builds(LongContext, *[rates] * 6, above_tokens=tokens)
+raw_prices = st.builds(
+    Price,
+    *[rates] * 6,
+    image=st.integers(0, 10**15),
+    request=st.integers(0, 10**15),
+    long_context=st.lists(steps, max_size=3, unique_by=lambda step: step.above_tokens).map(tuple),
+)
+prices = raw_prices.map(lambda price: stepped(price)[0])
+images = st.integers(0, 50)
 usages = st.builds(Usage, *[tokens] * 6)
 markups = st.integers(0, 1_000_000)
 
@@ -36,42 +57,108 @@ def test_dollars_become_nanos_exactly_or_are_rounded_up_and_said():
     assert price_nanos_per_mtok(Decimal("0.0000000001")) == (1, False)
 
 
-@given(usages, prices, markups)
-def test_cost_is_rounded_up_once(usage, price, bps):
+@given(usages, prices, markups, images)
+def test_cost_is_rounded_up_once(usage, price, bps, images):
     """The cost is the exact product, rounded up to the next nano-credit and no further."""
-    exact = Fraction(
-        usage.input * price.input
-        + usage.cached_input * price.cached_input
-        + usage.cache_write * price.cache_write
-        + usage.audio_input * price.audio_input
-        + usage.output * price.output
-        + usage.audio_output * price.audio_output,
-        10**6,
-    )
+    usage = billed(usage, price, images)
+    reached = [price, *(step for step in price.long_context if usage.input_tokens > step.above_tokens)]
+    total = sum(getattr(usage, name) * getattr(reached[-1], name) for name in TOKEN_CLASSES)
+    exact = Fraction(total + usage.images * price.image + usage.requests * price.request, 10**6)
     assert provider_cost(usage, price) == ceil(exact)
     assert cost(usage, price, bps) == ceil(exact * (10_000 + bps) / 10_000)
 
 
-@given(usages, prices, markups)
-def test_what_is_within_the_bound_costs_no_more_than_the_bound(usage, price, bps):
-    """Whatever classes the tokens fall into, the estimate covers the charge."""
-    assert cost(usage, price, bps) <= bound(usage.input_tokens, usage.output_tokens, price, bps)
+@given(usages, prices, markups, images, tokens, tokens)
+def test_what_is_within_the_bound_costs_no_more_than_the_bound(usage, price, bps, images, more_in, more_out):
+    """Whatever classes the tokens fall into, and below however many of them, the estimate covers the charge."""
+    held = bound(usage.input_tokens + more_in, usage.output_tokens + more_out, price, bps, images=images)
+    assert cost(billed(usage, price, images), price, bps) <= held
 
 
-@given(tokens, tokens, prices, markups)
-def test_the_dearest_usage_costs_its_bound(input_tokens, output_tokens, price, bps):
+@given(tokens, tokens, prices, markups, images)
+def test_the_dearest_usage_costs_its_bound(input_tokens, output_tokens, price, bps, images):
     """What is charged where nobody knows the usage is what was held for it."""
-    usage = dearest_usage(input_tokens, output_tokens, price)
+    usage = dearest_usage(input_tokens, output_tokens, price, images=images)
     assert (usage.input_tokens, usage.output_tokens) == (input_tokens, output_tokens)
-    assert cost(usage, price, bps) == bound(input_tokens, output_tokens, price, bps)
+    assert cost(usage, price, bps) == bound(input_tokens, output_tokens, price, bps, images=images)
 
 
-@given(st.integers(0, 10**15), tokens, prices, markups)
-def test_the_affordable_maximum_is_exact(amount, input_tokens, price, bps):
+@given(st.integers(0, 10**15), tokens, prices, markups, images)
+def test_the_affordable_maximum_is_exact(amount, input_tokens, price, bps, images):
     """What it says is covered, and one token more is not."""
-    affordable = output_tokens_affordable(amount, input_tokens, price, bps)
+    affordable = output_tokens_affordable(amount, input_tokens, price, bps, images=images)
     if affordable is None:
-        assert bound(input_tokens, 10**9, price, bps) <= amount
+        assert bound(input_tokens, 10**9, price, bps, images=images) <= amount
         return
-    assert affordable < 0 or bound(input_tokens, affordable, price, bps) <= amount
-    assert bound(input_tokens, affordable + 1, price, bps) > amount
+    assert affordable < 0 or bound(input_tokens, affordable, price, bps, images=images) <= amount
+    assert bound(input_tokens, affordable + 1, price, bps, images=images) > amount
+
+
+@given(usages, st.lists(prices, min_size=1, max_size=4), images)
+def test_the_dearest_price_covers_all_of_them(usage, several, images):
+    """No usage costs more at any of them, and the comparison of two prices knows it."""
+    dearest = dearest_price(several)
+    for price in several:
+        assert provider_cost(billed(usage, price, images), price) <= provider_cost(
+            billed(usage, dearest, images), dearest
+        )
+        assert is_no_dearer(price, dearest)
+
+
+@given(prices, prices, usages)
+def test_a_price_that_is_no_dearer_costs_no_more(one, other, usage):
+    """For whatever usage."""
+    if is_no_dearer(one, other):
+        assert provider_cost(usage, one) <= provider_cost(usage, other)
+
+
+@given(raw_prices)
+def test_a_longer_context_is_never_cheaper(price):
+    """A list that says so is raised, and that is said."""
+    raised, _ = stepped(price)
+    thresholds = [0, *(step.above_tokens + 1 for step in raised.long_context)]
+    assert thresholds[1:] == sorted(thresholds[1:])
+    for name in TOKEN_CLASSES:
+        along = [getattr(raised.at(above), name) for above in thresholds]
+        assert along == sorted(along)
+        assert along[0] == getattr(price, name)
+
+
+@given(prices, markups, st.booleans())
+def test_what_is_payable_fits_into_the_books(price, bps, is_input):
+    """So many tokens of the dearest class, with an image, are charged within 64 bits."""
+    payable = tokens_payable_max(price, bps)
+    inputs, outputs = (payable, 0) if is_input else (0, payable)
+    assert not payable or bound(inputs, outputs, price, bps, images=1) <= NANOS_MAX
+
+
+def test_a_price_is_stored_as_it_always_was():
+    """Receipts of before tiers are read as they are, and a plain price is written like them."""
+    stored = b'{"input":1,"cached_input":2,"cache_write":3,"audio_input":4,"output":5,"audio_output":6}'
+    price = msgspec.json.decode(stored, type=Price)
+    assert msgspec.json.encode(price) == stored
+    assert cost(msgspec.json.decode(b'{"input":1000000,"output":2}', type=Usage), price, 0) == 2
+
+
+RULES = MarkupRules(
+    default_bps=1500,
+    users={"usr_1": 100},
+    models={"alias": 200, "p/m": 300, "m": 400},
+    providers={"p": 500},
+)
+
+
+@pytest.mark.parametrize(
+    ("call", "markup"),
+    [
+        (("usr_1", "alias", "p", "m"), Markup("user", "usr_1", 100)),
+        (("usr_2", "alias", "p", "m"), Markup("model", "alias", 200)),
+        ((None, "other", "p", "m"), Markup("model", "p/m", 300)),
+        ((None, "other", "q", "m"), Markup("model", "m", 400)),
+        ((None, "other", "p", "n"), Markup("provider", "p", 500)),
+        ((None, "other", "q", "n"), Markup("default", None, 1500)),
+    ],
+)
+def test_the_most_specific_rule_wins(call, markup):
+    """User before model before provider before default."""
+    assert RULES.of_call(*call) == markup

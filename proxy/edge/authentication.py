@@ -22,7 +22,17 @@ from proxy.identity.tokens import is_token
 from proxy.storage.database import reading
 from proxy.units import MICROS_PER_SECOND, Micros, now_micros
 
-PUBLIC = frozenset({"/health/live", "/health/ready", "/schema", "/schema/openapi.json", "/register", "/login"})
+PUBLIC = frozenset(
+    {
+        "/health/live",
+        "/health/ready",
+        "/schema",
+        "/schema/openapi.json",
+        "/register",
+        "/login",
+        "/api/v1/llm/providers",
+    }
+)
 """The paths that answer anybody."""
 
 NEEDS = "needs"

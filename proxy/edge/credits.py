@@ -13,9 +13,11 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from proxy.edge.authentication import needs
 from proxy.edge.errors import documented
+from proxy.edge.prices import shown_price
 from proxy.errors import BadRequest, NotFound
 from proxy.identity.keys import Caller
 from proxy.identity.keys import Scope as KeyScope
+from proxy.pricing import Price
 from proxy.storage.database import reading
 from proxy.storage.tables import credit_transactions, reservations, wallets
 from proxy.units import format_credits, format_instant, format_percent, is_id
@@ -64,7 +66,7 @@ class Charge(msgspec.Struct):
     response_model: str | None
     usage: dict[str, int] | None
     usage_source: str | None
-    prices: dict[str, str] | None
+    prices: dict[str, Any] | None
     provider_cost: str | None
     markup_percent: str | None
     reserved: str
@@ -165,7 +167,7 @@ async def charge(request: CallerRequest, engine: NamedDependency[AsyncEngine], r
         response_model=row.response_model,
         usage=row.usage,
         usage_source=row.usage_source,
-        prices=None if row.price is None else {name: format_credits(nanos) for name, nanos in row.price.items()},
+        prices=None if row.price is None else shown_price(msgspec.convert(row.price, Price)),
         provider_cost=None if row.provider_cost is None else format_credits(row.provider_cost),
         markup_percent=None if row.markup_bps is None else format_percent(row.markup_bps),
         reserved=format_credits(row.amount),

@@ -4,26 +4,32 @@ The paid paths are raw ASGI inside of the app, behind the same authentication: a
 than all the rest of a call.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 import msgspec
 import structlog
-from litestar import asgi, get, route
+from litestar import Request, asgi, get, route
 from litestar.di import NamedDependency
 from litestar.exceptions import MethodNotAllowedException
 from litestar.params import FromPath
 from litestar.types import HTTPScope, Receive, Scope, Send
+from sqlalchemy.ext.asyncio import AsyncEngine
 
 from proxy.catalog import Catalog
 from proxy.edge.answer import AsgiAnswer, BodyLimits, read_body
 from proxy.edge.authentication import CHECKED_BY_LEDGER, needs
 from proxy.edge.errors import answer_to, documented
+from proxy.edge.prices import shown_price
 from proxy.edge.protocol import ABORT
-from proxy.errors import BadRequest
+from proxy.errors import BadRequest, ModelNotFound
 from proxy.exchange import Call, Exchange
+from proxy.identity.keys import Caller, allowed_models
 from proxy.identity.keys import Scope as KeyScope
-from proxy.routing import candidates
+from proxy.ledger.decide import allows
+from proxy.pricing import dearest_price
+from proxy.routing import Candidate, candidates
+from proxy.storage.database import reading
 from proxy.wire.requests import Endpoint
 
 log = structlog.get_logger(__name__)
@@ -33,10 +39,19 @@ _CLIENT_ID_CHARACTERS_MAX = 200
 
 
 class Model(msgspec.Struct):
-    """One entry of OpenAI's list of models."""
+    """One entry of OpenAI's list of models, with what it costs this caller beside OpenAI's own fields.
+
+    `pricing` is in credits per million tokens, markup included; where several may serve the name it is the dearest that
+    each class can cost, and the limits are those that all of them keep.
+    """
 
     id: str
     owned_by: str
+    pricing: dict[str, Any]
+    service_tiers: dict[str, dict[str, Any]]
+    context_length: int | None
+    max_output_tokens: int | None
+    providers: list[str]
     object: str = "model"
     created: int = 0
 
@@ -48,29 +63,72 @@ class ModelList(msgspec.Struct):
     object: str = "list"
 
 
-@get(
-    "/v1/models",
-    opt=needs(KeyScope.INFERENCE),
-    sync_to_thread=False,
-    summary="The models on offer",
-    responses=documented(),
-)
-def models(catalog: NamedDependency[Catalog]) -> ModelList:
-    """Every model that is priced and enabled."""
-    return ModelList([Model(id=name, owned_by=found[0].provider) for name, found in sorted(catalog.models.items())])
+CallerRequest = Request[Caller, Any, Any]
+
+
+@get("/v1/models", opt=needs(KeyScope.INFERENCE), summary="The models on offer", responses=documented())
+async def models(
+    request: CallerRequest, catalog: NamedDependency[Catalog], engine: NamedDependency[AsyncEngine]
+) -> ModelList:
+    """Every model that is priced and enabled, and that this caller may use."""
+    allowances = await _allowances(engine, request.user)
+    return ModelList(
+        [
+            _model(name, found, catalog.user_markups.get(request.user.user_id))
+            for name, found in sorted(catalog.models.items())
+            if _is_allowed(found, allowances)
+        ]
+    )
 
 
 @get(
     "/v1/models/{model_id:path}",
     opt=needs(KeyScope.INFERENCE),
-    sync_to_thread=False,
     summary="One model",
     responses=documented(400, 404),
 )
-def model(catalog: NamedDependency[Catalog], model_id: FromPath[str]) -> Model:
+async def model(
+    request: CallerRequest,
+    catalog: NamedDependency[Catalog],
+    engine: NamedDependency[AsyncEngine],
+    model_id: FromPath[str],
+) -> Model:
     """One model by its name, which may hold a slash."""
     name = model_id.removeprefix("/")
-    return Model(id=name, owned_by=candidates(catalog.models, name)[0].provider)
+    found = candidates(catalog.models, name)
+    if not _is_allowed(found, await _allowances(engine, request.user)):
+        raise ModelNotFound(name)
+    return _model(name, found, catalog.user_markups.get(request.user.user_id))
+
+
+def _model(name: str, found: Sequence[Candidate], markup_bps: int | None) -> Model:
+    tiers = {tier for candidate in found for tier in candidate.service_prices}
+    marked_up = [(each, each.markup_bps if markup_bps is None else markup_bps) for each in found]
+
+    def shown(tier: str | None) -> dict[str, Any]:
+        prices = [(each.price if tier is None else each.service_prices.get(tier), bps) for each, bps in marked_up]
+        return shown_price(dearest_price([price.marked_up(bps) for price, bps in prices if price is not None]))
+
+    return Model(
+        id=name,
+        owned_by=found[0].provider,
+        pricing=shown(None),
+        service_tiers={tier: shown(tier) for tier in sorted(tiers)},
+        context_length=min((each.context_tokens for each in found if each.context_tokens), default=None),
+        max_output_tokens=min((each.output_tokens_max for each in found if each.output_tokens_max), default=None),
+        providers=list(dict.fromkeys(candidate.provider for candidate in found)),
+    )
+
+
+async def _allowances(engine: AsyncEngine, caller: Caller) -> list[list[str] | None]:
+    """The patterns of models that the caller's user and key are restricted to."""
+    async with reading(engine) as connection:
+        return await allowed_models(connection, caller)
+
+
+def _is_allowed(found: Sequence[Candidate], allowances: Sequence[list[str] | None]) -> bool:
+    """Whether the ledger would let the caller reserve for all of `found`."""
+    return all(allows(patterns, candidate.target) for patterns in allowances for candidate in found)
 
 
 def paid_handlers(exchange: Exchange, body_limits: BodyLimits, *, stall_s: float) -> list[Any]:

@@ -401,3 +401,13 @@ async def find_key(connection: AsyncConnection, key_hash: str) -> Credential | N
         is_user_active=bool(row.is_user_active),
         expires_at=row.expires_at,
     )
+
+
+async def allowed_models(connection: AsyncConnection, caller: Caller) -> list[list[str] | None]:
+    """The patterns of models to which the caller's user and key are restricted; None where they are not."""
+    found = [await connection.scalar(sa.select(users.c.allowed_models).where(users.c.id == caller.user_id))]
+    if caller.key_id is not None:
+        found.append(
+            await connection.scalar(sa.select(api_keys.c.allowed_models).where(api_keys.c.id == caller.key_id))
+        )
+    return found

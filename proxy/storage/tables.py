@@ -205,3 +205,52 @@ instances = sa.Table(
     sa.Column("lease_until", sa.BigInteger, nullable=False),
     sa.Column("is_fenced", sa.Boolean, nullable=False),
 )
+
+markup_rules = sa.Table(
+    "markup_rules",
+    metadata,
+    sa.Column("id", sa.Text, primary_key=True),
+    sa.Column("kind", sa.Text, nullable=False),
+    sa.Column("subject", sa.Text, nullable=False),
+    sa.Column("markup_bps", sa.BigInteger, nullable=False),
+    sa.Column("created_at", sa.BigInteger, nullable=False),
+    sa.Column("updated_at", sa.BigInteger, nullable=False),
+    sa.UniqueConstraint("kind", "subject"),
+    sa.CheckConstraint("kind IN ('user', 'model', 'provider')", name="kind"),
+    sa.CheckConstraint("markup_bps >= 0", name="markup_bps"),
+)
+
+providers = sa.Table(
+    "providers",
+    metadata,
+    sa.Column("name", sa.Text, primary_key=True),
+    sa.Column("is_enabled", sa.Boolean, nullable=False),
+    sa.Column("updated_at", sa.BigInteger, nullable=False),
+)
+
+prices = sa.Table(
+    "prices",
+    metadata,
+    sa.Column("id", sa.Text, primary_key=True),
+    sa.Column("provider", sa.Text, nullable=False),
+    sa.Column("model", sa.Text, nullable=False),
+    sa.Column("source", sa.Text, nullable=False),
+    sa.Column("version", sa.Text, nullable=False),
+    sa.Column("valid_from", sa.BigInteger, nullable=False),
+    sa.Column("entry", sa.JSON(none_as_null=True)),
+    sa.Column("created_at", sa.BigInteger, nullable=False),
+    sa.CheckConstraint("source IN ('list', 'admin')", name="source"),
+    sa.Index("ix_prices_provider_model_valid_from", "provider", "model", "valid_from"),
+)
+
+admin_events = sa.Table(
+    "admin_events",
+    metadata,
+    sa.Column("id", sa.Text, primary_key=True),
+    sa.Column("actor", sa.Text, nullable=False),
+    sa.Column("action", sa.Text, nullable=False),
+    sa.Column("subject", sa.Text, nullable=False),
+    sa.Column("before", sa.JSON(none_as_null=True)),
+    sa.Column("after", sa.JSON(none_as_null=True)),
+    sa.Column("created_at", sa.BigInteger, nullable=False),
+)

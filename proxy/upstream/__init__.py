@@ -67,5 +67,5 @@ class Provider(Protocol):
         ...
 
     async def aclose(self) -> None:
-        """Let go of what this provider alone holds; the HTTP client belongs to whoever built it."""
+        """Let go of all that this provider holds, its connections included."""
         ...

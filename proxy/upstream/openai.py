@@ -6,6 +6,7 @@ the client's to see.
 """
 
 import re
+from collections.abc import Sequence
 from urllib.parse import urlsplit
 
 from proxy import __version__
@@ -21,6 +22,13 @@ _CLIENT_PREFIX = b"x-stainless-"
 
 _HEADER_VALUE = re.compile(rb"[\x21-\x7e\x80-\xff]+(?:[ \t]+[\x21-\x7e\x80-\xff]+)*")
 """RFC 9110, section 5.5. A value that is none would break the whole call, and servers differ in what they let in."""
+
+_HEADER_NAME = re.compile(rb"[!#$%&'*+.^_`|~0-9a-z-]+")
+
+_FRAMING = frozenset(
+    {b"accept", b"accept-encoding", b"connection", b"content-length", b"content-type", b"host", b"transfer-encoding"}
+)
+"""Fields that say how a call is sent, which is not the operator's to say."""
 
 _DROPPED = frozenset(
     {
@@ -69,16 +77,26 @@ _DROPPED_PREFIXES = (
 class OpenAIProvider:
     """A server with OpenAI's API under `base_url`, such as `https://api.openai.com/v1`.
 
-    Without an `api_key` no authorization is sent, as servers in one's own network often want it.
+    Without an `api_key` no authorization is sent, as servers in one's own network often want it. `headers` go with
+    every call, and before those of the client.
 
-    Raises `SettingsError` when `base_url` is not a plain HTTP address, or the key cannot be sent in a header:
-    better at start than with each call.
+    Raises `SettingsError` when `base_url` is not a plain HTTP address, or the key or a header cannot be sent: better at
+    start than with each call.
     """
 
-    def __init__(self, name: str, base_url: str, api_key: str | None, client: HttpClient, timeouts: Timeouts) -> None:
+    def __init__(  # noqa: PLR0913 - what the operator says of a provider
+        self,
+        name: str,
+        base_url: str,
+        api_key: str | None,
+        client: HttpClient,
+        timeouts: Timeouts,
+        *,
+        headers: Sequence[tuple[str, str]] = (),
+    ) -> None:
         self.name = name
         self._base_url = _checked_base_url(base_url, provider=name)
-        self._authorization = _authorization(api_key, provider=name)
+        self._own_headers = [*_authorization(api_key, provider=name), *_checked_headers(headers, provider=name)]
         self._client = client
         self._timeouts = timeouts
 
@@ -94,15 +112,17 @@ class OpenAIProvider:
         )
 
     async def aclose(self) -> None:
-        """Nothing: the connections belong to the client."""
+        """Close the provider's connections."""
+        await self._client.aclose()
 
     def _headers(self, call: ProviderCall) -> Headers:
-        headers = list(self._authorization)
+        headers = list(self._own_headers)
         headers.append((b"content-type", b"application/json"))
         headers.append((b"accept", b"text/event-stream" if call.stream else b"application/json"))
         headers.append((b"accept-encoding", b"identity"))
-        crossing = _crossing(call.headers)
-        if not any(name == b"user-agent" for name, _ in crossing):
+        own = {name for name, _ in headers}
+        crossing = [(name, value) for name, value in _crossing(call.headers) if name not in own]
+        if not any(name == b"user-agent" for name, _ in (*crossing, *headers)):
             headers.append((b"user-agent", _USER_AGENT))
         return headers + crossing
 
@@ -153,6 +173,16 @@ def _checked_base_url(base_url: str, *, provider: str) -> str:
     if "?" in base_url or "#" in base_url:
         raise SettingsError(f"{place} must not have a query or a fragment: paths are appended to it.")
     return base_url.rstrip("/")
+
+
+def _checked_headers(headers: Sequence[tuple[str, str]], *, provider: str) -> Headers:
+    checked = []
+    for name, value in headers:
+        field, text = name.lower().encode(), value.strip().encode("latin-1", "replace")
+        if not _HEADER_NAME.fullmatch(field) or field in _FRAMING or not _HEADER_VALUE.fullmatch(text):
+            raise SettingsError(f"The header {name!r} of provider {provider!r} cannot be sent.")
+        checked.append((field, text))
+    return checked
 
 
 def _authorization(api_key: str | None, *, provider: str) -> Headers:

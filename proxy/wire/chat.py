@@ -17,6 +17,7 @@ from proxy.wire.objects import (
 )
 from proxy.wire.requests import (
     HARMLESS,
+    IMAGE_PARTS,
     OUTSIDE_OF_TOKENS,
     STATE,
     Choices,
@@ -30,6 +31,7 @@ from proxy.wire.requests import (
     check_fields,
     check_number,
     check_tools,
+    image_bytes,
     is_set,
     thinking_tokens,
     unsupported,
@@ -88,9 +90,12 @@ def decode_chat(body: bytes) -> PaidRequest:
     try:
         request = _decode_request(body)
         fields = check_fields(request, body, _TOP, _REFUSED)
-        _check(request, body, fields)
+        content = _content_parts(request)
+        parts = _check(request, content, body, fields)
     except UNREADABLE as exc:
         raise bad_request(exc) from exc
+    media = [part.type for part in content if part.type not in _TEXT_PARTS]
+    images = sum(kind in IMAGE_PARTS for kind in media) if media else 0
     return PaidRequest(
         endpoint=Endpoint.CHAT,
         model=request.model,
@@ -101,40 +106,40 @@ def decode_chat(body: bytes) -> PaidRequest:
         thinking_tokens=thinking_tokens(fields.get("thinking"), fields.get("reasoning")),
         # https://platform.openai.com/docs/guides/predicted-outputs: what does not come true is billed as output.
         prediction_tokens=len(request.prediction) if is_set(request.prediction) else 0,
-        is_unsized=_is_unsized(request),
+        service_tier=request.service_tier,
+        is_unsized=bool(media),
+        has_only_images=bool(images) and images == len(media),
+        images=images,
+        image_bytes=image_bytes(parts) if images else 0,
         must_unstore=bool(request.store),
     )
 
 
-def _check(request: ChatRequest, body: bytes, fields: Fields) -> None:
+def _check(request: ChatRequest, content: list[Part], body: bytes, fields: Fields) -> list[Fields]:
+    """The checks of everything; returns the parts of all messages, unless there are none in need of a closer look."""
     if request.best_of is not None and request.best_of > 1:
         raise unsupported("best_of", "'best_of' is not supported: the choices that are not shown would be billed.")
     if request.modalities is not None and any(modality != "text" for modality in request.modalities):
         raise unsupported("modalities", "Only the output modality 'text' is priced here.")
     check_tools(request.tools or ())
-    parts = sum(len(message.content) for message in request.messages if isinstance(message.content, list))
-    check_number(len(request.messages) + parts, "messages")
+    check_number(len(request.messages) + len(content), "messages")
     # What remains to be checked are the objects inside of messages, and tools. When there are no more braces than
     # those of the body, of its messages and of the stream options, then there is no such object, whatever names
     # and strings there may be: the common case, at the price of a memchr.
-    if body.count(b"{") != 1 + len(request.messages) + (request.stream_options is not None):
-        _check_messages(request, fields["messages"])
-        if request.tools:
-            checked_objects([fields["tools"]], _TOOL, "tools")
+    if body.count(b"{") == 1 + len(request.messages) + (request.stream_options is not None):
+        return []
+    parts = _check_messages(request, content, fields["messages"])
+    if request.tools:
+        checked_objects([fields["tools"]], _TOOL, "tools")
+    return parts
 
 
-def _is_unsized(request: ChatRequest) -> bool:
-    """Whether any content is something else than text, so that its size is not that of the body."""
-    return any(
-        part.type not in _TEXT_PARTS
-        for message in request.messages
-        if isinstance(message.content, list)
-        for part in message.content
-    )
+def _content_parts(request: ChatRequest) -> list[Part]:
+    return [part for message in request.messages if isinstance(message.content, list) for part in message.content]
 
 
-def _check_messages(request: ChatRequest, raw: Raw) -> None:
-    """The checks of names, and for state at the provider, in each message and each part of its content."""
+def _check_messages(request: ChatRequest, content: list[Part], raw: Raw) -> list[Fields]:
+    """The checks of names, and for state at the provider, in each message and each part of its content: the parts."""
     messages = checked_objects([raw], _MESSAGE, "messages")
     if any(is_set(fields.get("audio")) for fields in messages):
         raise unsupported("messages", "Audio kept at the provider is not supported: its size is not known.")
@@ -144,9 +149,10 @@ def _check_messages(request: ChatRequest, raw: Raw) -> None:
         if isinstance(message.content, list)
     ]
     parts = checked_objects(contents, _PART, "messages")
-    if _is_unsized(request):
+    if any(part.type not in _TEXT_PARTS for part in content):
         for part in parts:
             check_files(part, "messages")
+    return parts
 
 
 def check_files(part: Fields, param: str) -> None:

@@ -85,6 +85,7 @@ def decode_completion(body: bytes) -> PaidRequest:
         maxima=request.named,
         choices=max(request.n or 1, request.best_of or 1) * prompts,
         prompts=prompts,
+        service_tier=request.service_tier,
         must_unstore=bool(request.store),
     )
 
@@ -97,7 +98,11 @@ def decode_embedding(body: bytes) -> PaidRequest:
     except UNREADABLE as exc:
         raise bad_request(exc) from exc
     return PaidRequest(
-        endpoint=Endpoint.EMBEDDINGS, model=request.model, prompts=_count(request.input), has_output=False
+        endpoint=Endpoint.EMBEDDINGS,
+        model=request.model,
+        prompts=_count(request.input),
+        service_tier=request.service_tier,
+        has_output=False,
     )
 
 

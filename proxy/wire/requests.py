@@ -1,6 +1,6 @@
 """What the paid requests of OpenAI's API have in common: the few facts of each that decide its cost and its relay."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from enum import StrEnum
 from typing import Annotated, Final, Protocol
 
@@ -41,8 +41,9 @@ class PaidRequest(msgspec.Struct, frozen=True, kw_only=True):
 
     `maxima` are the client's own, in output tokens of each choice, by the fields that name them. `choices` counts the
     outputs for all `prompts` together. `prediction_tokens` bounds what may be billed of each choice on top of the
-    maximum, `thinking_tokens` is the budget for reasoning inside of it. `is_unsized` says that some of the prompt is
-    not in the body, `must_unstore` that the provider would keep the answer unless it is told not to.
+    maximum, `thinking_tokens` is the budget for reasoning inside of it. `is_unsized` says that some of the prompt is no
+    text in the body; `images` counts the images in it, which have `image_bytes` of the body, and `has_only_images` says
+    that they are all of it. `must_unstore` says that the provider would keep the answer unless it is told not to.
     """
 
     endpoint: Endpoint
@@ -55,7 +56,11 @@ class PaidRequest(msgspec.Struct, frozen=True, kw_only=True):
     thinking_tokens: int = 0
     prediction_tokens: int = 0
     has_output: bool = True
+    service_tier: str | None = None
     is_unsized: bool = False
+    has_only_images: bool = False
+    images: int = 0
+    image_bytes: int = 0
     must_unstore: bool = False
 
     @property
@@ -137,16 +142,12 @@ HARMLESS: Final = (
 """Names that are often there and mean nothing that we read: known, they need not be looked at any closer."""
 
 _SWITCHED_OFF = frozenset({b"null", b"false", b"[]", b"1"})
-_PRICED_TIERS = frozenset({None, "auto", "default"})
 _PRICED_TOOLS = frozenset({"function", "custom"})
 _STREAM_OPTIONS = Spelling(StreamOptions.__struct_fields__, ("include_obfuscation",))
 
 
 class _Common(Protocol):
     """The fields that every request has which makes output."""
-
-    @property
-    def service_tier(self) -> str | None: ...
 
     @property
     def stream_options(self) -> StreamOptions | None: ...
@@ -165,8 +166,6 @@ def check_fields(request: _Common, body: bytes, spelling: Spelling, refused: Map
         for field, reason in refused.items():
             if field in fields and bytes(fields[field]) not in _SWITCHED_OFF:
                 raise unsupported(field, f"'{field}' is not supported: {reason}.")
-    if request.service_tier not in _PRICED_TIERS:
-        raise unsupported("service_tier", f"The service tier '{request.service_tier}' is not priced here.")
     if request.stream_options is not None:
         options = unique_fields(fields["stream_options"], "stream_options")
         check_spelling(options, _STREAM_OPTIONS, "stream_options")
@@ -192,6 +191,15 @@ def check_number(items: int, param: str) -> None:
 def unsupported(param: str, message: str) -> BadRequest:
     """The refusal of what cannot be priced or bounded."""
     return BadRequest(message, param=param, code="unsupported_parameter")
+
+
+IMAGE_PARTS = frozenset({"image_url", "input_image"})
+"""Types of parts that hold one image, in `image_url`."""
+
+
+def image_bytes(parts: Iterable[Fields]) -> int:
+    """How much of the body the images in `parts` are."""
+    return sum(len(fields["image_url"]) for fields in parts if "image_url" in fields)
 
 
 def is_set(value: Raw | None) -> bool:

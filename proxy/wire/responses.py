@@ -13,6 +13,7 @@ from proxy.wire.chat import check_files
 from proxy.wire.objects import UNREADABLE, Fields, Spelling, bad_request, checked_objects
 from proxy.wire.requests import (
     HARMLESS,
+    IMAGE_PARTS,
     OUTSIDE_OF_TOKENS,
     STATE,
     Endpoint,
@@ -25,6 +26,7 @@ from proxy.wire.requests import (
     check_fields,
     check_number,
     check_tools,
+    image_bytes,
     is_set,
     thinking_tokens,
     unsupported,
@@ -98,24 +100,29 @@ def decode_response(body: bytes) -> PaidRequest:
         if request.tools:
             checked_objects([fields["tools"]], _TOOL, "tools")
         items = request.input if isinstance(request.input, list) else []
-        if items:
-            _check_items(items, fields["input"])
+        parts = _check_items(items, fields["input"]) if items else []
     except UNREADABLE as exc:
         raise bad_request(exc) from exc
+    media = [kind for item in items for kind in _media(item)]
+    images = sum(kind in IMAGE_PARTS for kind in media)
     return PaidRequest(
         endpoint=Endpoint.RESPONSES,
         model=request.model,
         is_stream=bool(request.stream),
         maxima=request.named,
         thinking_tokens=thinking_tokens(fields.get("reasoning")),
-        is_unsized=any(_is_unsized(item) for item in items),
+        service_tier=request.service_tier,
+        is_unsized=bool(media),
+        has_only_images=bool(images) and images == len(media),
+        images=images,
+        image_bytes=image_bytes(parts) if images else 0,
         # OpenAI keeps a response unless it is told not to.
         must_unstore=request.store is not False,
     )
 
 
-def _check_items(items: list[_Item], raw: Raw) -> None:
-    """The checks of names, and for state at the provider, in each item and each part of its content."""
+def _check_items(items: list[_Item], raw: Raw) -> list[Fields]:
+    """The checks of names, and for state at the provider, in each item and each part of its content: the parts."""
     parts = [part for item in items for part in (item.content, item.output) if isinstance(part, list)]
     check_number(len(items) + sum(map(len, parts)), "input")
     for item in items:
@@ -128,16 +135,18 @@ def _check_items(items: list[_Item], raw: Raw) -> None:
         for name in ("content", "output")
         if isinstance(getattr(item, name), list)
     ]
-    for part in checked_objects(contents, _PART, "input"):
+    checked = checked_objects(contents, _PART, "input")
+    for part in checked:
         check_files(part, "input")
     for fields in members:
         if is_set(fields.get("file_id")):
             raise unsupported("input", "Files kept at the provider are not supported.")
+    return checked
 
 
-def _is_unsized(item: _Item) -> bool:
-    """Whether an item holds anything whose size is not that of the body."""
+def _media(item: _Item) -> list[str | None]:
+    """The types of what an item holds whose size is not that of the body: its own, if it is no known text itself."""
     if item.type not in _SIZED_ITEMS:
-        return True
+        return ["item"]
     parts = [part for parts in (item.content, item.output) if isinstance(parts, list) for part in parts]
-    return any(part.type not in _SIZED_PARTS for part in parts)
+    return [part.type for part in parts if part.type not in _SIZED_PARTS]

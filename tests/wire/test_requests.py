@@ -96,7 +96,6 @@ def test_every_prompt_has_its_choices(fields, choices):
         ),
         (Endpoint.RESPONSES, {"input": [{"role": "user", "content": "x", "Content": "y"}]}, "input"),
         (Endpoint.RESPONSES, {"max_output_tokens": 0}, "max_output_tokens"),
-        (Endpoint.RESPONSES, {"service_tier": "flex"}, "service_tier"),
     ],
 )
 def test_what_has_no_bound_is_refused(endpoint, fields, param):

@@ -1,0 +1,243 @@
+"""What an operator changes while calls go on: markup, providers and prices.
+
+Each change is one transaction that also writes who changed what into `admin_events`, and lets every process know.
+"""
+
+from collections.abc import Mapping
+from decimal import Decimal
+from typing import Any
+
+import msgspec
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+
+from proxy import pricebook
+from proxy.catalog import MARKUP_DESCRIPTION, MARKUP_PERCENT, ProviderState, put_config, touch
+from proxy.errors import BadRequest, Conflict, NotFound
+from proxy.pricebook import ADMIN, LIST, Change, Entry, PriceList, Row
+from proxy.pricing import MarkupKind
+from proxy.storage.database import database_now, reading, writing
+from proxy.storage.tables import admin_events, markup_rules, prices, providers, system_config
+from proxy.units import AmountError, Micros, format_percent, new_id, now_micros, parse_percent
+
+COMMAND_LINE = "command line"
+"""Who changes what by a command: whoever may run it."""
+
+BY_HAND = "by hand"
+"""The version of prices that no list says."""
+
+
+class Rule(msgspec.Struct, frozen=True):
+    """One rule of the markup."""
+
+    id: str
+    kind: str
+    subject: str
+    percent: str
+
+
+def bps_of(percent: Any) -> int:
+    """Basis points of a percentage as somebody typed it. Raises `BadRequest`."""
+    try:
+        return parse_percent(Decimal(str(percent)))
+    except (AmountError, ArithmeticError) as exc:
+        message = str(exc) if isinstance(exc, AmountError) else "must be a number"
+        raise BadRequest(f"percent: {message}", param="percent", code="invalid_value") from exc
+
+
+async def record(  # noqa: PLR0913, PLR0917 - the columns of one row
+    connection: AsyncConnection, actor: str, action: str, subject: str, before: object, after: object
+) -> None:
+    """Write into `admin_events` what `actor` changes."""
+    await connection.execute(
+        admin_events.insert().values(
+            id=new_id("event"),
+            actor=actor,
+            action=action,
+            subject=subject,
+            before=before,
+            after=after,
+            created_at=now_micros(),
+        )
+    )
+
+
+# ---- markup
+
+
+async def default_percent(connection: AsyncConnection) -> str | None:
+    """The default rule, as it is stored."""
+    value = await connection.scalar(sa.select(system_config.c.value).where(system_config.c.key == MARKUP_PERCENT))
+    return None if value is None else format_percent(parse_percent(Decimal(str(value))))
+
+
+async def set_default_markup(engine: AsyncEngine, actor: str, percent: Any) -> str:
+    """Make `percent` the default rule; returns it as it is stored. Raises `BadRequest`."""
+    after = format_percent(bps_of(percent))
+    async with writing(engine) as connection:
+        before = await default_percent(connection)
+        await put_config(connection, MARKUP_PERCENT, after, MARKUP_DESCRIPTION)
+        await record(connection, actor, "markup.set", MarkupKind.DEFAULT, before, after)
+        await touch(connection)
+    return after
+
+
+async def rules(engine: AsyncEngine) -> list[Rule]:
+    """All rules but the default one, the most specific kind first."""
+    order = [MarkupKind.USER, MarkupKind.MODEL, MarkupKind.PROVIDER]
+    async with reading(engine) as connection:
+        found = [_rule(row) for row in await connection.execute(sa.select(markup_rules))]
+    return sorted(found, key=lambda rule: (order.index(MarkupKind(rule.kind)), rule.subject))
+
+
+async def add_rule(engine: AsyncEngine, actor: str, kind: MarkupKind, subject: str, percent: Any) -> Rule:
+    """Add a rule. Raises `BadRequest`, and `Conflict` when there is one for this subject."""
+    bps, now = bps_of(percent), now_micros()
+    rule = Rule(new_id("rule"), kind, subject, format_percent(bps))
+    try:
+        async with writing(engine) as connection:
+            await connection.execute(
+                markup_rules.insert().values(
+                    id=rule.id, kind=kind, subject=subject, markup_bps=bps, created_at=now, updated_at=now
+                )
+            )
+            await record(connection, actor, "markup.add", f"{kind} {subject}", None, rule.percent)
+            await touch(connection)
+    except IntegrityError as exc:
+        raise Conflict(f"There is a rule for the {kind} {subject!r} already.", code="rule_exists") from exc
+    return rule
+
+
+async def change_rule(engine: AsyncEngine, actor: str, rule_id: str, percent: Any) -> Rule:
+    """Give a rule another percentage. Raises `BadRequest`, `NotFound`."""
+    bps = bps_of(percent)
+    async with writing(engine) as connection:
+        before = await _find_rule(connection, rule_id)
+        await connection.execute(
+            markup_rules.update().where(markup_rules.c.id == rule_id).values(markup_bps=bps, updated_at=now_micros())
+        )
+        after = msgspec.structs.replace(before, percent=format_percent(bps))
+        await record(
+            connection, actor, "markup.change", f"{before.kind} {before.subject}", before.percent, after.percent
+        )
+        await touch(connection)
+    return after
+
+
+async def remove_rule(engine: AsyncEngine, actor: str, rule_id: str) -> None:
+    """Take a rule away. Raises `NotFound`."""
+    async with writing(engine) as connection:
+        before = await _find_rule(connection, rule_id)
+        await connection.execute(markup_rules.delete().where(markup_rules.c.id == rule_id))
+        await record(connection, actor, "markup.remove", f"{before.kind} {before.subject}", before.percent, None)
+        await touch(connection)
+
+
+async def _find_rule(connection: AsyncConnection, rule_id: str) -> Rule:
+    row = (
+        await connection.execute(sa.select(markup_rules).where(markup_rules.c.id == rule_id).with_for_update())
+    ).one_or_none()
+    if row is None:
+        raise NotFound(f"There is no rule {rule_id!r}.")
+    return _rule(row)
+
+
+def _rule(row: Any) -> Rule:
+    return Rule(row.id, row.kind, row.subject, format_percent(row.markup_bps))
+
+
+# ---- providers
+
+
+async def set_provider(
+    engine: AsyncEngine, actor: str, known: Mapping[str, ProviderState], name: str, *, is_enabled: bool
+) -> None:
+    """Enable or disable a provider for new calls.
+
+    Raises `NotFound` for one that the configuration does not have, `Conflict` for enabling one that lacks something.
+    """
+    state = known.get(name)
+    if state is None:
+        raise NotFound(f"There is no provider {name!r} in the configuration.")
+    if is_enabled and not state.is_ready:
+        raise Conflict(
+            f"The provider {name!r} lacks its address or a variable of the environment.", code="provider_not_ready"
+        )
+    async with writing(engine) as connection:
+        before = await connection.scalar(sa.select(providers.c.is_enabled).where(providers.c.name == name))
+        insert = postgresql.insert if connection.dialect.name == "postgresql" else sqlite.insert
+        statement = insert(providers).values(name=name, is_enabled=is_enabled, updated_at=now_micros())
+        await connection.execute(
+            statement.on_conflict_do_update(
+                index_elements=["name"],
+                set_={"is_enabled": statement.excluded.is_enabled, "updated_at": statement.excluded.updated_at},
+            )
+        )
+        was_enabled = state.is_enabled if before is None else bool(before)
+        action = "provider.enable" if is_enabled else "provider.disable"
+        await record(connection, actor, action, name, {"enabled": was_enabled}, {"enabled": is_enabled})
+        await touch(connection)
+
+
+# ---- prices
+
+
+async def set_price(engine: AsyncEngine, actor: str, provider: str, model: str, entry: Entry | None) -> None:
+    """Put a price of the operator's own before that of the list, or with None take it back.
+
+    Raises `NotFound` when there is none to be taken back.
+    """
+    async with writing(engine) as connection:
+        now = await database_now(connection)
+        before = (await pricebook.current(connection, now, (provider,)))[ADMIN].get((provider, model))
+        if entry is None and before is None:
+            raise NotFound(f"There is no price of your own for {provider}/{model}.")
+        row = Row(provider=provider, model=model, entry=entry)
+        await pricebook.add(connection, [row], source=ADMIN, version=BY_HAND, now=now)
+        action = "price.set" if entry is not None else "price.remove"
+        await record(connection, actor, action, row.target, _shown(before), _shown(entry))
+        await touch(connection)
+
+
+async def sync_prices(engine: AsyncEngine, actor: str, listed: PriceList) -> list[Change]:
+    """Write what `listed` says otherwise than the book into it; returns that."""
+    async with writing(engine) as connection:
+        now = await database_now(connection)
+        found = await pricebook.changes(connection, listed, now)
+        if found:
+            await pricebook.add(
+                connection, [change.row for change in found], source=LIST, version=listed.version, now=now
+            )
+            await record(connection, actor, "prices.sync", listed.version, None, {"rows": len(found)})
+            await touch(connection)
+    return found
+
+
+class PriceRecord(msgspec.Struct, frozen=True):
+    """One row of the book's history; `entry` is None where a price was taken back."""
+
+    target: str
+    source: str
+    version: str
+    valid_from: Micros
+    entry: dict[str, Any] | None
+
+
+async def price_history(engine: AsyncEngine, provider: str, model: str) -> list[PriceRecord]:
+    """All that the book ever said of a model, the newest first."""
+    async with reading(engine) as connection:
+        rows = await connection.execute(
+            sa.select(prices)
+            .where(prices.c.provider == provider, prices.c.model == model)
+            .order_by(prices.c.valid_from.desc(), prices.c.id.desc())
+        )
+        return [
+            PriceRecord(f"{row.provider}/{row.model}", row.source, row.version, row.valid_from, row.entry)
+            for row in rows
+        ]
+
+
+def _shown(entry: Entry | None) -> Any:
+    return None if entry is None else msgspec.to_builtins(entry)

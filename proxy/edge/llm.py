@@ -1,0 +1,107 @@
+"""`/api/v1/llm/*`: which providers serve, and switching them on and off."""
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import msgspec
+from litestar import Request, Router, get, post
+from litestar.di import NamedDependency
+from litestar.params import FromPath
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from proxy import administration
+from proxy.catalog import Catalog
+from proxy.edge.authentication import needs
+from proxy.edge.errors import documented
+from proxy.identity.keys import Caller, Scope
+
+CallerRequest = Request[Caller, Any, Any]
+Refresh = Callable[[], Awaitable[None]]
+
+
+class ProviderItem(msgspec.Struct):
+    """A provider, and the models that it serves just now."""
+
+    name: str
+    enabled: bool
+    models: list[str]
+
+
+class ProviderList(msgspec.Struct):
+    """All providers of the configuration."""
+
+    items: list[ProviderItem]
+    next_cursor: None = None
+
+
+class ProviderSwitched(msgspec.Struct):
+    """A provider as it is from now on."""
+
+    name: str
+    enabled: bool
+
+
+def provider_list(catalog: Catalog) -> ProviderList:
+    """Every provider, with the models by which clients can ask for it."""
+    models: dict[str, set[str]] = {name: set() for name in catalog.providers}
+    for found in catalog.models.values():
+        for candidate in found:
+            models[candidate.provider].add(candidate.model)
+    return ProviderList(
+        [ProviderItem(name, state.is_enabled, sorted(models[name])) for name, state in catalog.providers.items()]
+    )
+
+
+async def switch(  # noqa: PLR0913 - what the framework hands to a handler
+    request: CallerRequest, engine: AsyncEngine, catalog: Catalog, refresh: Refresh, name: str, *, is_enabled: bool
+) -> ProviderSwitched:
+    """Enable or disable a provider; here at once, in every other process within a second."""
+    admin = request.user
+    await administration.set_provider(engine, admin.user_id, catalog.providers, name, is_enabled=is_enabled)
+    await refresh()
+    return ProviderSwitched(name, is_enabled)
+
+
+@get("/providers", sync_to_thread=False, summary="The providers", responses=documented(503, is_public=True))
+def providers(catalog: NamedDependency[Catalog]) -> ProviderList:
+    """Every provider, and whether it serves new calls."""
+    return provider_list(catalog)
+
+
+@post(
+    "/providers/{name:str}/enable",
+    status_code=200,
+    opt=needs(Scope.ADMIN),
+    summary="Let a provider serve",
+    responses=documented(400, 404),
+)
+async def enable(
+    request: CallerRequest,
+    engine: NamedDependency[AsyncEngine],
+    catalog: NamedDependency[Catalog],
+    refresh: NamedDependency[Refresh],
+    name: FromPath[str],
+) -> ProviderSwitched:
+    """Let a provider serve new calls (admins only)."""
+    return await switch(request, engine, catalog, refresh, name, is_enabled=True)
+
+
+@post(
+    "/providers/{name:str}/disable",
+    status_code=200,
+    opt=needs(Scope.ADMIN),
+    summary="Let a provider serve no more",
+    responses=documented(400, 404),
+)
+async def disable(
+    request: CallerRequest,
+    engine: NamedDependency[AsyncEngine],
+    catalog: NamedDependency[Catalog],
+    refresh: NamedDependency[Refresh],
+    name: FromPath[str],
+) -> ProviderSwitched:
+    """Send a provider no new calls (admins only); those in flight finish."""
+    return await switch(request, engine, catalog, refresh, name, is_enabled=False)
+
+
+router = Router("/api/v1/llm", route_handlers=[providers, enable, disable])
