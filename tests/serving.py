@@ -24,6 +24,7 @@ port = 0
 kind = "openai"
 base_url = "{base_url}"
 api_key_env = "UPSTREAM_KEY"
+is_local = false
 first_byte_s = 5
 idle_s = 5
 

@@ -22,6 +22,7 @@ port = 0
 kind = "openai"
 base_url = "{base_url}"
 api_key_env = "UPSTREAM_KEY"
+is_local = false
 
 [prices."fake/{model}"]
 input = "2"

@@ -38,9 +38,8 @@ def _urls(value: Any, *, is_url: bool) -> Iterator[str]:
             case str() if is_url:
                 yield value
             case dict():
-                waiting += [
-                    (inner, is_url or any(key in name.lower() for key in _URL_KEYS)) for name, inner in value.items()
-                ]
+                # What else stands beside an address, such as the detail of an image, is none.
+                waiting += [(inner, any(key in name.lower() for key in _URL_KEYS)) for name, inner in value.items()]
             case list():
                 waiting += [(inner, is_url) for inner in value]
             case _:
