@@ -37,7 +37,7 @@ def scripted_provider() -> Iterator[tuple[Scripted, str]]:
                 self.close_connection = True
                 return
             self.send_response(script.status)
-            for name, value in {**script.headers, "content-length": str(len(script.body))}.items():
+            for name, value in {"content-length": str(len(script.body)), **script.headers}.items():
                 self.send_header(name, value)
             self.end_headers()
             self.wfile.write(script.body)

@@ -153,7 +153,7 @@ class Served:
 
 
 def environment(
-    folder: Path, database_url: str, upstream_url: str = "http://127.0.0.1:9/v1", *, configuration: str = CONFIG
+    folder: Path, database_url: str, upstream_url: str = "http://127.0.0.1:9/v1", configuration: str = CONFIG
 ) -> dict[str, str]:
     """The environment of a server whose `configuration` (with two fields to fill in) and data lie in `folder`."""
     config = folder / "config.toml"
@@ -169,7 +169,7 @@ def environment(
 
 
 @contextmanager
-def serving(folder: Path, database_url: str, upstream_url: str, *, configuration: str = CONFIG) -> Iterator[Served]:
+def serving(folder: Path, database_url: str, upstream_url: str, configuration: str = CONFIG) -> Iterator[Served]:
     """A migrated, running server; ended with the block, and its log free of secrets."""
     served = Served(environment(folder, database_url, upstream_url, configuration=configuration))
     served.command("migrate")

@@ -97,6 +97,7 @@ FAILURES = [
     "limited",
     "unauthorized",
     "said",
+    "truncated",
     "streamed",
     "closed",
     "invalid",
@@ -208,6 +209,7 @@ def execute(served, sql) -> None:
         ("overloaded", 503, None),
         ("limited", 429, None),
         ("unauthorized", 401, None),
+        ("truncated", 503, None),
         ("said", 200, b'{"error":{"message":"Overloaded.","code":529}}'),
     ],
 )
@@ -215,7 +217,9 @@ def execute(served, sql) -> None:
 def test_what_a_provider_refused_goes_to_the_next_one(served, key, flaky, model, status, body, stream):
     """It cannot have billed it; the answer says who served, and costs what it costs there."""
     script, _ = flaky
-    script.answers_with(status, *([body] if body else []))
+    script.answers_with(
+        status, *([body] if body else []), **({"content_length": "9999"} if model == "truncated" else {})
+    )
     before = script.calls
     answer = call(served, key, model, stream=stream)
     assert answer.status_code == 200, answer.text

@@ -62,6 +62,23 @@ def written(tmp_path):
         (DEMO + '[prices."demo"]\ninput = "1"', "prices.demo"),
         (DEMO + '[models."x"]\ncandidates = []', "models.x.candidates"),
         (DEMO + '[models."x"]\ncandidates = ["nobody/x"]', "models.x.candidates"),
+        (DEMO + '[models."x"]\ncandidates = [{ target = "nobody/x" }]', "models.x.candidates"),
+        (DEMO + '[models."x"]\ncandidates = [{ target = "demo/x", weight = 0 }]', "models.x.candidates"),
+        (DEMO + '[prices."demo/x"]\ninput = "1"\noutput = "1"\nrequest = "1001"', "prices.demo/x.request"),
+        (
+            DEMO + '[prices."demo/x"]\ninput = "1"\noutput = "1"\nservice_tiers.flex = { input = "-1", output = "1" }',
+            "prices.demo/x.service_tiers.flex.input",
+        ),
+        (
+            DEMO + '[prices."demo/x"]\ninput = "1"\noutput = "1"\n'
+            'long_context = [{ above_tokens = 1, input = "1", output = "-1" }]',
+            "prices.demo/x.long_context.output",
+        ),
+        (
+            '[providers.x]\nkind = "openai"\nbase_url = "http://x/"\nheaders_env = { api-key = "NOBODY_HAS_IT" }',
+            "providers.x.headers_env.api-key",
+        ),
+        ('[routing]\nexpose = "all"', "routing.expose"),
     ],
 )
 def test_what_is_wrong_is_named_with_its_place(written, text, place):
@@ -92,6 +109,17 @@ def test_the_shipped_file_needs_no_environment():
     configuration = load({"OPENAI_API_KEY": "sk-x"}, config="config.toml")
     assert set(configuration.providers) == {"openai", "demo"}
     assert configuration.api_keys == {"openai": "sk-x"}
+
+
+def test_a_provider_that_is_off_may_lack_something(written):
+    """One that lacks nothing can be switched on later, and its headers are known."""
+    off = '[providers.{name}]\nkind = "openai"\nenabled = false\nbase_url = "http://x/"\n{more}\n'
+    text = off.format(name="ready", more='headers = { a = "1" }\nheaders_env = { b = "IT" }')
+    text += off.format(name="lacking", more='api_key_env = "NOBODY_HAS_IT"')
+    configuration = load({"IT": "2"}, config=written(text))
+    assert set(configuration.providers) == {"ready"}
+    assert configuration.enabled == frozenset()
+    assert configuration.headers == {"ready": [("a", "1"), ("b", "2")]}
 
 
 def test_flags_beat_the_environment_beats_the_file(written, tmp_path):

@@ -96,7 +96,8 @@ class OpenAIProvider:
     ) -> None:
         self.name = name
         self._base_url = _checked_base_url(base_url, provider=name)
-        self._own_headers = [*_authorization(api_key, provider=name), *_checked_headers(headers, provider=name)]
+        self._own_headers = _authorization(api_key, provider=name)
+        self._own_headers += _checked_headers(headers, beside=self._own_headers, provider=name)
         self._client = client
         self._timeouts = timeouts
 
@@ -175,11 +176,12 @@ def _checked_base_url(base_url: str, *, provider: str) -> str:
     return base_url.rstrip("/")
 
 
-def _checked_headers(headers: Sequence[tuple[str, str]], *, provider: str) -> Headers:
-    checked = []
+def _checked_headers(headers: Sequence[tuple[str, str]], *, beside: Headers, provider: str) -> Headers:
+    checked: Headers = []
     for name, value in headers:
         field, text = name.lower().encode(), value.strip().encode("latin-1", "replace")
-        if not _HEADER_NAME.fullmatch(field) or field in _FRAMING or not _HEADER_VALUE.fullmatch(text):
+        is_taken = field in _FRAMING or any(field == known for known, _ in (*beside, *checked))
+        if is_taken or not _HEADER_NAME.fullmatch(field) or not _HEADER_VALUE.fullmatch(text):
             raise SettingsError(f"The header {name!r} of provider {provider!r} cannot be sent.")
         checked.append((field, text))
     return checked

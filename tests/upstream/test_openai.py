@@ -24,8 +24,8 @@ async def sent():
 
     client = HttpxClient(transport=httpx2.MockTransport(answer))
 
-    async def send(call, *, base_url="https://acme.test/v1", api_key="sk-op"):
-        provider = OpenAIProvider("acme", base_url, api_key, client, Timeouts())
+    async def send(call, *, base_url="https://acme.test/v1", api_key="sk-op", headers=()):
+        provider = OpenAIProvider("acme", base_url, api_key, client, Timeouts(), headers=headers)
         response = await provider.send(call)
         await response.aclose()
         await provider.aclose()
@@ -64,6 +64,36 @@ async def test_without_a_key(sent, api_key):
     """No authorization goes out, the client's least of all."""
     request = await sent(call(headers=[(b"authorization", b"Bearer tg-client")]), api_key=api_key)
     assert "authorization" not in request.headers
+
+
+async def test_the_operators_headers_go_before_the_clients(sent):
+    """Every call has them, once, whatever the client says."""
+    clients = [(b"user-agent", b"OpenAI/Python 3"), (b"x-stainless-os", b"Linux"), (b"api-key", b"tg-client")]
+    headers = [("Api-Key", " sk-op "), ("User-Agent", "us")]
+    request = await sent(call(headers=clients), api_key=None, headers=headers)
+    assert request.headers.raw[1:3] == [(b"api-key", b"sk-op"), (b"user-agent", b"us")]
+    assert request.headers.get_list("user-agent") == ["us"]
+    assert request.headers["x-stainless-os"] == "Linux"
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        ("host", "x"),
+        ("Content-Length", "1"),
+        ("a b", "x"),
+        ("", "x"),
+        ("a", "x\ny: z"),
+        ("a", ""),
+        ("Authorization", "x"),
+    ],
+)
+async def test_a_header_that_cannot_be_sent(header):
+    """It is refused at once: what frames the call, what is no header, and what is there already."""
+    client = HttpxClient()
+    with pytest.raises(SettingsError, match="cannot be sent"):
+        OpenAIProvider("acme", "https://acme.test/v1", "sk-op", client, Timeouts(), headers=[header])
+    await client.aclose()
 
 
 @pytest.mark.parametrize("base_url", ["http://acme.test/v1", "http://acme.test/v1/", "http://acme.test/v1//"])
