@@ -179,6 +179,23 @@ async def test_who_is_no_admin_any_more_has_no_admin_key(on_sqlite, small):
     assert (answer.status_code, answer.json()["error"]["code"]) == (403, "not_an_admin")
 
 
+async def test_logins_outlive_a_restart_on_the_embedded_database(tmp_path, database_url):
+    """It keeps a secret of its own; on PostgreSQL, which several processes share, none is made up."""
+    async with opened(tmp_path, database_url) as tollgate:
+        credentials = {"email": "ann@example.com", "password": "a password of some length"}
+        async with client_of(routed(tollgate)) as http:
+            assert (await http.post("/register", json=credentials)).status_code == 201
+            answer = await http.post("/login", json=credentials)
+    if not database_url.startswith("sqlite"):
+        assert (answer.status_code, answer.json()["error"]["code"]) == (403, "login_not_configured")
+        return
+    async with opened(tmp_path, database_url) as again, client_of(routed(again), answer.json()["access_token"]) as http:
+        assert (await http.get("/me")).json()["email"] == "ann@example.com"
+    (tmp_path / "data" / "jwt_secret").unlink()
+    async with opened(tmp_path, database_url) as other, client_of(routed(other), answer.json()["access_token"]) as http:
+        assert (await http.get("/me")).status_code == 401, "another secret"
+
+
 # ---- the header
 
 
