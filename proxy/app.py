@@ -112,7 +112,7 @@ class Tollgate:
             self.accounts = _accounts(self.configuration, self.engine, self.ledger, client)
             stack.push_async_callback(self.last_used.write)
             writing = asyncio.create_task(self.last_used.keep_writing(), name="last_used")
-            stack.callback(writing.cancel)
+            stack.push_async_callback(_ended, writing)
             refreshing = asyncio.create_task(self._keep_catalog_fresh(), name="catalog")
             stack.callback(refreshing.cancel)
             yield
@@ -229,6 +229,13 @@ async def prepare(configuration: Configuration) -> None:
 def _body_limits(configuration: Configuration) -> BodyLimits:
     server = configuration.settings.server
     return BodyLimits(bytes_max=server.body_bytes_max, wait_s=server.body_s)
+
+
+async def _ended(task: "asyncio.Task[None]") -> None:
+    """Cancel `task` and wait for its end: what it holds of the database is given back by then."""
+    task.cancel()
+    with suppress(asyncio.CancelledError):
+        await task
 
 
 _EXPOSED_HEADERS = [

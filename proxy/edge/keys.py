@@ -1,7 +1,7 @@
 """`/api/v1/keys`: a user's own keys."""
 
 from datetime import datetime
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 from litestar import delete, get, patch, post
@@ -33,6 +33,7 @@ BODY_BYTES_MAX = 65_536
 
 Instant = Annotated[datetime, msgspec.Meta(tz=True)]
 Amount = str | int
+Period = Literal["day", "month"]
 
 
 class Wanted(msgspec.Struct, forbid_unknown_fields=True):
@@ -43,7 +44,7 @@ class Wanted(msgspec.Struct, forbid_unknown_fields=True):
     expires_at: Instant | None = None
     allowed_models: list[str] | None = None
     limit_amount: Amount | None = None
-    limit_period: str | None = None
+    limit_period: Period | None = None
     requests_per_minute: int | None = None
     tokens_per_minute: int | None = None
     concurrent_calls_max: int | None = None
@@ -56,7 +57,7 @@ class Changed(msgspec.Struct, forbid_unknown_fields=True):
     expires_at: Instant | msgspec.UnsetType | None = msgspec.UNSET
     allowed_models: list[str] | msgspec.UnsetType | None = msgspec.UNSET
     limit_amount: Amount | msgspec.UnsetType | None = msgspec.UNSET
-    limit_period: str | msgspec.UnsetType | None = msgspec.UNSET
+    limit_period: Period | msgspec.UnsetType | None = msgspec.UNSET
     requests_per_minute: int | msgspec.UnsetType | None = msgspec.UNSET
     tokens_per_minute: int | msgspec.UnsetType | None = msgspec.UNSET
     concurrent_calls_max: int | msgspec.UnsetType | None = msgspec.UNSET

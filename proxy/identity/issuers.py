@@ -147,7 +147,7 @@ def _keys(body: bytes, algorithms: Sequence[str]) -> dict[str | None, jwt.PyJWK]
     """
     found: dict[str | None, jwt.PyJWK] = {}
     for entry in msgspec.json.decode(body, type=_KeySet).keys[:KEYS_MAX]:
-        if entry.get("kty") not in {"RSA", "EC", "OKP"} or entry.get("use", "sig") != "sig":
+        if entry.get("use", "sig") != "sig":
             continue
         try:
             key = jwt.PyJWK(entry)

@@ -3,12 +3,15 @@
 import asyncio
 
 import sqlalchemy as sa
+import structlog
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from proxy.errors import Unavailable
 from proxy.storage.database import writing
 from proxy.storage.tables import api_keys
 from proxy.units import MICROS_PER_SECOND, Micros
+
+log = structlog.get_logger(__name__)
 
 WRITE_S = 5.0
 """How long a use waits to be written."""
@@ -46,21 +49,21 @@ class LastUsed:
 
     async def write(self) -> None:
         """Write what waits. What cannot be written now is tried again with the next."""
-        waiting = self._waiting
+        waiting, self._waiting = self._waiting, {}
         if not waiting:
             return
-        self._waiting = {}
+        written: list[str] = []
         try:
             async with writing(self._engine) as connection:
-                written = list(await connection.scalars(_FREE, {"ids": list(waiting)}))
-                if written:
-                    await connection.execute(
-                        _WRITE, [{"key_id": key_id, "used_at": waiting[key_id]} for key_id in written]
-                    )
+                free = list(await connection.scalars(_FREE, {"ids": list(waiting)}))
+                if free:
+                    await connection.execute(_WRITE, [{"key_id": one, "used_at": waiting[one]} for one in free])
+            written = free
         except Unavailable:
-            written = []
-        for key_id in waiting.keys() - set(written):
-            self._waiting.setdefault(key_id, waiting[key_id])
+            log.warning("last_used_not_written", keys=len(waiting))
+        finally:
+            for key_id in waiting.keys() - set(written):
+                self._waiting.setdefault(key_id, waiting[key_id])
 
     async def keep_writing(self) -> None:
         """Write until cancelled."""

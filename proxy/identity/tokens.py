@@ -27,8 +27,8 @@ LEEWAY_S = 30
 SUBJECT_CHARACTERS_MAX = 255
 """As OpenID Connect Core has it, section 2."""
 
-MALFORMED = (jwt.PyJWTError, RecursionError, ValueError, TypeError, OverflowError)
-"""What the library raises for tokens that are wrong, and for JSON in them that is hostile."""
+MALFORMED = (jwt.PyJWTError, ValueError, TypeError)
+"""What comes of tokens and keys that are wrong: from the library, and from our own look at what it made of them."""
 
 
 class Claims(msgspec.Struct, frozen=True):

@@ -105,6 +105,15 @@ async def test_routes_for_admins_refuse_everybody_else(on_sqlite):
                     assert (await http.request(method, path)).status_code == 403, (method, path, name)
 
 
+async def test_what_manages_an_account_needs_more_than_a_key_for_calls(on_sqlite):
+    """All of one's own account and keys, by whatever method; calls, models and receipts need no more."""
+    for method, path, options in doors(routed(on_sqlite)):
+        if method != "OPTIONS" and path.startswith(("/me", "/api/v1/keys")):
+            assert options[NEEDS] is Scope.MANAGE, (method, path)
+        if path.startswith(("/v1/", "/api/v1/credits/")) and NEEDS in options:
+            assert options[NEEDS] is Scope.INFERENCE, (method, path)
+
+
 async def test_a_key_of_less_scope_than_a_route_needs_is_refused(on_sqlite):
     """Keys for inference manage nothing."""
     app = routed(on_sqlite)
@@ -177,6 +186,23 @@ async def test_who_is_no_admin_any_more_has_no_admin_key(on_sqlite, small):
             await connection.exec_driver_sql("UPDATE users SET is_admin = false")
         answer = await http.get("/admin")
     assert (answer.status_code, answer.json()["error"]["code"]) == (403, "not_an_admin")
+
+
+async def test_logins_outlive_a_restart_on_the_embedded_database(tmp_path, database_url):
+    """It keeps a secret of its own; on PostgreSQL, which several processes share, none is made up."""
+    async with opened(tmp_path, database_url) as tollgate:
+        credentials = {"email": "ann@example.com", "password": "a password of some length"}
+        async with client_of(routed(tollgate)) as http:
+            assert (await http.post("/register", json=credentials)).status_code == 201
+            answer = await http.post("/login", json=credentials)
+    if not database_url.startswith("sqlite"):
+        assert (answer.status_code, answer.json()["error"]["code"]) == (403, "login_not_configured")
+        return
+    async with opened(tmp_path, database_url) as again, client_of(routed(again), answer.json()["access_token"]) as http:
+        assert (await http.get("/me")).json()["email"] == "ann@example.com"
+    (tmp_path / "data" / "jwt_secret").unlink()
+    async with opened(tmp_path, database_url) as other, client_of(routed(other), answer.json()["access_token"]) as http:
+        assert (await http.get("/me")).status_code == 401, "another secret"
 
 
 # ---- the header

@@ -150,7 +150,15 @@ async def test_only_keys_for_signatures_count(world):
     short = IssuerKey("short", bits=1024)
     for_encryption = {**SECOND.published, "use": "enc"}
     secret = {"kty": "oct", "k": part(SECRET.encode()), "kid": "secret", "alg": "HS256"}
-    odd = [{"kty": "RSA", "kid": "odd"}, {"kty": "XYZ"}, {}, {**FIRST.published, "kid": "odd2", "alg": "XX"}]
+    odd = [
+        {"kty": "RSA", "kid": "odd"},
+        {"kty": "RSA", "n": 5, "e": None},
+        {"kty": ["RSA"]},
+        {"kty": "XYZ"},
+        {},
+        {**FIRST.published, "alg": "XX"},
+        {**FIRST.published, "alg": ["RS256"]},
+    ]
     entries = [secret, for_encryption, short.published, *odd, FIRST.published]
     world.body = json.dumps({"keys": entries}).encode()
     assert (await world.verify(FIRST.sign())).subject == "somebody"

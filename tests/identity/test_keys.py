@@ -1,7 +1,10 @@
 """Keys over real databases: their terms, who may give what to whom, and what a change does to their counters."""
 
+import asyncio
+
 import msgspec
 import pytest
+import structlog
 
 from proxy.errors import BadRequest, Conflict, Forbidden, KeyLimitReached, NotFound, Unauthenticated
 from proxy.identity import keys as module
@@ -359,5 +362,23 @@ async def test_a_locked_key_is_written_later(books, ann):
         await uses.write()
         assert await last_used(books, free.key_id) == 10**15
         assert await last_used(books, ann.key_id) is None
+    await uses.write()
+    assert await last_used(books, ann.key_id) == 10**15
+
+
+async def test_a_use_that_cannot_be_written_is_written_later(books, ann):
+    """While the database is away, and when the writer is stopped in the middle."""
+    uses = LastUsed(books.engine)
+    uses.note(ann.key_id, 10**15)
+    away = LastUsed(database.connect("postgresql+asyncpg://nobody@127.0.0.1:9/x", pooled=False))
+    away._waiting = dict(uses._waiting)
+    with structlog.testing.capture_logs() as entries:
+        await away.write()
+    assert [entry["event"] for entry in entries] == ["last_used_not_written"]
+    assert away._waiting == uses._waiting == {ann.key_id: 10**15}
+    stopped = asyncio.create_task(uses.write())
+    await asyncio.sleep(0)
+    stopped.cancel()
+    await asyncio.gather(stopped, return_exceptions=True)
     await uses.write()
     assert await last_used(books, ann.key_id) == 10**15

@@ -69,7 +69,7 @@ ATTACKS = {
     "a critical header that nobody knows": lambda: jwt.encode(
         own_claims(), SECRET, "HS256", headers={"crit": ["exp"], "exp": 1}
     ),
-    "deep nonsense": lambda: f"{part({'alg': 'HS256'})}.{part(b'[' * 5000)}.x",
+    "deep nonsense": lambda: f"{part({'alg': 'HS256'})}.{part(b'[' * 5000)}.eA",
     "no JSON": lambda: "a.b.c",
     "nothing": lambda: "..",
 }
@@ -89,7 +89,7 @@ def test_clocks_may_be_a_little_apart(tokens):
     assert tokens.verify(hs256(iat=int(time.time()) + 10)).user_id == "usr_x"
 
 
-@pytest.mark.parametrize("token", ["a.b.c", "..", f"{part({'alg': 'HS256'})}.{part(b'[' * 5000)}.x", "é.é.é"])
+@pytest.mark.parametrize("token", ["a.b.c", "..", f"{part({'alg': 'HS256'})}.{part(b'[' * 5000)}.eA", "é.é.é"])
 def test_what_cannot_be_read_is_refused_before_anybody_checks_it(token):
     """Its issuer cannot be told."""
     with pytest.raises(Unauthenticated):
