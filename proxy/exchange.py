@@ -8,8 +8,8 @@ call ends.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Protocol
 
 import msgspec
@@ -17,6 +17,7 @@ import structlog
 
 from proxy import relay, tokens
 from proxy.catalog import Catalog
+from proxy.deadline import Deadline, within
 from proxy.errors import (
     InsufficientCredits,
     LedgerFault,
@@ -122,7 +123,8 @@ class _Open(msgspec.Struct):
     is_client_gone: bool = False
     is_stopped: bool = False
     """Whether its provider was stopped because the client had left."""
-    timeout: asyncio.Timeout | None = None
+    provider_time: Deadline | None = None
+    """The limit on what is under way at the provider."""
 
     def begin(self) -> None:
         """The first of the answer has come."""
@@ -131,9 +133,9 @@ class _Open(msgspec.Struct):
     def leave(self) -> None:
         """The client has left: stop the provider if what it did so far can be counted, else let it come to its end."""
         self.is_client_gone = True
-        if self.timeout is not None and self.is_countable:
+        if self.provider_time is not None and self.is_countable:
             self.is_stopped = True
-            self.timeout.reschedule(_now())
+            self.provider_time.end_now()
 
     @property
     def is_countable(self) -> bool:
@@ -274,7 +276,7 @@ class Exchange:
         for candidate in offered:
             opened.candidate = candidate
             try:
-                async with _within(opened):
+                with _within(opened):
                     response = await self._providers[candidate.provider].send(_provider_call(opened))
                 if response.status < 300:
                     return response
@@ -289,7 +291,7 @@ class Exchange:
 
     async def _rejection(self, opened: _Open, response: UpstreamResponse) -> UpstreamFailed:
         try:
-            async with _within(opened):
+            with _within(opened):
                 body = await _read_all(response, self._limits.answer_bytes_max, opened.candidate.provider)
         finally:
             await asyncio.shield(response.aclose())
@@ -298,7 +300,7 @@ class Exchange:
     # ---- plain answers
 
     async def _relay_plain(self, opened: _Open, response: UpstreamResponse, answer: Answer) -> None:
-        async with _within(opened):
+        with _within(opened):
             body = await _read_all(response, self._limits.answer_bytes_max, opened.candidate.provider)
         encoding = relay.content_encoding(response.headers)
         content = body if encoding is None else relay.inflate(body, encoding, self._limits.answer_bytes_max)
@@ -361,7 +363,7 @@ class Exchange:
             chunks = relay.inflated(chunks, encoding, opened.candidate.provider)
         failure: TollgateError | None = None
         try:
-            async with _within(opened):
+            with _within(opened):
                 await relayed.forward(chunks)
         except UpstreamFailed as exc:
             if not answer.is_started:
@@ -464,7 +466,7 @@ class Exchange:
             receipt=receipt,
         )
         try:
-            async with asyncio.timeout(self._limits.settle_wait_s):
+            with within(self._limits.settle_wait_s):
                 settled = await self._ledger.settle(operation)
         except TimeoutError as exc:
             raise Unavailable("The ledger is out of reach just now.", retry_after_s=5) from exc
@@ -488,7 +490,7 @@ class Exchange:
     async def _release(self, opened: _Open) -> None:
         opened.is_closed = True
         try:
-            async with asyncio.timeout(self._limits.settle_wait_s):
+            with within(self._limits.settle_wait_s):
                 await self._ledger.release(_release(opened, "nothing_delivered"))
         except TimeoutError:
             log.warning("release_deferred", request_id=opened.call.request_id)
@@ -646,16 +648,16 @@ def _release(opened: _Open, outcome: str, *, is_undelivered: bool = False) -> Re
     )
 
 
-@asynccontextmanager
-async def _within(opened: _Open) -> AsyncIterator[None]:
+@contextmanager
+def _within(opened: _Open) -> Iterator[None]:
     """The time that one call may take. Raises `UpstreamTimeout` beyond it."""
     try:
-        async with asyncio.timeout_at(opened.deadline) as opened.timeout:
+        with Deadline(opened.deadline) as opened.provider_time:
             yield
     except TimeoutError as exc:
         raise UpstreamTimeout("The call took longer than it may.", provider=opened.candidate.provider) from exc
     finally:
-        opened.timeout = None
+        opened.provider_time = None
 
 
 async def _read_all(response: UpstreamResponse, bytes_max: int, provider: str) -> bytes:

@@ -6,6 +6,7 @@ from typing import Any
 
 from litestar.types import HTTPScope, Receive, Send
 
+from proxy.deadline import within
 from proxy.errors import BadRequest, BodyTooLarge, UnsupportedEncoding
 
 Headers = list[tuple[bytes, bytes]]
@@ -28,7 +29,7 @@ async def read_body(scope: HTTPScope, receive: Receive, bytes_max: int) -> bytes
     parts: list[bytes] = []
     size = 0
     try:
-        async with asyncio.timeout(BODY_S_MAX):
+        with within(BODY_S_MAX):
             while True:
                 message = await receive()
                 if message["type"] == "http.disconnect":
@@ -104,7 +105,7 @@ class AsgiAnswer:
             return
         self._is_waiting = True
         try:
-            async with asyncio.timeout(self._stall_s):
+            with within(self._stall_s):
                 await self._to_server(message)
         except TimeoutError:
             self._abort()
