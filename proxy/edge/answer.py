@@ -1,8 +1,7 @@
 """The two ends of a paid call's connection: its body in, its answer out."""
 
-import asyncio
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 from litestar.types import HTTPScope, Receive, Send
 
@@ -47,26 +46,43 @@ async def read_body(scope: HTTPScope, receive: Receive, bytes_max: int) -> bytes
         raise BadRequest(f"The body did not arrive within {BODY_S_MAX:g} seconds.", code="body_timeout") from exc
 
 
+class Connection(Protocol):
+    """The client's connection, which knows more than ASGI tells."""
+
+    on_lost: Callable[[], None] | None
+    """Called once, when the connection is lost."""
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether nothing can be sent any more."""
+        ...
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the client takes less than what was sent, so that sending would wait."""
+        ...
+
+    def abort(self) -> None:
+        """Cut it off."""
+        ...
+
+
 class AsgiAnswer:
     """`exchange.Answer` over ASGI.
 
     A server's `send` neither fails nor waits once the client has gone, so that a call goes on to its own end,
     and what is left to say is dropped there. A client that takes nothing for `stall_s` seconds has gone as well, and
-    its connection is cut off with `abort`.
+    its connection is cut off.
     """
 
-    def __init__(
-        self, request_id: str, receive: Receive, send: Send, *, stall_s: float, abort: Callable[[], None]
-    ) -> None:
+    def __init__(self, request_id: str, send: Send, connection: Connection, *, stall_s: float) -> None:
         self._request_id = request_id.encode()
-        self._receive = receive
         self._to_server = send
+        self._connection = connection
         self._stall_s = stall_s
-        self._abort = abort
         self._on_gone: Callable[[], None] | None = None
         self._is_gone = False
         self._is_waiting = False
-        self._watcher: asyncio.Task[None] | None = None
         self._is_started = False
 
     @property
@@ -80,19 +96,15 @@ class AsgiAnswer:
         return self._is_waiting
 
     def on_gone(self, callback: Callable[[], None]) -> None:
-        """Call `callback` when the client leaves. The request's body must have been read."""
+        """Call `callback` once when the client leaves; at once if it has left already."""
         self._on_gone = callback
-        self._watcher = asyncio.get_running_loop().create_task(self._watch())
+        self._connection.on_lost = self._lose
+        if self._connection.is_lost:
+            self._lose()
 
     def close(self) -> None:
         """Watch the client no longer."""
-        if self._watcher is not None:
-            self._watcher.cancel()
-
-    async def _watch(self) -> None:
-        while (await self._receive())["type"] != "http.disconnect":
-            pass
-        self._lose()
+        self._connection.on_lost = None
 
     def _lose(self) -> None:
         if not self._is_gone:
@@ -103,12 +115,15 @@ class AsgiAnswer:
     async def _send(self, message: Any) -> None:
         if self._is_gone:
             return
+        if not self._connection.is_full:
+            await self._to_server(message)
+            return
         self._is_waiting = True
         try:
             with within(self._stall_s):
                 await self._to_server(message)
         except TimeoutError:
-            self._abort()
+            self._connection.abort()
             self._lose()
         self._is_waiting = False
 

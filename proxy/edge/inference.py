@@ -18,7 +18,7 @@ from proxy.catalog import Catalog
 from proxy.edge.answer import AsgiAnswer, read_body
 from proxy.edge.authentication import CHECKED_BY_LEDGER
 from proxy.edge.errors import answer_to
-from proxy.edge.protocol import ABORT
+from proxy.edge.protocol import CONNECTION
 from proxy.errors import BadRequest
 from proxy.exchange import Call, Exchange
 from proxy.routing import candidates
@@ -67,7 +67,7 @@ def paid_handlers(exchange: Exchange, *, body_bytes_max: int, stall_s: float) ->
 def _paid_handler(endpoint: Endpoint, exchange: Exchange, *, body_bytes_max: int, stall_s: float) -> Any:
     async def serve(scope: Scope, receive: Receive, send: Send) -> None:
         request_id = scope["state"]["request_id"]
-        answer = AsgiAnswer(request_id, receive, send, stall_s=stall_s, abort=scope["state"][ABORT])
+        answer = AsgiAnswer(request_id, send, scope["state"][CONNECTION], stall_s=stall_s)
         try:
             await exchange.serve(await _call(endpoint, cast("HTTPScope", scope), receive, body_bytes_max), answer)
         except Exception as exc:

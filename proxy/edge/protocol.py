@@ -2,6 +2,8 @@
 
 import asyncio
 import re
+from collections.abc import Callable
+from itertools import chain
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -15,8 +17,8 @@ HEAD_BYTES_MAX = 65_536
 HEAD_S_MAX = 10.0
 """How long a client may take for them, from its connection or from their first byte."""
 
-ABORT = "abort"
-"""Where a request's `state` has the function that cuts its connection off."""
+CONNECTION = "connection"
+"""Where a request's `state` has its connection."""
 
 _UPGRADE = re.compile(rb"(?i)(?<=\n)upgrade(?=[ \t]*:)")
 _NO_UPGRADE = b"ignored"
@@ -36,6 +38,22 @@ class LimitedProtocol(HttpToolsProtocol):
         self._is_in_head = True
         self._head_bytes = 0
         self._head_timer: asyncio.TimerHandle | None = None
+        self.on_lost: Callable[[], None] | None = None
+        """Whom to call when the connection is lost: the call that is being answered on it."""
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether nothing can be sent any more."""
+        return self.transport.is_closing()
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the client takes less than what was sent, so that sending would wait."""
+        return self.flow.write_paused
+
+    def abort(self) -> None:
+        """Cut the connection off."""
+        self.transport.abort()
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's own
         """Start to wait for the first request."""
@@ -43,18 +61,20 @@ class LimitedProtocol(HttpToolsProtocol):
         self._expect_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Wait no longer."""
+        """Wait no longer, and tell the call."""
         self._stop_waiting()
         super().connection_lost(exc)
+        if self.on_lost is not None:
+            self.on_lost()
 
     def data_received(self, data: bytes) -> None:
         """Feed the parser, within the limits."""
         if self._is_in_head:
             self._head_bytes += len(data)
-            if b"pgrade" in data.lower():
-                end = data.find(b"\r\n\r\n")
-                head, rest = (data, b"") if end < 0 else (data[:end], data[end:])
-                data = _UPGRADE.sub(_NO_UPGRADE, head) + rest
+            end = data.find(b"\r\n\r\n")
+            head = data if end < 0 else data[:end]
+            if b"pgrade" in head.lower():
+                data = _UPGRADE.sub(_NO_UPGRADE, head) + data[len(head) :]
         super().data_received(data)
         if self._is_in_head and self._head_bytes > HEAD_BYTES_MAX and not self.transport.is_closing():
             self._refuse(431, "The request's head is too large.", "head_too_large")
@@ -62,7 +82,7 @@ class LimitedProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         """Begin a request, which may be the connection's second."""
         super().on_message_begin()
-        self.scope["state"][ABORT] = self.transport.abort
+        self.scope["state"][CONNECTION] = self
         self._is_in_head = True
         if self._head_timer is None:
             self._expect_head()
@@ -72,9 +92,14 @@ class LimitedProtocol(HttpToolsProtocol):
         self._stop_waiting()
         self._is_in_head = False
         self._head_bytes = 0
-        if sum(len(name) + len(value) for name, value in self.headers) + len(self.url) > HEAD_BYTES_MAX:
+        if sum(map(len, chain.from_iterable(self.headers))) + len(self.url) > HEAD_BYTES_MAX:
             raise ValueError("the head is too large")  # the parser turns it into its own error, and that into a 400
         super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        """The request is there: what comes next is the head of another one."""
+        super().on_message_complete()
+        self._is_in_head = True
 
     def send_400_response(self, msg: str) -> None:
         """Refuse what is no HTTP, in OpenAI's shape."""
