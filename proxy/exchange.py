@@ -8,9 +8,9 @@ call ends.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Protocol
+from collections.abc import AsyncIterator, Callable, Mapping
+from types import TracebackType
+from typing import Protocol, Self
 
 import msgspec
 import structlog
@@ -276,7 +276,7 @@ class Exchange:
         for candidate in offered:
             opened.candidate = candidate
             try:
-                with _within(opened):
+                with _AtProvider(opened):
                     response = await self._providers[candidate.provider].send(_provider_call(opened))
                 if response.status < 300:
                     return response
@@ -291,7 +291,7 @@ class Exchange:
 
     async def _rejection(self, opened: _Open, response: UpstreamResponse) -> UpstreamFailed:
         try:
-            with _within(opened):
+            with _AtProvider(opened):
                 body = await _read_all(response, self._limits.answer_bytes_max, opened.candidate.provider)
         finally:
             await asyncio.shield(response.aclose())
@@ -300,7 +300,7 @@ class Exchange:
     # ---- plain answers
 
     async def _relay_plain(self, opened: _Open, response: UpstreamResponse, answer: Answer) -> None:
-        with _within(opened):
+        with _AtProvider(opened):
             body = await _read_all(response, self._limits.answer_bytes_max, opened.candidate.provider)
         encoding = relay.content_encoding(response.headers)
         content = body if encoding is None else relay.inflate(body, encoding, self._limits.answer_bytes_max)
@@ -363,7 +363,7 @@ class Exchange:
             chunks = relay.inflated(chunks, encoding, opened.candidate.provider)
         failure: TollgateError | None = None
         try:
-            with _within(opened):
+            with _AtProvider(opened):
                 await relayed.forward(chunks)
         except UpstreamFailed as exc:
             if not answer.is_started:
@@ -648,16 +648,26 @@ def _release(opened: _Open, outcome: str, *, is_undelivered: bool = False) -> Re
     )
 
 
-@contextmanager
-def _within(opened: _Open) -> Iterator[None]:
-    """The time that one call may take. Raises `UpstreamTimeout` beyond it."""
-    try:
-        with Deadline(opened.deadline) as opened.provider_time:
-            yield
-    except TimeoutError as exc:
-        raise UpstreamTimeout("The call took longer than it may.", provider=opened.candidate.provider) from exc
-    finally:
-        opened.provider_time = None
+class _AtProvider(Deadline):
+    """The time of one call, for what its provider has to do in it. Raises `UpstreamTimeout` beyond it."""
+
+    def __init__(self, opened: _Open) -> None:
+        super().__init__(opened.deadline)
+        self._opened = opened
+
+    def __enter__(self) -> Self:
+        self._opened.provider_time = self
+        return super().__enter__()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._opened.provider_time = None
+        try:
+            super().__exit__(kind, exc, trace)
+        except TimeoutError as timeout:
+            message = "The call took longer than it may."
+            raise UpstreamTimeout(message, provider=self._opened.candidate.provider) from timeout
 
 
 async def _read_all(response: UpstreamResponse, bytes_max: int, provider: str) -> bytes:

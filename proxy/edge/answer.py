@@ -66,6 +66,14 @@ class Connection(Protocol):
         """Cut it off."""
         ...
 
+    def hold(self) -> None:
+        """Keep what is sent from now on, until `let_go`."""
+        ...
+
+    def let_go(self) -> None:
+        """Send what was kept, in one piece."""
+        ...
+
 
 class AsgiAnswer:
     """`exchange.Answer` over ASGI.
@@ -128,8 +136,9 @@ class AsgiAnswer:
         self._is_waiting = False
 
     async def start(self, status: int, headers: Headers) -> None:
-        """Send the head of the answer; the request id is added to it."""
+        """Send the head of the answer, together with what is sent next; the request id is added to it."""
         self._is_started = True
+        self._connection.hold()
         await self._send(
             {
                 "type": "http.response.start",
@@ -141,7 +150,9 @@ class AsgiAnswer:
     async def write(self, chunk: bytes) -> None:
         """Send `chunk`; returns when the client's connection can take more."""
         await self._send({"type": "http.response.body", "body": chunk, "more_body": True})
+        self._connection.let_go()
 
     async def end(self, chunk: bytes = b"") -> None:
         """Send `chunk` and the end of the answer."""
         await self._send({"type": "http.response.body", "body": chunk, "more_body": False})
+        self._connection.let_go()

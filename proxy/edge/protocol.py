@@ -4,7 +4,7 @@ import asyncio
 import re
 from collections.abc import Callable
 from itertools import chain
-from typing import Any
+from typing import Any, cast
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
@@ -24,6 +24,41 @@ _UPGRADE = re.compile(rb"(?i)(?<=\n)upgrade(?=[ \t]*:)")
 _NO_UPGRADE = b"ignored"
 
 _REASONS = {400: b"Bad Request", 408: b"Request Timeout", 431: b"Request Header Fields Too Large"}
+
+
+class _Joining:
+    """A transport that can hold what is written, to send it together with what follows: each write is a system call."""
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+        self._held: list[bytes] | None = None
+        self.is_closing = transport.is_closing
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def write(self, data: bytes) -> None:
+        """Send `data`, or hold it."""
+        if self._held is None:
+            self._transport.write(data)
+        else:
+            self._held.append(data)
+
+    def hold(self) -> None:
+        """Send nothing until `let_go`."""
+        if self._held is None:
+            self._held = []
+
+    def let_go(self) -> None:
+        """Send what is held, if there is still somebody to send it to."""
+        held, self._held = self._held, None
+        if held and not self.is_closing():
+            self._transport.write(b"".join(held))
+
+    def close(self) -> None:
+        """Close, once everything is sent."""
+        self.let_go()
+        self._transport.close()
 
 
 class LimitedProtocol(HttpToolsProtocol):
@@ -55,9 +90,18 @@ class LimitedProtocol(HttpToolsProtocol):
         """Cut the connection off."""
         self.transport.abort()
 
+    def hold(self) -> None:
+        """Keep what is sent from now on, until `let_go`."""
+        self._joining.hold()
+
+    def let_go(self) -> None:
+        """Send what was kept, in one piece."""
+        self._joining.let_go()
+
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's own
         """Start to wait for the first request."""
-        super().connection_made(transport)
+        self._joining = _Joining(transport)
+        super().connection_made(cast("asyncio.Transport", self._joining))
         self._expect_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
