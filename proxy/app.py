@@ -18,6 +18,7 @@ from proxy import __version__
 from proxy.catalog import Catalog, load_catalog, seed_markup
 from proxy.edge import credits as credit_routes
 from proxy.edge import health, inference
+from proxy.edge.answer import identify
 from proxy.edge.authentication import Authentication, authenticated
 from proxy.edge.errors import respond
 from proxy.errors import Unavailable
@@ -27,7 +28,6 @@ from proxy.ledger.recovery import Lease
 from proxy.ledger.store import PostgresStore, SqliteStore, Store
 from proxy.settings import Configuration, PriceSettings, ProviderSettings
 from proxy.storage import database
-from proxy.units import new_id
 from proxy.upstream import Provider
 from proxy.upstream.client import HttpClient, Timeouts
 from proxy.upstream.demo import (
@@ -106,9 +106,10 @@ def build(tollgate: Tollgate) -> ASGIApp:
     """The web application over an open `tollgate`."""
     authentication = Authentication(tollgate.engine)
     server = tollgate.configuration.settings.server
+    paid = inference.paid_handlers(tollgate.exchange, body_bytes_max=server.body_bytes_max, stall_s=server.stall_s)
     app = Litestar(
         route_handlers=[
-            *inference.paid_handlers(tollgate.exchange, body_bytes_max=server.body_bytes_max, stall_s=server.stall_s),
+            *paid,
             inference.kept_responses,
             inference.models,
             inference.model,
@@ -131,16 +132,14 @@ def build(tollgate: Tollgate) -> ASGIApp:
         logging_config=None,
         debug=False,
     )
-    return identified(app)
+    return inference.shortcut(identified(app), paid, authentication, stall_s=server.stall_s)
 
 
 def identified(app: ASGIApp) -> ASGIApp:
     """`app` with an id of our own for every request, in `x-request-id` of every answer, unknown paths included."""
 
     async def middleware(scope: Scope, receive: Receive, send: Send) -> None:
-        request_id = new_id("req")
-        scope.setdefault("state", {})["request_id"] = request_id
-        header = (b"x-request-id", request_id.encode())
+        header = (b"x-request-id", identify(scope).encode())
 
         async def send_identified(message: Message) -> None:
             if message["type"] == "http.response.start" and header not in message["headers"]:

@@ -3,15 +3,23 @@
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from litestar.types import HTTPScope, Receive, Send
+from litestar.types import HTTPScope, Receive, Scope, Send
 
 from proxy.deadline import within
 from proxy.errors import BadRequest, BodyTooLarge, UnsupportedEncoding
+from proxy.units import new_id
 
 Headers = list[tuple[bytes, bytes]]
 
 BODY_S_MAX = 60.0
 """How long a client may take to send its body."""
+
+
+def identify(scope: Scope) -> str:
+    """Give a request an id of our own, and return it."""
+    request_id = new_id("req")
+    scope.setdefault("state", {})["request_id"] = request_id
+    return request_id
 
 
 async def read_body(scope: HTTPScope, receive: Receive, bytes_max: int) -> bytes:
