@@ -14,7 +14,7 @@ ROUNDS ?=
 SECONDS ?=
 SHORT ?=
 
-.PHONY: help run test test-clients check chaos bench-ledger format clean lock hooks
+.PHONY: help run test test-clients check chaos bench-ledger format clean lock hooks coverage
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,8 +27,13 @@ test: $(VENV)/.dev ## set everything up and run the tests, on SQLite and on Post
 
 test-clients: $(VENV)/.dev $(VENV)/clients-python/.done ## drive a server with clients that nobody here wrote (needs Node for some)
 	$(BIN)/python -m pytest $(TEST_FLAGS) tests/clients
+
 chaos: $(VENV)/.dev ## crash proxies and databases under load, then judge the books (DURATION= seconds for each, SEED=)
 	$(BIN)/python -m tests.chaos.run --duration $(DURATION) $(if $(SEED),--seed $(SEED))
+
+coverage: $(VENV)/.dev ## every branch of the ledger and of what counts money is taken by a test
+	$(BIN)/python -m pytest $(MONEY_TESTS) --cov-config=pyproject.toml --cov-branch $(addprefix --cov=,$(MONEY)) \
+		--cov-report=term-missing:skip-covered --cov-fail-under=100
 
 check: $(VENV)/.dev ## format, lint, types, import contract, compose file
 	$(BIN)/ruff format --check .
@@ -57,6 +62,11 @@ lock: $(VENV)/.dev ## pin the newest dependencies anew
 
 clean: ## forget the environment (the data folder stays)
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .coverage
+
+MONEY := proxy.ledger proxy.pricing proxy.units
+# Those that start processes are left out: what a process of its own covers is not counted.
+MONEY_TESTS := tests/test_pricing.py tests/test_units.py tests/ledger \
+	--ignore=tests/ledger/test_faults.py --ignore=tests/ledger/test_rivals.py
 
 LOCK_FLAGS := --quiet --universal --generate-hashes --no-emit-index-url --no-emit-find-links --no-header --no-annotate
 

@@ -1,6 +1,7 @@
 """The composition root: from the configuration to a running application. Everything is built here and handed down."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from decimal import Decimal
@@ -8,7 +9,9 @@ from typing import Literal
 
 import structlog
 from litestar import Litestar
+from litestar.config.cors import CORSConfig
 from litestar.di import Provide
+from litestar.handlers import ASGIRouteHandler
 from litestar.openapi import OpenAPIConfig
 from litestar.openapi.plugins import JsonRenderPlugin
 from litestar.types import ASGIApp, Message, Receive, Scope, Send
@@ -16,18 +19,27 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from proxy import __version__
 from proxy.catalog import Catalog, load_catalog, seed_markup
+from proxy.edge import accounts as account_routes
 from proxy.edge import credits as credit_routes
 from proxy.edge import health, inference
-from proxy.edge.answer import identify
+from proxy.edge import keys as key_routes
+from proxy.edge.addresses import Addresses
+from proxy.edge.answer import BodyLimits, identify
 from proxy.edge.authentication import Authentication, authenticated
 from proxy.edge.errors import respond
-from proxy.errors import Unavailable
+from proxy.errors import Unavailable, UpstreamFailed
 from proxy.exchange import Exchange, ExchangeLimits
+from proxy.identity.accounts import Accounts
+from proxy.identity.attempts import Attempts
+from proxy.identity.issuers import Fetch, Issuers
+from proxy.identity.last_used import LastUsed
+from proxy.identity.tokens import Tokens, kept_secret
 from proxy.ledger.ledger import Ledger
 from proxy.ledger.recovery import Lease
 from proxy.ledger.store import PostgresStore, SqliteStore, Store
 from proxy.settings import Configuration, PriceSettings, ProviderSettings
 from proxy.storage import database
+from proxy.units import SECONDS_PER_DAY, parse_credits
 from proxy.upstream import Provider
 from proxy.upstream.client import HttpClient, Timeouts
 from proxy.upstream.demo import (
@@ -47,6 +59,13 @@ log = structlog.get_logger(__name__)
 CATALOG_REFRESH_S = 1.0
 """How long a change of markup may take to reach every process."""
 
+JWT_SECRET_FILE = "jwt_secret"  # noqa: S105 - a file's name
+"""In the data folder of an embedded installation that was given no secret."""
+
+_KEY_SET_BYTES_MAX = 500_000
+_FETCH_S_MAX = 8.0
+"""Within the patience of whoever sent the first token of an issuer."""
+
 
 class Tollgate:
     """One process's parts, alive between `open` and the end of its block."""
@@ -57,12 +76,16 @@ class Tollgate:
         self.catalog: Catalog
         self.ledger: Ledger
         self.exchange: Exchange
+        self.accounts: Accounts
+        self.authentication: Authentication
+        self.last_used = LastUsed(self.engine)
 
     @asynccontextmanager
     async def open(self) -> AsyncIterator[None]:
         """Connect, recover what an earlier process left open, and work until the block ends.
 
-        Raises `SettingsError` on a schema that is not ours, `Unavailable` when the database is out of reach.
+        Raises `SettingsError` on a schema that is not ours or a database that would forget in a crash what it has
+        committed, `Unavailable` when the database is out of reach.
         """
         async with AsyncExitStack() as stack:
             stack.push_async_callback(self.engine.dispose)
@@ -73,18 +96,28 @@ class Tollgate:
                 is_embedded=self.configuration.is_embedded,
                 lease_s=self.configuration.settings.database.lease_s,
             )
-            self.ledger = Ledger(store(self.configuration, self.engine, is_server=True), lambda: lease.id)
-            self.ledger.start()
+            books = self._store()
+            self.ledger = Ledger(books, lambda: lease.id)
             stack.push_async_callback(self.ledger.aclose)
+            await books.check()
+            self.ledger.start()
             await stack.enter_async_context(lease.held(self.ledger))
             client = http_client(self.configuration.settings.server.http_client)
             stack.push_async_callback(client.aclose)
             self.exchange = Exchange(
                 self.ledger, self._providers(client), lambda: self.catalog, _limits(self.configuration)
             )
+            self.accounts = _accounts(self.configuration, self.engine, self.ledger, client)
+            self.authentication = Authentication(self.engine, self.accounts, self.last_used)
+            stack.push_async_callback(self.last_used.write)
+            writing = asyncio.create_task(self.last_used.keep_writing(), name="last_used")
+            stack.callback(writing.cancel)
             refreshing = asyncio.create_task(self._keep_catalog_fresh(), name="catalog")
             stack.callback(refreshing.cancel)
             yield
+
+    def _store(self) -> Store:
+        return store(self.configuration, self.engine, is_server=True)
 
     def _providers(self, client: HttpClient) -> dict[str, Provider]:
         return {
@@ -104,35 +137,57 @@ class Tollgate:
 
 def build(tollgate: Tollgate) -> ASGIApp:
     """The web application over an open `tollgate`."""
-    authentication = Authentication(tollgate.engine)
+    stall_s = tollgate.configuration.settings.server.stall_s
+    app = identified(routed(tollgate))
+    return inference.shortcut(app, _paid_handlers(tollgate), tollgate.authentication, stall_s=stall_s)
+
+
+def routed(tollgate: Tollgate) -> Litestar:
+    """Every route, behind authentication."""
     server = tollgate.configuration.settings.server
-    paid = inference.paid_handlers(tollgate.exchange, body_bytes_max=server.body_bytes_max, stall_s=server.stall_s)
-    app = Litestar(
+    addresses = Addresses(server.trusted_proxies)
+    return Litestar(
         route_handlers=[
-            *paid,
+            *_paid_handlers(tollgate),
             inference.kept_responses,
             inference.models,
             inference.model,
             credit_routes.balance,
             credit_routes.transactions,
             credit_routes.charge,
+            account_routes.register,
+            account_routes.login,
+            account_routes.me,
+            account_routes.change_password,
+            key_routes.keys,
+            key_routes.make_key,
+            key_routes.alter_key,
+            key_routes.drop_key,
             health.live,
             health.ready,
         ],
-        middleware=[lambda app: authenticated(app, authentication)],
+        middleware=[lambda app: authenticated(app, tollgate.authentication)],
         exception_handlers={Exception: respond},
         dependencies={
             "engine": Provide(lambda: tollgate.engine, sync_to_thread=False),
             "ledger": Provide(lambda: tollgate.ledger, sync_to_thread=False),
             "catalog": Provide(lambda: tollgate.catalog, sync_to_thread=False),
+            "accounts": Provide(lambda: tollgate.accounts, sync_to_thread=False),
+            "addresses": Provide(lambda: addresses, sync_to_thread=False),
         },
+        cors_config=_cors(server.cors_origins),
         openapi_config=OpenAPIConfig(
             title="Tollgate", version=__version__, path="/schema", render_plugins=[JsonRenderPlugin()]
         ),
         logging_config=None,
         debug=False,
     )
-    return inference.shortcut(identified(app), paid, authentication, stall_s=server.stall_s)
+
+
+def _paid_handlers(tollgate: Tollgate) -> list[ASGIRouteHandler]:
+    configuration = tollgate.configuration
+    stall_s = configuration.settings.server.stall_s
+    return inference.paid_handlers(tollgate.exchange, _body_limits(configuration), stall_s=stall_s)
 
 
 def identified(app: ASGIApp) -> ASGIApp:
@@ -173,9 +228,81 @@ async def prepare(configuration: Configuration) -> None:
         await engine.dispose()
 
 
+def _body_limits(configuration: Configuration) -> BodyLimits:
+    server = configuration.settings.server
+    return BodyLimits(bytes_max=server.body_bytes_max, wait_s=server.body_s)
+
+
+_EXPOSED_HEADERS = [
+    "x-request-id",
+    "x-credits-reserved",
+    "x-credits-charged",
+    "x-credits-balance",
+    "x-credits-max-tokens",
+    "x-tollgate-provider",
+    "retry-after",
+]
+
+
+def _cors(origins: list[str]) -> CORSConfig | None:
+    """Browsers of these origins may call us; no cookie ever counts."""
+    return CORSConfig(allow_origins=origins, expose_headers=_EXPOSED_HEADERS) if origins else None
+
+
+def _accounts(configuration: Configuration, engine: AsyncEngine, ledger: Ledger, client: HttpClient) -> Accounts:
+    auth = configuration.settings.auth
+    secret = auth.jwt_secret
+    if secret is None and configuration.is_embedded:
+        secret = kept_secret(configuration.data_dir / JWT_SECRET_FILE)
+    clock = time.monotonic
+    return Accounts(
+        engine,
+        ledger,
+        tokens=None if secret is None else Tokens(secret, auth.token_days * SECONDS_PER_DAY),
+        issuers=Issuers(auth.issuers, _fetch(client), clock),
+        by_address=Attempts(auth.address_attempts_per_minute, 60, clock),
+        by_account=Attempts(auth.account_failures_per_hour, 3600, clock),
+        registration_open=auth.registration_open,
+        starting_credits=parse_credits(str(configuration.settings.credits.starting_credits)),
+    )
+
+
+def _fetch(client: HttpClient) -> Fetch:
+    """What gets an issuer's keys."""
+    timeouts = Timeouts(connect_s=3, first_byte_s=5, idle_s=5)
+
+    async def fetch(url: str) -> bytes:
+        try:
+            async with asyncio.timeout(_FETCH_S_MAX):
+                response = await client.send(
+                    provider="issuer",
+                    method="GET",
+                    url=url,
+                    headers=[(b"accept", b"application/json"), (b"accept-encoding", b"identity")],
+                    body=b"",
+                    timeouts=timeouts,
+                )
+                try:
+                    body = b""
+                    async for chunk in response.chunks():
+                        body += chunk
+                        if len(body) > _KEY_SET_BYTES_MAX:
+                            raise Unavailable("The issuer's answer is too long.")
+                finally:
+                    await response.aclose()
+        except (UpstreamFailed, TimeoutError) as exc:
+            raise Unavailable(str(exc) or "The issuer did not answer in time.") from exc
+        if response.status != 200:
+            raise Unavailable(f"The issuer answered with status {response.status}.")
+        return body
+
+    return fetch
+
+
 def _limits(configuration: Configuration) -> ExchangeLimits:
     server = configuration.settings.server
     return ExchangeLimits(
+        nesting_max=server.nesting_max,
         answer_bytes_max=server.answer_bytes_max,
         event_bytes_max=server.event_bytes_max,
         call_s=server.call_s,

@@ -9,27 +9,33 @@ import json
 import os
 import signal
 import socket
+import sqlite3
 import sys
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
+from datetime import UTC
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from proxy import __version__
-from proxy.errors import SettingsError, TollgateError
+from proxy.errors import SettingsError, TollgateError, Unavailable
 from proxy.settings import Configuration, load
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
+    from datetime import datetime
 
     from proxy.ledger.ledger import Ledger
 
 FIRST_ADMIN = "admin@example.com"
 FIRST_CREDITS = "10"
 
+_KEYS_SHOWN_MAX = 1000
+_INSTANTS = ["%Y-%m-%d", "%Y-%m-%dT%H:%M:%S", "%Y-%m-%dT%H:%M:%S%z", "%Y-%m-%d %H:%M:%S"]
+
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-email_option = click.option("--email", required=True, help="The user's e-mail address.")
+email_option = click.option("--email", required=True, help="The user's e-mail address, or id.")
 config_option = click.option("--config", metavar="FILE", help="The configuration (default: config.toml here).")
 
 
@@ -40,9 +46,32 @@ def main() -> None:
     except SettingsError as exc:
         click.echo(f"tollgate: {exc}", err=True)
         sys.exit(2)
+    except Unavailable as exc:
+        reason = "" if exc.__cause__ is None else f" ({_reason(exc.__cause__)})"
+        click.echo(f"tollgate: {exc}{reason}", err=True)
+        sys.exit(1)
     except TollgateError as exc:
         click.echo(f"tollgate: {exc}", err=True)
         sys.exit(1)
+    except Exception as exc:
+        if not _is_databases(exc):
+            raise
+        click.echo(f"tollgate: the database cannot be used: {_reason(exc)}", err=True)
+        sys.exit(1)
+
+
+def _is_databases(error: Exception) -> bool:
+    """Whether an error is the database's: it is damaged, not ours, or refuses us."""
+    from alembic.util import CommandError  # noqa: PLC0415 - only when something went wrong
+    from sqlalchemy.exc import SQLAlchemyError  # noqa: PLC0415 - likewise
+
+    return isinstance(error, SQLAlchemyError | CommandError | sqlite3.Error)
+
+
+def _reason(error: BaseException) -> str:
+    """What a driver says, in one line."""
+    lines = str(getattr(error, "orig", None) or error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 @click.group()
@@ -97,17 +126,29 @@ def users() -> None:
 @email_option
 @click.option("--password", help="Needed only to log in; API keys work without.")
 @click.option("--admin", is_flag=True, help="May use the admin endpoints.")
+@click.option("--issuer", help="An issuer of `[[auth.issuers]]` whose tokens are the user's; needs --subject.")
+@click.option("--subject", help="The `sub` by which that issuer knows the user.")
 @json_option
-def users_create(email: str, password: str | None, *, admin: bool, as_json: bool) -> None:
+def users_create(  # noqa: PLR0913 - one parameter an option
+    email: str, password: str | None, issuer: str | None, subject: str | None, *, admin: bool, as_json: bool
+) -> None:
     """Add a user with an empty wallet."""
-    from proxy.identity.passwords import hash_password  # noqa: PLC0415
-    from proxy.identity.users import create_user  # noqa: PLC0415
+    from proxy.identity.passwords import Passwords, check_password  # noqa: PLC0415
+    from proxy.identity.users import add_identity, create_user  # noqa: PLC0415
     from proxy.storage.database import writing  # noqa: PLC0415
 
+    if (issuer is None) != (subject is None):
+        raise click.UsageError("--issuer and --subject go together")
+
     async def work(books: "_Books") -> None:
-        password_hash = None if password is None else await hash_password(password)
+        password_hash = None
+        if password is not None:
+            check_password(password, email)
+            password_hash = await Passwords().hash(password)
         async with writing(books.engine) as connection:
             user = await create_user(connection, email, password_hash=password_hash, is_admin=admin)
+            if issuer is not None and subject is not None:
+                await add_identity(connection, user.id, issuer, subject)
         _show(
             {"id": user.id, "email": user.email, "is_admin": user.is_admin},
             f"Created {user.email} ({user.id}).",
@@ -132,18 +173,103 @@ def keys() -> None:
     show_default=True,
     help="What the key may be used for.",
 )
+@click.option("--limit-amount", help="Credits that it may spend, such as 2.5.")
+@click.option(
+    "--limit-period", type=click.Choice(["day", "month"]), help="By UTC day or month; without it the limit is for ever."
+)
+@click.option("--expires-at", type=click.DateTime(_INSTANTS), help="When it ends, in UTC unless it says otherwise.")
+@click.option(
+    "--allowed-models", multiple=True, metavar="NAMES", help="Models, with * and ?; separated by commas, or repeated."
+)
 @json_option
-def keys_create(email: str, name: str, scope: str, *, as_json: bool) -> None:
+def keys_create(  # noqa: PLR0913 - one parameter an option
+    *,
+    email: str,
+    name: str,
+    scope: str,
+    limit_amount: str | None,
+    limit_period: str | None,
+    expires_at: "datetime | None",
+    allowed_models: tuple[str, ...],
+    as_json: bool,
+) -> None:
     """Make an API key and print it, this once."""
-    from proxy.identity.keys import Scope, create_key  # noqa: PLC0415
+    from proxy.identity.keys import KeyTerms, Scope, create_key  # noqa: PLC0415
+    from proxy.identity.users import find_user  # noqa: PLC0415
+    from proxy.storage.database import writing  # noqa: PLC0415
+    from proxy.units import AmountError, micros_of, parse_credits  # noqa: PLC0415
+
+    try:
+        limit = None if limit_amount is None else parse_credits(limit_amount)
+    except AmountError as exc:
+        raise click.BadParameter(str(exc), param_hint="--limit-amount") from exc
+    if expires_at is not None and expires_at.tzinfo is None:
+        expires_at = expires_at.replace(tzinfo=UTC)
+    models = [model.strip() for names in allowed_models for model in names.split(",") if model.strip()]
+    terms = KeyTerms(
+        name=name,
+        scope=Scope(scope),
+        expires_at=None if expires_at is None else micros_of(expires_at),
+        allowed_models=models or None,
+        limit_amount=limit,
+        limit_period=limit_period,
+    )
+
+    async def work(books: "_Books") -> None:
+        async with writing(books.engine) as connection:
+            user = await find_user(connection, email)
+            made = await create_key(connection, user, terms)
+        _show(
+            {"key": made.secret, "id": made.id, "email": user.email, "name": name, "scope": scope},
+            made.secret,
+            as_json=as_json,
+        )
+
+    _with_books(work)
+
+
+@keys.command("list")
+@email_option
+@json_option
+def keys_list(email: str, *, as_json: bool) -> None:
+    """Show a user's keys, newest first, by their ids and beginnings."""
+    from proxy.edge.keys import shown  # noqa: PLC0415
+    from proxy.identity.keys import list_keys  # noqa: PLC0415
+    from proxy.identity.users import find_user  # noqa: PLC0415
+    from proxy.storage.database import reading  # noqa: PLC0415
+    from proxy.units import now_micros  # noqa: PLC0415
+
+    async def work(books: "_Books") -> None:
+        async with reading(books.engine) as connection:
+            user = await find_user(connection, email)
+            found = await list_keys(connection, user.id, limit=_KEYS_SHOWN_MAX)
+        items = [shown(key, now_micros()) for key in found]
+        lines = [
+            f"{item['id']}  {item['prefix']}…  {item['scope']:9}  {'active ' if item['is_active'] else 'revoked'}"
+            f"  spent {item['spent']}  {item['name']}".rstrip()
+            for item in items
+        ]
+        _show({"email": user.email, "items": items}, "\n".join(lines) or "no keys", as_json=as_json)
+
+    _with_books(work)
+
+
+@keys.command("revoke")
+@email_option
+@click.option("--id", "key_id", required=True, help="The key's id, as `keys list` shows it.")
+@json_option
+def keys_revoke(email: str, key_id: str, *, as_json: bool) -> None:
+    """Close a key for good: its very next call is refused."""
+    from proxy.identity.keys import read_key, revoke_key  # noqa: PLC0415
     from proxy.identity.users import find_user  # noqa: PLC0415
     from proxy.storage.database import writing  # noqa: PLC0415
 
     async def work(books: "_Books") -> None:
         async with writing(books.engine) as connection:
             user = await find_user(connection, email)
-            key = await create_key(connection, user, name=name, scope=Scope(scope))
-        _show({"key": key, "email": user.email, "name": name, "scope": scope}, key, as_json=as_json)
+            key = await read_key(connection, user.id, key_id)
+            await revoke_key(connection, key)
+        _show({"id": key.id, "email": user.email, "is_active": False}, f"Revoked {key.prefix}….", as_json=as_json)
 
     _with_books(work)
 
@@ -164,7 +290,7 @@ def credits_grant(email: str, amount: str, description: str, idempotency_key: st
     from proxy.identity.users import find_user  # noqa: PLC0415
     from proxy.ledger.decide import Credit, CreditType  # noqa: PLC0415
     from proxy.storage.database import reading  # noqa: PLC0415
-    from proxy.units import AmountError, format_credits, parse_credits  # noqa: PLC0415
+    from proxy.units import AmountError, format_credits, new_id, parse_credits  # noqa: PLC0415
 
     try:
         nanos = parse_credits(amount)
@@ -172,18 +298,19 @@ def credits_grant(email: str, amount: str, description: str, idempotency_key: st
         raise click.BadParameter(str(exc), param_hint="--amount") from exc
     if nanos <= 0:
         raise click.BadParameter("must be above zero", param_hint="--amount")
+    sent_key = idempotency_key or new_id("idem")
 
     async def work(books: "_Books") -> None:
         async with reading(books.engine) as connection:
             user = await find_user(connection, email)
-        async with books.ledger() as ledger:
+        async with books.ledger() as ledger, _naming(sent_key):
             credited = await ledger.credit(
                 Credit(
                     wallet_id=user.wallet_id,
                     type=CreditType.TOPUP,
                     amount=nanos,
                     description=description,
-                    idempotency_key=idempotency_key,
+                    idempotency_key=sent_key,
                 )
             )
         balance = format_credits(credited.transaction.balance_after)
@@ -194,6 +321,15 @@ def credits_grant(email: str, amount: str, description: str, idempotency_key: st
         )
 
     _with_books(work)
+
+
+@asynccontextmanager
+async def _naming(idempotency_key: str) -> "AsyncIterator[None]":
+    """Tell the operator, when the outcome is not known, with which key sending it again is safe."""
+    try:
+        yield
+    except Unavailable as exc:
+        raise Unavailable(f"{exc} It may yet be booked: repeat it with --idempotency-key {idempotency_key}") from exc
 
 
 @credits.command("balance")
@@ -221,6 +357,40 @@ def credits_balance(email: str, *, as_json: bool) -> None:
         )
 
     _with_books(work)
+
+
+@cli.command()
+@json_option
+def sweep(*, as_json: bool) -> None:
+    """Free what dead processes hold open, when no server is left to do it.
+
+    On PostgreSQL whoever is past its lease is watched for one more before it is taken for dead, which takes 20
+    seconds. On SQLite everything open is a dead process's, unless a server runs: then nothing is touched.
+    """
+    from proxy.ledger.recovery import Swept, sweep_by_hand  # noqa: PLC0415
+    from proxy.storage.database import sole_process  # noqa: PLC0415
+
+    async def work(books: "_Books") -> tuple[Swept, bool]:
+        with ExitStack() as stack:
+            if books.configuration.is_embedded:
+                try:
+                    stack.enter_context(sole_process(books.configuration.sqlite_file))
+                except SettingsError:
+                    return Swept(fenced=0, expired=0), True
+            async with books.ledger() as ledger:
+                swept = await sweep_by_hand(
+                    books.engine,
+                    ledger,
+                    is_sole=books.configuration.is_embedded,
+                    lease_s=books.configuration.settings.database.lease_s,
+                )
+                return swept, False
+
+    swept, is_served = _with_books(work)
+    text = f"Dead processes fenced: {swept.fenced}. Reservations expired: {swept.expired}."
+    if is_served:
+        text = "Nothing was touched: a server runs, and what is open is its own (it swept when it started)."
+    _show({"fenced": swept.fenced, "expired": swept.expired, "is_served": is_served}, text, as_json=as_json)
 
 
 @cli.command()
@@ -258,25 +428,14 @@ async def _serve(configuration: Configuration, listening: socket.socket, *, as_j
     import uvicorn  # noqa: PLC0415
 
     from proxy.app import Tollgate, build, prepare  # noqa: PLC0415
-    from proxy.edge.protocol import LimitedProtocol  # noqa: PLC0415
+    from proxy.edge.protocol import server_config  # noqa: PLC0415
 
     if configuration.is_embedded:
         await prepare(configuration)
     tollgate = Tollgate(configuration)
     async with tollgate.open():
         first_key = await _first_start(tollgate.engine, tollgate.ledger) if configuration.is_embedded else None
-        config = uvicorn.Config(
-            build(tollgate),
-            loop="none",
-            http=LimitedProtocol,
-            ws="none",
-            lifespan="off",
-            log_config=None,
-            access_log=False,
-            proxy_headers=False,
-            server_header=False,
-            timeout_graceful_shutdown=configuration.settings.server.drain_s,
-        )
+        config = server_config(build(tollgate), drain_s=configuration.settings.server.drain_s)
 
         class Server(uvicorn.Server):
             async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -303,7 +462,7 @@ def _spare_the_collector() -> None:
 
 async def _first_start(engine: Any, ledger: "Ledger") -> str | None:
     """Make the first admin and its key; None when there are users already."""
-    from proxy.identity.keys import create_key  # noqa: PLC0415
+    from proxy.identity.keys import KeyTerms, create_key  # noqa: PLC0415
     from proxy.identity.users import create_user, has_users  # noqa: PLC0415
     from proxy.ledger.decide import Credit, CreditType  # noqa: PLC0415
     from proxy.storage.database import writing  # noqa: PLC0415
@@ -313,7 +472,7 @@ async def _first_start(engine: Any, ledger: "Ledger") -> str | None:
         if await has_users(connection):
             return None
         admin = await create_user(connection, FIRST_ADMIN, is_admin=True)
-        key = await create_key(connection, admin, name="first key")
+        key = await create_key(connection, admin, KeyTerms(name="first key"))
     await ledger.credit(
         Credit(
             wallet_id=admin.wallet_id,
@@ -323,7 +482,7 @@ async def _first_start(engine: Any, ledger: "Ledger") -> str | None:
             idempotency_key="first-start",
         )
     )
-    return key
+    return key.secret
 
 
 def _announce(configuration: Configuration, listening: socket.socket, first_key: str | None, *, as_json: bool) -> None:
@@ -379,7 +538,7 @@ class _Books:
     def __init__(self, configuration: Configuration) -> None:
         from proxy.storage.database import connect  # noqa: PLC0415
 
-        self._configuration = configuration
+        self.configuration = configuration
         self.engine = connect(configuration.database_url, pooled=False)
 
     @asynccontextmanager
@@ -387,12 +546,12 @@ class _Books:
         from proxy.app import store  # noqa: PLC0415
         from proxy.ledger.ledger import Ledger  # noqa: PLC0415
 
-        ledger = Ledger(store(self._configuration, self.engine, is_server=False))
+        ledger = Ledger(store(self.configuration, self.engine, is_server=False))
         ledger.start()
         try:
             yield ledger
         finally:
-            await ledger.aclose()
+            await ledger.aclose(wait_s=0)
 
 
 def _with_books(work: Callable[[_Books], Awaitable[Any]]) -> Any:

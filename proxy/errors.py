@@ -4,7 +4,8 @@
     ├── BadRequest                  the body or a parameter is not acceptable; says which and why
     │   ├── BodyTooLarge
     │   └── UnsupportedEncoding
-    ├── Unauthenticated             no key, or one that is unknown, revoked or expired
+    ├── Unauthenticated             no key or token, or one that is unknown, revoked or expired
+    │   └── WrongPassword
     ├── Forbidden                   the caller is known and may not do this
     ├── NotFound                    no such path or thing
     │   └── ModelNotFound
@@ -65,6 +66,13 @@ class UnsupportedEncoding(BadRequest):
 
 class Unauthenticated(TollgateError):
     """No valid credential came with the request."""
+
+
+class WrongPassword(Unauthenticated):
+    """The address or the password is wrong, and nobody is told which."""
+
+    def __init__(self) -> None:
+        super().__init__("The e-mail address or the password is wrong.")
 
 
 class Forbidden(TollgateError):
@@ -185,17 +193,15 @@ class UpstreamRefusedUs(UpstreamFailed):
 class UpstreamRejected(UpstreamFailed):
     """The provider answered with an error of its own.
 
-    `status` and `body` are as they came, `retry_after` is the value of its `Retry-After` header.
+    `status` and `body` are as they came, `headers` those of its header fields that go to the client, without what
+    they say of the body.
     """
 
-    def __init__(
-        self, *, provider: str, status: int, body: bytes, content_type: str, retry_after: str | None = None
-    ) -> None:
+    def __init__(self, *, provider: str, status: int, body: bytes, headers: list[tuple[bytes, bytes]]) -> None:
         super().__init__(f"The provider answered with status {status}.", provider=provider)
         self.status = status
         self.body = body
-        self.content_type = content_type
-        self.retry_after = retry_after
+        self.headers = headers
 
 
 class Unavailable(TollgateError):

@@ -16,6 +16,9 @@ from proxy.units import Nanos
 from proxy.wire.requests import PaidRequest
 
 USEFUL_OUTPUT_TOKENS = 1_024
+NAMING_BYTES_MAX = 64
+"""More than what a body grows by when it names a maximum, beside the number itself."""
+
 USEFUL_OUTPUT_TOKENS_REASONING = 8_192
 """The least that a call without a maximum of its own is worth starting for; reasoning models think on it first."""
 
@@ -23,12 +26,13 @@ USEFUL_OUTPUT_TOKENS_REASONING = 8_192
 class Estimate(msgspec.Struct, frozen=True):
     """The bound of one call over all of its candidates, in tokens and in nano-credits.
 
-    `input_tokens` and `output_tokens` are of the largest candidate, `output_tokens` for all `choices` together.
-    `prediction_tokens` of them come on top of the maximum of each choice.
+    `input_tokens` and `output_tokens` are of the largest candidate, `output_tokens` for all `choices` together,
+    `input_tokens` for all `prompts`. `prediction_tokens` of them come on top of the maximum of each choice.
     """
 
     input_tokens: int
     output_tokens: int
+    prompts: int
     choices: int
     prediction_tokens: int
     is_maximum_named: bool
@@ -44,14 +48,16 @@ class Estimate(msgspec.Struct, frozen=True):
 def estimate(request: PaidRequest, prompt_tokens: int, candidates: Sequence[Candidate], markup_bps: int) -> Estimate:
     """The estimate of `request`, of which what is in its body is at most `prompt_tokens` tokens: its bytes, at worst.
 
+    The numbers of its maxima are no prompt: so a call costs the same input whatever maximum it names.
+
     Raises `BadRequest` when more of it is not in its body, and a candidate's context is not known.
     """
+    prompt_tokens = max(0, prompt_tokens - request.maxima_bytes)
     at_least = at_most = input_most = output_most = 0
     for candidate in candidates:
         inputs = _input_tokens(request, prompt_tokens, candidate)
-        maximum, least = _output_tokens(request, candidate)
-        outputs = (maximum + request.prediction_tokens) * request.choices
-        useful = (least + request.prediction_tokens) * request.choices
+        outputs = (output_tokens_max(request, candidate) + request.prediction_tokens) * request.choices
+        useful = (_useful_output_tokens(request, candidate) + request.prediction_tokens) * request.choices
         at_most = max(at_most, bound(inputs, outputs, candidate.price, markup_bps))
         at_least = max(at_least, bound(inputs, useful, candidate.price, markup_bps))
         input_most = max(input_most, inputs)
@@ -59,6 +65,7 @@ def estimate(request: PaidRequest, prompt_tokens: int, candidates: Sequence[Cand
     return Estimate(
         input_tokens=input_most,
         output_tokens=output_most,
+        prompts=request.prompts,
         choices=request.choices,
         prediction_tokens=request.prediction_tokens,
         is_maximum_named=request.maximum is not None or not request.has_output,
@@ -67,28 +74,40 @@ def estimate(request: PaidRequest, prompt_tokens: int, candidates: Sequence[Cand
     )
 
 
+def input_bound(estimated: Estimate, candidate: Candidate) -> int:
+    """The most input that this candidate can bill: what the largest one can, within its own context."""
+    if candidate.context_tokens is None:
+        return estimated.input_tokens
+    return min(estimated.input_tokens, candidate.context_tokens * estimated.prompts)
+
+
 def maximum_bought(estimated: Estimate, candidate: Candidate, amount: Nanos, markup_bps: int) -> int | None:
     """The output tokens of each choice that `amount` covers at this candidate; None when it covers any number."""
-    tokens = output_tokens_affordable(amount, estimated.input_tokens, candidate.price, markup_bps)
+    tokens = output_tokens_affordable(amount, input_bound(estimated, candidate), candidate.price, markup_bps)
     return None if tokens is None else max(0, max(0, tokens) // estimated.choices - estimated.prediction_tokens)
 
 
-def maximum_taken(estimated: Estimate, candidate: Candidate, bought: int) -> int | None:
-    """The maximum of each choice to send for `bought`; None when the model's own is no larger.
+def maximum_taken(estimated: Estimate, candidate: Candidate, bought: int) -> int:
+    """The maximum of each choice to send for `bought`.
 
-    Servers refuse a maximum that a model does not have, or that does not fit beside the prompt into its context. How
-    much of that the prompt takes is known as a bound only, so it leaves room for a useful answer.
+    Servers refuse one that does not fit beside the prompt into the context. How much of that the prompt takes is known
+    as a bound only, so it leaves room for a useful answer.
     """
-    if candidate.output_tokens_max is not None:
-        return None if bought >= candidate.output_tokens_max else bought
-    room = (candidate.context_tokens or 0) - estimated.input_tokens
-    return min(bought, max(room, USEFUL_OUTPUT_TOKENS))
+    if candidate.output_tokens_max is not None or candidate.context_tokens is None:
+        return bought
+    return min(bought, max(candidate.context_tokens - input_bound(estimated, candidate), USEFUL_OUTPUT_TOKENS))
 
 
 def maximum_affordable(
     estimated: Estimate, candidates: Sequence[Candidate], amount: Nanos, markup_bps: int
 ) -> int | None:
-    """The output tokens of each choice with which the call would be covered by `amount`, whoever serves it."""
+    """The output tokens of each choice with which the call would be covered by `amount`, whoever serves it.
+
+    A call that named none will be a little longer once it does.
+    """
+    if not estimated.is_maximum_named:
+        longer = estimated.input_tokens + NAMING_BYTES_MAX
+        estimated = msgspec.structs.replace(estimated, input_tokens=longer)
     bought = [maximum_bought(estimated, candidate, amount, markup_bps) for candidate in candidates]
     return min((tokens for tokens in bought if tokens is not None), default=None)
 
@@ -97,7 +116,7 @@ def plausible_tokens_max(request: PaidRequest, candidate: Candidate) -> int | No
     """The most tokens that this candidate can have used, even if it ignores maxima; None where nobody knows."""
     if candidate.context_tokens is None:
         return None
-    maximum = max(_output_tokens(request, candidate)[0], candidate.output_tokens_max or candidate.context_tokens)
+    maximum = max(output_tokens_max(request, candidate), candidate.output_tokens_max or candidate.context_tokens)
     return candidate.context_tokens * request.prompts + (maximum + request.prediction_tokens) * request.choices
 
 
@@ -113,14 +132,21 @@ def _input_tokens(request: PaidRequest, prompt_tokens: int, candidate: Candidate
     return contexts if request.is_unsized else min(prompt_tokens, contexts)
 
 
-def _output_tokens(request: PaidRequest, candidate: Candidate) -> tuple[int, int]:
-    """The most output of one choice beside a prediction, and the least that is worth starting for."""
+def output_tokens_max(request: PaidRequest, candidate: Candidate) -> int:
+    """The most output of one choice, beside a prediction: the client's own maximum, else the model's."""
     if not request.has_output:
-        return 0, 0
+        return 0
     if request.maximum is not None:
-        return request.maximum, request.maximum
-    maximum = candidate.output_tokens_max or candidate.context_tokens or 0
+        return request.maximum
+    return candidate.output_tokens_max or candidate.context_tokens or 0
+
+
+def _useful_output_tokens(request: PaidRequest, candidate: Candidate) -> int:
+    """The least output of one choice that is worth starting for."""
+    maximum = output_tokens_max(request, candidate)
+    if not request.has_output or request.maximum is not None:
+        return maximum
     useful = USEFUL_OUTPUT_TOKENS_REASONING if candidate.is_reasoning else USEFUL_OUTPUT_TOKENS
     if request.thinking_tokens:
         useful = max(useful, request.thinking_tokens + USEFUL_OUTPUT_TOKENS)
-    return maximum, min(maximum, useful)
+    return min(maximum, useful)

@@ -34,9 +34,11 @@ from proxy.errors import (
 from proxy.estimate import (
     Estimate,
     estimate,
+    input_bound,
     maximum_affordable,
     maximum_bought,
     maximum_taken,
+    output_tokens_max,
     plausible_tokens_max,
 )
 from proxy.identity.keys import Caller
@@ -50,7 +52,7 @@ from proxy.units import Usage, format_credits
 from proxy.upstream import Headers, Provider, ProviderCall, UpstreamResponse
 from proxy.upstream.openai import relayed_headers
 from proxy.wire.endpoints import decode
-from proxy.wire.objects import error_body, error_code, patch
+from proxy.wire.objects import check_nesting, error_body, error_code, patch
 from proxy.wire.requests import Endpoint, PaidRequest, asking_for_usage
 
 log = structlog.get_logger(__name__)
@@ -74,6 +76,7 @@ FITTING_BYTES_PER_TOKEN = 16
 
 _PASSING_STATUSES = frozenset({408, 429})
 _OPERATOR_STATUSES = frozenset({401, 402, 403})
+_MAXIMUM_FIELDS = frozenset({"max_tokens", "max_completion_tokens"})
 _CHUNKED = frozenset({Endpoint.CHAT, Endpoint.COMPLETIONS})
 """The endpoints whose streams report usage only when asked, in `stream_options`."""
 
@@ -100,6 +103,7 @@ class Answer(relay.Answer, Protocol):
 class ExchangeLimits(msgspec.Struct, frozen=True):
     """What bounds a call; see `settings.ServerSettings`."""
 
+    nesting_max: int
     answer_bytes_max: int
     event_bytes_max: int
     call_s: float
@@ -174,6 +178,7 @@ class Exchange:
         Raises what `proxy.errors` names when nothing was charged and nothing sent; once the answer has begun, what
         goes wrong is said in the answer.
         """
+        check_nesting(call.body, self._limits.nesting_max)
         request = decode(call.endpoint, call.body)
         opened, offered = await self._preflight(call, request)
         answer.on_gone(opened.leave)
@@ -295,35 +300,42 @@ class Exchange:
                 body = await _read_all(response, self._limits.answer_bytes_max, opened.candidate.provider)
         finally:
             await asyncio.shield(response.aclose())
-        return _refused(opened.candidate, response, response.status, body)
+        return _refused(opened.candidate, response, response.status, self._content(response, body))
 
     # ---- plain answers
 
     async def _relay_plain(self, opened: _Open, response: UpstreamResponse, answer: Answer) -> None:
         with _AtProvider(opened):
             body = await _read_all(response, self._limits.answer_bytes_max, opened.candidate.provider)
-        encoding = relay.content_encoding(response.headers)
-        content = body if encoding is None else relay.inflate(body, encoding, self._limits.answer_bytes_max)
+        content = self._content(response, body)
         failed = failure_status(content)
         if failed is not None:
             raise _refused(opened.candidate, response, failed, content)
-        metered = await self._metered_plain(opened, content)
-        if metered.is_empty:
-            raise UpstreamBroken("The provider's answer is empty.", provider=opened.candidate.provider)
         opened.begin()
+        headers = [*_headers(opened, response), (b"content-length", str(len(body)).encode())]
+        metered = await self._metered_plain(opened, content)
+        if metered.is_empty and not opened.is_client_gone:
+            await self._release(opened)
+            headers.append((b"x-credits-charged", b"0"))
+        else:
+            settled = await self._settle_plain(opened, metered)
+            headers.append((b"x-credits-charged", format_credits(settled.charged).encode()))
+            headers.append((b"x-credits-balance", format_credits(settled.balance).encode()))
+        await answer.start(response.status, headers)
+        await answer.end(body)
+
+    async def _settle_plain(self, opened: _Open, metered: Metered) -> Settled:
+        """Charge for a whole answer. Raises `Unavailable` when that is not durable in time: then it is taken back."""
         try:
-            settled = await self._settle(opened, metered, _outcome(opened))
+            return await self._settle(opened, metered, _outcome(opened))
         except Unavailable:
             self._take_back(opened)
             raise
-        headers = [
-            *_headers(opened, response),
-            (b"x-credits-charged", format_credits(settled.charged).encode()),
-            (b"x-credits-balance", format_credits(settled.balance).encode()),
-            (b"content-length", str(len(body)).encode()),
-        ]
-        await answer.start(response.status, headers)
-        await answer.end(body)
+
+    def _content(self, response: UpstreamResponse, body: bytes) -> bytes:
+        """What `body` says, should it be encoded in spite of our request."""
+        encoding = relay.content_encoding(response.headers)
+        return body if encoding is None else relay.inflate(body, encoding, self._limits.answer_bytes_max)
 
     async def _metered_plain(self, opened: _Open, content: bytes) -> Metered:
         def metered(counter: tokens.TokenCounter | None = None) -> Metered:
@@ -443,7 +455,6 @@ class Exchange:
     async def _settle(self, opened: _Open, metered: Metered, outcome: str) -> Settled:
         """Charge for the call. Raises `Unavailable` when the charge is not durable in time; it is booked later."""
         candidate = opened.candidate
-        opened.is_closed = True
         charge = cost(metered.usage, candidate.price, opened.markup_bps)
         receipt = Receipt(
             outcome=outcome,
@@ -465,6 +476,7 @@ class Exchange:
             tokens=metered.usage.input_tokens + metered.usage.output_tokens,
             receipt=receipt,
         )
+        opened.is_closed = True
         try:
             with within(self._limits.settle_wait_s):
                 settled = await self._ledger.settle(operation)
@@ -514,14 +526,8 @@ def _refused(candidate: Candidate, response: UpstreamResponse, status: int, body
             provider=candidate.provider,
             status=status,
         )
-    headers = dict(response.headers)
-    return UpstreamRejected(
-        provider=candidate.provider,
-        status=status,
-        body=body,
-        content_type=headers.get(b"content-type", b"").decode("latin-1"),
-        retry_after=headers.get(b"retry-after", b"").decode("latin-1") or None,
-    )
+    headers = [(name, value) for name, value in relayed_headers(response.headers) if not name.startswith(b"content-")]
+    return UpstreamRejected(provider=candidate.provider, status=status, body=body, headers=headers)
 
 
 def _provider_call(opened: _Open) -> ProviderCall:
@@ -548,15 +554,20 @@ def _provider_call(opened: _Open) -> ProviderCall:
 
 
 def _maximum_changes(opened: _Open) -> dict[str, bytes | None]:
-    """The maximum that was reserved for, in the one field in which this candidate is known to obey it."""
+    """What puts the maximum into the field that this model takes, where no maximum of the client's is there.
+
+    A provider ignores fields that it does not know, and would answer without any maximum.
+    """
     request = opened.request
     field = _maximum_field(opened.candidate, request.endpoint)
     maximum = _clamped_maximum(opened)
-    if maximum is not None:
-        return {field: str(maximum).encode()}
-    if request.maximum is None or field in request.maximum_fields:
+    if maximum is None and field not in request.maxima:
+        maximum = request.maximum
+    if maximum is None:
         return {}
-    return {**dict.fromkeys(request.maximum_fields), field: str(request.maximum).encode()}
+    # OpenAI refuses a request with both of its own fields.
+    others: dict[str, bytes | None] = dict.fromkeys(_MAXIMUM_FIELDS.intersection(request.maxima))
+    return {**others, field: str(maximum).encode()}
 
 
 def _maximum_field(candidate: Candidate, endpoint: Endpoint) -> str:
@@ -571,11 +582,13 @@ def _maximum_field(candidate: Candidate, endpoint: Endpoint) -> str:
 
 def _clamped_maximum(opened: _Open) -> int | None:
     """The maximum that the reservation buys, where that is less than what the call could have had."""
-    estimated = opened.estimated
+    estimated, candidate = opened.estimated, opened.candidate
     if estimated.is_maximum_named or opened.reserved >= estimated.at_most:
         return None
-    bought = maximum_bought(estimated, opened.candidate, opened.reserved, opened.markup_bps)
-    return None if bought is None else maximum_taken(estimated, opened.candidate, bought)
+    bought = maximum_bought(estimated, candidate, opened.reserved, opened.markup_bps)
+    if bought is None or bought >= output_tokens_max(opened.request, candidate):
+        return None
+    return maximum_taken(estimated, candidate, bought)
 
 
 def _headers(opened: _Open, response: UpstreamResponse) -> Headers:
@@ -618,13 +631,13 @@ def _outcome(opened: _Open) -> str:
 
 
 def _bound(opened: _Open) -> Usage:
-    """The most that may be counted where the provider reports nothing: what was reserved for."""
-    estimated = opened.estimated
+    """The most that may be counted where the provider reports nothing: what was reserved for, at this candidate."""
+    estimated, candidate = opened.estimated, opened.candidate
     maximum = _clamped_maximum(opened)
     if maximum is None:
-        return Usage(input=estimated.input_tokens, output=estimated.output_tokens)
+        maximum = output_tokens_max(opened.request, candidate)
     output = (maximum + estimated.prediction_tokens) * estimated.choices
-    return Usage(input=estimated.input_tokens, output=output)
+    return Usage(input=input_bound(estimated, candidate), output=output)
 
 
 def _assumed(opened: _Open) -> Metered:

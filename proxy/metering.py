@@ -12,9 +12,9 @@ What is counted is never more than what was reserved for.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from enum import StrEnum
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any, Protocol, TypeVar
 
 import msgspec
 from msgspec import Meta, Raw
@@ -212,7 +212,24 @@ class _Chunk(msgspec.Struct):
     model: str | None = None
     choices: list[_End] | None = None
     usage: Raw = NULL  # `Raw | None` would take nothing but null
+    x_groq: Raw = NULL
     error: Any = None
+    type: Any = None
+    code: Any = None
+
+    @property
+    def reported(self) -> Raw:
+        """The usage, which Groq has in a field of its own as long as nobody asks for it."""
+        if _is_object(self.usage) or not _is_object(self.x_groq):
+            return self.usage
+        try:
+            return _decode_groq(self.x_groq).usage
+        except UNREADABLE:
+            return self.usage
+
+
+class _Groq(msgspec.Struct):
+    usage: Raw = NULL
 
 
 class _Part(msgspec.Struct):
@@ -239,22 +256,56 @@ class _Response(msgspec.Struct):
     output: list[_Item] | None = None
 
 
+class _Opened(msgspec.Struct):
+    """An item whose text is still to come."""
+
+    name: Any = None
+
+
 class _ResponseEvent(msgspec.Struct):
     """An event of a streamed response."""
 
     type: str | None = None
     delta: Any = None
     item_id: str | None = None
+    output_index: Any = None
+    item: _Opened | None = None
     response: _Response | None = None
     error: Any = None
     message: str | None = None
 
 
+_HALF = re.compile(rb"\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
+"""The escape of half a character."""
+
+_Shape = TypeVar("_Shape")
+
+
+def _reader(shape: type[_Shape]) -> Callable[[bytes], _Shape]:
+    """A decoder of `shape` that takes halves of characters for U+FFFD.
+
+    Providers send them where a token ends inside of a character, and msgspec refuses all of a text that holds one.
+    """
+    decode = msgspec.json.Decoder(shape).decode
+
+    def read(data: bytes) -> _Shape:
+        try:
+            return decode(data)
+        except UNREADABLE:
+            mended = _HALF.sub(rb"\\ufffd", data)
+            if mended == data:
+                raise
+            return decode(mended)
+
+    return read
+
+
 _decode_reported = msgspec.json.Decoder(_Reported).decode
-_decode_written = msgspec.json.Decoder(_Written).decode
-_decode_chunk = msgspec.json.Decoder(_Chunk).decode
-_decode_response = msgspec.json.Decoder(_Response).decode
-_decode_response_event = msgspec.json.Decoder(_ResponseEvent).decode
+_decode_groq = msgspec.json.Decoder(_Groq).decode
+_decode_written = _reader(_Written)
+_decode_chunk = _reader(_Chunk)
+_decode_response = _reader(_Response)
+_decode_response_event = _reader(_ResponseEvent)
 
 _NO_PROMPT_DETAILS = _PromptDetails()
 _NO_COMPLETION_DETAILS = _CompletionDetails()
@@ -318,7 +369,8 @@ def read_usage(reported: bytes | Raw) -> Usage | None:
 def failure_status(body: bytes) -> int | None:
     """The HTTP status that an error in a body or event stands for, though it came with status 200; None without one.
 
-    Some providers put it into `error.code`, as a number or its digits; 502 where they do not.
+    Some providers put it into `error.code`, as a number or its digits, or into the `code` of an event of the type
+    `error`; 502 where they do not.
     """
     if _ERROR not in body:
         return None
@@ -326,9 +378,10 @@ def failure_status(body: bytes) -> int | None:
         answer = _decode_chunk(body)
     except UNREADABLE:
         return None
-    if not answer.error or answer.choices:
+    is_event = answer.type == "error"
+    if not (answer.error or is_event) or answer.choices:
         return None
-    code = answer.error.get("code") if isinstance(answer.error, dict) else None
+    code = answer.error.get("code") if isinstance(answer.error, dict) else answer.code
     text = str(code)
     return int(text) if len(text) == 3 and text.isdecimal() and 400 <= int(text) <= 599 else 502
 
@@ -454,7 +507,7 @@ class StreamMeter:
             kind = EventKind.USAGE_ONLY
         else:
             kind = EventKind.USAGE if any(choice.finish_reason for choice in choices) else EventKind.CONTENT
-        return _Read(kind, chunk.usage, chunk.model, has_text=bool(choices))
+        return _Read(kind, chunk.reported, chunk.model, has_text=bool(choices))
 
     def _texts(self, data: bytes) -> tuple[str | None, _Texts]:
         return _chat_texts(data)
@@ -522,10 +575,14 @@ class ResponseMeter(StreamMeter):
         try:
             event = _decode_response_event(data)
         except UNREADABLE:
-            return None, {None: _as_text(data)}
+            return None, _unreadable(data)
         model = None if event.response is None else event.response.model
-        is_text = isinstance(event.delta, str) and event.delta
-        return model, {(event.type, event.item_id): event.delta} if is_text else {}
+        # The name of a tool comes with its item, all else bit by bit.
+        text = event.delta
+        if event.type == "response.output_item.added" and event.item is not None:
+            text = event.item.name
+        is_text = isinstance(text, str) and text
+        return model, {(event.type, event.item_id, str(event.output_index)): text} if is_text else {}
 
 
 def stream_meter(endpoint: Endpoint, kept_bytes_max: int, *, tokens_max: int | None = None) -> StreamMeter:
@@ -556,7 +613,7 @@ def _chat_texts(data: bytes) -> tuple[str | None, _Texts]:
     try:
         written = _decode_written(data)
     except UNREADABLE:
-        return None, {None: _as_text(data)}
+        return None, _unreadable(data)
     texts: _Texts = {}
     for number, choice in enumerate(written.choices or ()):
         for place, text in enumerate(_choice_texts(choice)):
@@ -584,7 +641,7 @@ def _response_texts(body: bytes) -> tuple[str | None, _Texts]:
     try:
         response = _decode_response(body)
     except UNREADABLE:
-        return None, {None: _as_text(body)}
+        return None, _unreadable(body)
     texts: _Texts = {}
     for item in response.output or ():
         parts = [*(item.content or ()), *(item.summary or ())]
@@ -593,8 +650,9 @@ def _response_texts(body: bytes) -> tuple[str | None, _Texts]:
     return response.model, texts
 
 
-def _as_text(data: bytes) -> str:
-    return data.decode(errors="replace")
+def _unreadable(data: bytes) -> _Texts:
+    """All of what cannot be read is text."""
+    return {None: data.decode(errors="replace")} if data else {}
 
 
 def _utf8_bytes(text: str) -> int:

@@ -12,11 +12,11 @@ from typing import Any, Protocol
 
 import msgspec
 
-from proxy.errors import UpstreamBroken, UpstreamFailed
+from proxy.errors import BadRequest, UpstreamBroken, UpstreamFailed
 from proxy.metering import EventKind, StreamMeter
 from proxy.units import Nanos, Usage, format_credits
 from proxy.upstream import Headers
-from proxy.wire.objects import UNREADABLE, patch
+from proxy.wire.objects import UNREADABLE, decode_fields, patch
 from proxy.wire.sse import EventSplitter, EventTooLong, event_data, with_data
 
 _KEEP_ALIVE = b": keep-alive\n\n"
@@ -95,15 +95,18 @@ class Tail:
         return held
 
     def price(self, charged: Nanos) -> None:
-        """Put what was charged into the usage, as `usage.cost` in credits."""
+        """Put what was charged into the usage, as `usage.cost` in credits; what cannot be patched stays as it is."""
         if self._usage_at is None:
             return
         event = self._held[self._usage_at]
         # Outside of strings, where JSON has no raw line feeds, a space does as well.
         data = (event_data(event) or b"").replace(b"\n", b" ")
-        usage = bytes(msgspec.json.decode(data, type=dict[str, msgspec.Raw])["usage"])
-        priced = patch(usage, {"cost": msgspec.json.encode(format_credits(charged))})
-        self._held[self._usage_at] = with_data(event, patch(data, {"usage": priced}))
+        try:
+            usage = bytes(decode_fields(data)["usage"])
+            priced = patch(usage, {"cost": msgspec.json.encode(format_credits(charged))})
+            self._held[self._usage_at] = with_data(event, patch(data, {"usage": priced}))
+        except (*UNREADABLE, BadRequest):
+            return
 
     def bytes(self) -> bytes:
         """All that is held."""
@@ -141,6 +144,7 @@ class StreamRelay:
         self._raises_early = raises_early
         self._on_first = on_first
         self._has_begun = False
+        self._has_data = False
         self._loop = asyncio.get_running_loop()
         self._written_at = self._loop.time()
         self._may_comment = True
@@ -153,25 +157,39 @@ class StreamRelay:
     async def forward(self, chunks: AsyncIterator[bytes]) -> None:
         """Relay until the provider's end marker, or the end of its stream.
 
-        Raises `UpstreamBroken` for a stream without any event and for an event over the limit, and what `chunks` and
+        Raises `UpstreamBroken` for a stream without any data and for an event over the limit, and what `chunks` and
         `raises_early` give.
         """
         self._timer = self._loop.call_later(self._keep_alive_s, self._on_idle)
         try:
             async for chunk in chunks:
                 if await self._take(self._splitter.feed(chunk)):
+                    self.tail.hold(self._splitter.rest)
                     return
+            rest = self._splitter.rest
         except EventTooLong as exc:
             raise UpstreamBroken("The provider sent an event over the limit.", provider=self._provider) from exc
         finally:
             self._timer.cancel()
             if self._commenting is not None:
                 await self._commenting
-        rest = self._splitter.rest
-        if not self._has_begun:
-            raise UpstreamBroken("The provider sent no event.", provider=self._provider)
-        self._meter.feed(rest)
-        self.tail.hold(rest)
+        self._take_rest(rest)
+
+    def _take_rest(self, rest: bytes) -> None:
+        """Hold what the provider sent last: an event that lacks its end, which clients read all the same."""
+        kind = self._meter.feed(rest)
+        if kind is EventKind.ERROR:
+            self._note_failure(rest)
+        if kind is EventKind.OTHER and not self._has_data:
+            raise UpstreamBroken("The provider sent nothing but comments.", provider=self._provider)
+        self._begin()
+        match kind:
+            case EventKind.USAGE_ONLY | EventKind.USAGE if self._shows_usage:
+                self.tail.hold_usage(rest)
+            case EventKind.USAGE_ONLY:
+                return
+            case _:
+                self.tail.hold(rest)
 
     async def _take(self, events: list[bytes]) -> bool:
         """Forward or hold each event; true once the end marker was among them."""
@@ -184,9 +202,8 @@ class StreamRelay:
             kind = self._meter.feed(event)
             if kind is EventKind.ERROR:
                 self._note_failure(event)
-            if not self._has_begun:
-                self._has_begun = True
-                self._on_first()
+            self._begin()
+            self._has_data = self._has_data or kind is not EventKind.OTHER
             match kind:
                 case EventKind.DONE:
                     self.tail.hold(event)
@@ -196,6 +213,8 @@ class StreamRelay:
                         self.tail.hold_usage(event)
                 case EventKind.USAGE if self._shows_usage:
                     self.tail.hold_usage(event)
+                case EventKind.OTHER if self.tail.has_usage:
+                    self.tail.hold(event)
                 case _:
                     forwarded += self.tail.let_go()
                     forwarded.append(event)
@@ -205,6 +224,11 @@ class StreamRelay:
         if forwarded:
             await self._write(b"".join(forwarded))
         return is_done
+
+    def _begin(self) -> None:
+        if not self._has_begun:
+            self._has_begun = True
+            self._on_first()
 
     def add_usage(self, usage: Usage) -> None:
         """Hold a usage event of our own before the end, for a client that asked for one when the provider sent none."""

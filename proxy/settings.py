@@ -7,17 +7,21 @@ import re
 import tomllib
 from collections.abc import Mapping
 from decimal import Decimal
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 import msgspec
 
 from proxy.errors import SettingsError
-from proxy.units import AmountError, parse_percent
+from proxy.units import AmountError, parse_credits, parse_percent
 
 CONFIG_FILE = "config.toml"
 DATA_FOLDER = ".tollgate"
 JWT_SECRET_BYTES_MIN = 32
+OWN_ISSUER = "tollgate"
+"""What our own tokens say in `iss`: no other issuer may be called that."""
 
 _SQLITE = "sqlite+aiosqlite:///"
 _POSTGRESQL = "postgresql+asyncpg://"
@@ -37,6 +41,10 @@ class ServerSettings(_Section, frozen=True):
     port: Annotated[int, msgspec.Meta(ge=0, le=65535)] = 8080
     body_bytes_max: PositiveInt = 20_000_000
     """The longest request body."""
+    body_s: Seconds = 60
+    """How long a client may take to send its body."""
+    nesting_max: PositiveInt = 128
+    """How deep arrays and objects may be nested in a request body; what the parser can take is a few hundred."""
     answer_bytes_max: PositiveInt = 64_000_000
     """The longest plain answer of a provider that is held back until its charge is durable."""
     event_bytes_max: PositiveInt = 16_000_000
@@ -51,6 +59,10 @@ class ServerSettings(_Section, frozen=True):
     """How long a client may take nothing of what is sent to it, before it counts as gone."""
     drain_s: PositiveInt = 30
     """How long calls in flight may go on after SIGTERM."""
+    trusted_proxies: list[str] = []
+    """The networks of the proxies in front of us: only what comes from them may say in `X-Forwarded-For` for whom."""
+    cors_origins: list[str] = []
+    """The origins whose scripts may call us from a browser; `*` for all. None by default."""
     http_client: Literal["lean", "httpx"] = "lean"
     """What speaks to providers: our own HTTP/1.1 client, or the slower one of the library httpx2."""
 
@@ -70,12 +82,44 @@ class CreditsSettings(_Section, frozen=True):
     """What a new database starts with."""
 
     markup_percent: Decimal = Decimal(15)
+    starting_credits: Decimal = Decimal(0)
+    """What everybody gets who registers or is provisioned."""
+    give_to_strangers: bool = False
+    """Insists on starting credits while anybody may register: free money for whoever writes a script."""
+
+
+class IssuerSettings(_Section, frozen=True):
+    """Somebody else whose tokens are good here, such as a company's single sign-on."""
+
+    issuer: Annotated[str, msgspec.Meta(min_length=1)]
+    """The exact `iss` of its tokens."""
+    audience: Annotated[str, msgspec.Meta(min_length=1)]
+    """What `aud` of a token must hold: the name that the issuer knows us by."""
+    jwks_url: str
+    """Where it publishes its keys; https, or this machine."""
+    algorithms: Annotated[tuple[Literal["RS256", "ES256", "EdDSA"], ...], msgspec.Meta(min_length=1)] = (
+        "RS256",
+        "ES256",
+        "EdDSA",
+    )
+    """What its tokens may be signed by: never what a token says about itself."""
+    provision: bool = True
+    """Whether whoever comes with a valid token for the first time gets an account."""
 
 
 class AuthSettings(_Section, frozen=True):
     """How callers are known."""
 
     jwt_secret: str | None = None
+    token_days: Annotated[int, msgspec.Meta(ge=1, le=3650)] = 30
+    """How long a login lasts."""
+    registration_open: bool = True
+    """Whether anybody may make an account."""
+    address_attempts_per_minute: PositiveInt = 30
+    """Registrations, logins and changes of a password, from one address."""
+    account_failures_per_hour: PositiveInt = 30
+    """Wrong passwords for one account; after them not even the right one opens it until the hour is over."""
+    issuers: list[IssuerSettings] = []
 
 
 class ProviderSettings(_Section, frozen=True):
@@ -236,6 +280,7 @@ def _check(settings: Settings, path: Path) -> None:
     secret = settings.auth.jwt_secret
     if secret is not None and len(secret.encode()) < JWT_SECRET_BYTES_MIN:
         raise SettingsError(f"{path}: auth.jwt_secret (TOLLGATE_JWT_SECRET): shorter than {JWT_SECRET_BYTES_MIN} bytes")
+    _check_strangers(settings, path)
     for name in settings.providers:
         if not name or "/" in name:
             raise SettingsError(f"{path}: providers.{name!r}: a provider's name must not be empty or hold a slash")
@@ -250,6 +295,35 @@ def _check(settings: Settings, path: Path) -> None:
             if value is not None and not (value.is_finite() and 0 <= value <= _DOLLARS_PER_MTOK_MAX):
                 raise SettingsError(f"{place}.{name}: must be from 0 to {_DOLLARS_PER_MTOK_MAX} dollars")
 
+
+def _check_strangers(settings: Settings, path: Path) -> None:
+    """What is open to anybody: registration, other issuers' tokens, headers of proxies."""
+    try:
+        starting = parse_credits(str(settings.credits.starting_credits))
+    except AmountError as exc:
+        raise SettingsError(f"{path}: credits.starting_credits: {exc}") from exc
+    if starting < 0:
+        raise SettingsError(f"{path}: credits.starting_credits: must not be below zero")
+    if starting and settings.auth.registration_open and not settings.credits.give_to_strangers:
+        raise SettingsError(
+            f"{path}: credits.starting_credits: anybody may register and would get credits for it; close registration"
+            " (auth.registration_open = false), or insist by credits.give_to_strangers = true"
+        )
+    for number, issuer in enumerate(settings.auth.issuers):
+        place = f"{path}: auth.issuers[{number}]"
+        if issuer.issuer == OWN_ISSUER or issuer.issuer in {one.issuer for one in settings.auth.issuers[:number]}:
+            raise SettingsError(f"{place}.issuer: {issuer.issuer!r} is taken")
+        url = urlsplit(issuer.jwks_url)
+        if url.scheme != "https" and not (url.scheme == "http" and url.hostname in _LOOPBACK):
+            raise SettingsError(f"{place}.jwks_url: an https:// address is needed")
+    for network in settings.server.trusted_proxies:
+        try:
+            ip_network(network)
+        except ValueError as exc:
+            raise SettingsError(f"{path}: server.trusted_proxies: {exc}") from exc
+
+
+_LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
 
 _DOLLARS_PER_MTOK_MAX = 1_000_000
 """A dollar a token: more is a slip of the keyboard, and less keeps any one call within 64 bits."""
@@ -287,9 +361,24 @@ def _is_enabled(name: str, provider: ProviderSettings, environ: Mapping[str, str
     return True
 
 
+def _checked_postgresql(url: str) -> str:
+    """`url`, in which libpq's `sslmode` has the name that asyncpg knows it by: `ssl`."""
+    parts = urlsplit(url)
+    try:
+        has_address = bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        has_address = False
+    if not has_address or not parts.path.strip("/"):
+        raise SettingsError(f"database.url: must be of the form {_POSTGRESQL}user:password@host:port/database")
+    query = [("ssl" if name == "sslmode" else name, value) for name, value in parse_qsl(parts.query)]
+    if unknown := [name for name, _ in query if name != "ssl"]:
+        raise SettingsError(f"database.url: unknown option {unknown[0]!r}; only sslmode can be set")
+    return urlunsplit(parts._replace(query=urlencode(query)))
+
+
 def _absolute(url: str, data_dir: Path) -> str:
     if url.startswith(_POSTGRESQL):
-        return url
+        return _checked_postgresql(url)
     if not url.startswith(_SQLITE) or url in {_SQLITE, f"{_SQLITE}:memory:"} or "?" in url:
         raise SettingsError(f"database.url: must begin with {_POSTGRESQL} or name a file as {_SQLITE}tollgate.db")
     return f"{_SQLITE}{data_dir / url.removeprefix(_SQLITE)}"

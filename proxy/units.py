@@ -8,7 +8,7 @@ Instants are an `int` of microseconds since the Unix epoch, UTC.
 import os
 import re
 import time
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal, InvalidOperation
 
 import msgspec
@@ -24,7 +24,8 @@ NANOS_MAX = 2**63 - 1
 """What both databases can hold in one column; about 9.2 thousand million credits."""
 
 MICROS_PER_SECOND = 10**6
-MICROS_PER_DAY = 86_400 * MICROS_PER_SECOND
+SECONDS_PER_DAY = 86_400
+MICROS_PER_DAY = SECONDS_PER_DAY * MICROS_PER_SECOND
 
 MARKUP_BPS_WHOLE = 10_000
 """Basis points in the whole: 15 % is 1,500."""
@@ -33,6 +34,9 @@ MARKUP_BPS_MAX = 1_000_000
 """10,000 %: more is a slip of the keyboard."""
 
 _CREDIT_DECIMALS = 9
+
+_DIGITS_MAX = 20
+"""Before the point; of larger numbers nothing is computed, not even that they are too large."""
 
 
 class AmountError(ValueError):
@@ -51,7 +55,7 @@ def parse_credits(text: str | int) -> Nanos:
         raise AmountError(f"{text!r} is not a decimal number") from exc
     if not amount.is_finite():
         raise AmountError(f"{text!r} is not a finite number")
-    if abs(amount) * NANOS_PER_CREDIT > NANOS_MAX:
+    if amount.adjusted() > _DIGITS_MAX or abs(amount) * NANOS_PER_CREDIT > NANOS_MAX:
         raise AmountError(f"{text!r} is too large")
     nanos = amount.scaleb(_CREDIT_DECIMALS)
     if nanos != nanos.to_integral_value():
@@ -70,9 +74,12 @@ def format_credits(nanos: Nanos) -> str:
 
 def parse_percent(percent: Decimal) -> int:
     """A markup in basis points. Raises `AmountError` beyond two decimals or outside of 0 to 10,000 %."""
+    wrong = AmountError(f"must be from 0 to {MARKUP_BPS_MAX // 100} with at most two decimals")
+    if not percent.is_finite() or percent.adjusted() > _DIGITS_MAX:
+        raise wrong
     bps = percent * 100
-    if not percent.is_finite() or bps != bps.to_integral_value() or not 0 <= bps <= MARKUP_BPS_MAX:
-        raise AmountError(f"must be from 0 to {MARKUP_BPS_MAX // 100} with at most two decimals")
+    if bps != bps.to_integral_value() or not 0 <= bps <= MARKUP_BPS_MAX:
+        raise wrong
     return int(bps)
 
 
@@ -86,6 +93,11 @@ def format_instant(instant: Micros) -> str:
     """An instant in ISO 8601 with microseconds, UTC: `"2026-11-23T09:37:00.000000Z"`."""
     seconds, micros = divmod(instant, MICROS_PER_SECOND)
     return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%dT%H:%M:%S}.{micros:06d}Z"
+
+
+def micros_of(instant: datetime) -> Micros:
+    """`instant`, which knows its time zone, in whole microseconds since the epoch."""
+    return (instant - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(microseconds=1)
 
 
 class Usage(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -47,7 +47,7 @@ class Books:
         """A new user with a key and `nanos` to spend."""
         async with database.writing(self.engine) as connection:
             user = await create_user(connection, f"{new_id('u')}@example.com")
-            key = await create_key(connection, user)
+            key = (await create_key(connection, user)).secret
         async with database.reading(self.engine) as connection:
             record = await find_key(connection, hash_key(key))
         if nanos:
@@ -69,6 +69,11 @@ class Books:
         async with database.reading(self.engine) as connection:
             rows = await connection.execute(sa.text(f"SELECT * FROM {table} WHERE id = :id"), {"id": row_id})
             return dict(rows.mappings().one())
+
+    async def ids(self, table: str) -> list[str]:
+        """The ids of all rows, in order."""
+        async with database.reading(self.engine) as connection:
+            return list(await connection.scalars(sa.text(f"SELECT id FROM {table} ORDER BY id")))
 
     async def execute(self, sql: str, **values: object) -> None:
         """Change the database behind the ledger's back."""
@@ -131,13 +136,20 @@ def store_at(url: str, engine: AsyncEngine) -> Store:
     return PostgresStore(engine)
 
 
+def second_store(url: str, engine: AsyncEngine) -> Store:
+    """What a second process has: a store of its own, which on SQLite never checkpoints."""
+    if url.startswith("sqlite"):
+        return SqliteStore(Path(url.removeprefix("sqlite+aiosqlite:///")), checkpoints=False)
+    return PostgresStore(engine)
+
+
 @asynccontextmanager
-async def opened_books(url: str) -> AsyncIterator[Books]:
-    """An open ledger over the migrated database at `url`."""
+async def opened_books(url: str, *, is_second: bool = False) -> AsyncIterator[Books]:
+    """An open ledger over the migrated database at `url`, of the process that serves or of a second one beside it."""
     engine = database.connect(url, pooled=False)
     lease = Lease(engine, is_embedded=url.startswith("sqlite"))
     await lease.register()
-    ledger = Ledger(store_at(url, engine), lambda: lease.id)
+    ledger = Ledger((second_store if is_second else store_at)(url, engine), lambda: lease.id)
     ledger.start()
     try:
         yield Books(url, engine, ledger, lease)

@@ -37,6 +37,18 @@ output = "2"
 max_output_tokens = 4096
 context_tokens = 128000
 
+[prices."fake/counted"]
+input = "1"
+output = "2"
+max_output_tokens = 4096
+context_tokens = 128000
+tokenizer = "o200k_base"
+
+[prices."fake/boundless"]
+input = "1"
+output = "2"
+max_output_tokens = 4096
+
 [prices."fake/dear"]
 input = "1000"
 output = "1000"
@@ -58,10 +70,14 @@ class Served:
         self.first_key: str | None = None
         self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed with the server
 
+    def program(self) -> list[str]:
+        """What serves: it prints its address as JSON when it is ready."""
+        return [sys.executable, "-m", "proxy", "serve", "--json"]
+
     def start(self) -> None:
         """Serve on a free port; returns when it is ready."""
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "proxy", "serve", "--json"],
+            self.program(),
             env=self.environ,
             stdout=subprocess.PIPE,
             stderr=self.errors,
@@ -136,15 +152,15 @@ class Served:
 
 
 def environment(
-    folder: Path, database_url: str, upstream_url: str = "http://127.0.0.1:9/v1", config: str = CONFIG
+    folder: Path, database_url: str, upstream_url: str = "http://127.0.0.1:9/v1", *, configuration: str = CONFIG
 ) -> dict[str, str]:
-    """The environment of a server whose configuration and data lie in `folder`."""
-    file = folder / "config.toml"
-    file.write_text(config.format(base_url=upstream_url, model=MODEL))
+    """The environment of a server whose `configuration` (with two fields to fill in) and data lie in `folder`."""
+    config = folder / "config.toml"
+    config.write_text(configuration.format(base_url=upstream_url, model=MODEL))
     return {
         **os.environ,
         "PYTHONPATH": str(Path(__file__).parents[1]),
-        "TOLLGATE_CONFIG": str(file),
+        "TOLLGATE_CONFIG": str(config),
         "TOLLGATE_DATA_DIR": str(folder / "data"),
         "TOLLGATE_DATABASE_URL": database_url,
         "UPSTREAM_KEY": UPSTREAM_KEY,
@@ -152,9 +168,9 @@ def environment(
 
 
 @contextmanager
-def serving(folder: Path, database_url: str, upstream_url: str, config: str = CONFIG) -> Iterator[Served]:
+def serving(folder: Path, database_url: str, upstream_url: str, *, configuration: str = CONFIG) -> Iterator[Served]:
     """A migrated, running server; ended with the block, and its log free of secrets."""
-    served = Served(environment(folder, database_url, upstream_url, config))
+    served = Served(environment(folder, database_url, upstream_url, configuration=configuration))
     served.command("migrate")
     served.start()
     try:

@@ -29,6 +29,7 @@ port = 0
 call_s = 8
 keep_alive_s = 0.3
 settle_wait_s = 1
+stall_s = 1.5
 
 [providers.fake]
 kind = "openai"
@@ -98,7 +99,7 @@ def database(request, tmp_path_factory):
 @pytest.fixture(scope="module")
 def served(database, tmp_path_factory, upstream):
     """A running server with short limits, audited when the tests are through with it."""
-    with serving(tmp_path_factory.mktemp("served"), database, upstream.base_url, CONFIG) as server:
+    with serving(tmp_path_factory.mktemp("served"), database, upstream.base_url, configuration=CONFIG) as server:
         yield server
         report = server.command("audit")
         assert report["clean"], report
@@ -263,6 +264,22 @@ def test_leaving_with_a_full_socket_is_noticed(served, key, upstream, model):
     assert charge["outcome"] == "client_left"
     assert entry.ended.wait(5)
     assert entry.completed is (model == "opaque")
+
+
+@pytest.mark.parametrize("model", ["counted", "opaque"])
+def test_a_client_that_takes_nothing_has_left(served, key, upstream, model):
+    """It cannot keep a provider waiting, nor pay for less than it caused; its connection is cut off."""
+    size = 40_000_000
+    body = request(Endpoint.CHAT, model, stream=True, tokens_max=size, tokens=size, chunk_tokens=20_000)
+    client = Leaver(served, key, Endpoint.CHAT, body, buffer_bytes=4096)
+    client.read_until(b"The")
+    charge = served.ended(key, client.request_id)
+    assert paid(charge) == ("settled", "client_left", "counted" if model == "counted" else "reported")
+    assert upstream.journal[-1].ended.wait(5)
+    assert upstream.journal[-1].completed is (model == "opaque")
+    with pytest.raises((ConnectionResetError, AssertionError)):
+        client.read_until(b"[DONE]")
+    client.leave()
 
 
 def test_a_slow_reader_does_not_fill_the_memory(served, key):

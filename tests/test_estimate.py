@@ -10,6 +10,7 @@ from proxy.estimate import (
     USEFUL_OUTPUT_TOKENS,
     USEFUL_OUTPUT_TOKENS_REASONING,
     estimate,
+    input_bound,
     maximum_affordable,
     maximum_bought,
 )
@@ -47,7 +48,7 @@ def estimated(candidates, **fields):
 def test_a_maximum_that_was_named_is_the_bound():
     """Nothing less would cover it and nothing more is needed."""
     found, size = estimated([candidate()], max_tokens=100, n=3)
-    assert (found.input_tokens, found.output_tokens, found.choices) == (size, 300, 3)
+    assert (found.input_tokens, found.output_tokens, found.choices) == (size - len("100"), 300, 3)
     assert found.at_least == found.at_most
     assert found.is_maximum_named
 
@@ -60,6 +61,31 @@ def test_without_a_maximum_the_least_is_a_useful_answer(is_reasoning, useful):
     found, size = estimated([candidate(is_reasoning=is_reasoning, output_tokens_max=50_000)])
     assert found.at_most == bound(size, 50_000, CHEAP, MARKUP_BPS)
     assert found.at_least == bound(size, useful, CHEAP, MARKUP_BPS)
+
+
+def test_a_maximum_is_no_prompt():
+    """A call costs the same input whatever its maximum is, so that what 402 says can be asked for."""
+    few, _ = estimated([candidate()], max_tokens=9, max_completion_tokens=9)
+    many, _ = estimated([candidate()], max_tokens=2**50, max_completion_tokens=2**50)
+    assert few.input_tokens == many.input_tokens
+
+
+def test_what_is_affordable_leaves_room_to_name_it():
+    """A body is longer once it names the maximum that it was told."""
+    unnamed, _ = estimated([candidate()])
+    affordable = maximum_affordable(unnamed, [candidate()], unnamed.at_least - 1, MARKUP_BPS)
+    assert affordable < USEFUL_OUTPUT_TOKENS
+    for field in ("max_tokens", "max_completion_tokens"):
+        named, _ = estimated([candidate()], **{field: affordable})
+        assert named.at_most < unnamed.at_least
+
+
+def test_each_candidate_is_bounded_by_its_own_context():
+    """A dear one with a small context is not clamped as if it took the input of the large one."""
+    small, large = candidate(price=DEAR, context_tokens=50), candidate()
+    found, size = estimated([small, large], messages=[{"role": "user", "content": "x" * 5000}])
+    assert (input_bound(found, small), input_bound(found, large)) == (50, size)
+    assert maximum_bought(found, small, found.at_least, MARKUP_BPS) >= USEFUL_OUTPUT_TOKENS
 
 
 def test_the_dearest_candidate_sets_the_bound():
@@ -97,11 +123,12 @@ def test_media_count_as_the_whole_context():
 def test_what_a_grant_buys_is_within_the_grant(amount, n, predicted, named):
     """A provider that obeys the clamped maximum, and bills every token of a prediction, stays within the grant."""
     fields = {"n": n, "max_tokens": named, "prediction": {"type": "content", "content": "x" * predicted}}
-    found, size = estimated([candidate()], **fields)
+    found, _ = estimated([candidate()], **fields)
     predicted = found.prediction_tokens
     bought = maximum_bought(found, candidate(), amount, MARKUP_BPS)
-    assert bought == maximum_affordable(found, [candidate()], amount, MARKUP_BPS)
+    affordable = maximum_affordable(found, [candidate()], amount, MARKUP_BPS)
+    assert affordable <= bought if named is None else affordable == bought
     if not bought:
         return
-    worst = Usage(audio_input=size, audio_output=(bought + predicted) * n)
+    worst = Usage(audio_input=found.input_tokens, audio_output=(bought + predicted) * n)
     assert cost(worst, CHEAP, MARKUP_BPS) <= amount

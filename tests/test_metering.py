@@ -4,7 +4,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from proxy.metering import EventKind, Metered, StreamMeter, UsageSource, failure_status, meter_plain, read_usage
+from proxy.metering import (
+    EventKind,
+    Metered,
+    StreamMeter,
+    UsageSource,
+    failure_status,
+    meter_plain,
+    read_usage,
+    stream_meter,
+)
 from proxy.units import Usage
 from proxy.wire.requests import Endpoint
 
@@ -454,8 +463,45 @@ def test_any_events(events):
         (b'{"error": {"code": 500}, "choices": [{"index": 0}]}', None),
         (b'{"choices": [{"message": {"content": "an \\"error\\""}}]}', None),
         (b'{"error": broken', None),
+        (b'{"type": "error", "code": "429", "message": "x"}', 429),
+        (b'{"type": "error", "code": "rate_limit_exceeded", "message": "x"}', 502),
+        (b'{"type": "response.output_text.delta", "delta": "error"}', None),
     ],
 )
 def test_failure_status(answer, status):
     """An error in place of an answer stands for a status; beside choices it is only a remark."""
     assert failure_status(answer) == status
+
+
+def test_usage_as_groq_sends_it():
+    """Unasked, it is in a field of its own; what is beside it is content."""
+    meter, kinds = fed(event(chunk("Hi")), event(chunk(finish="stop", x_groq={"id": "r", "usage": REPORTED})))
+    assert kinds == [EventKind.CONTENT, EventKind.CONTENT]
+    assert result(meter) == Metered(Usage(input=10, output=5), UsageSource.REPORTED, "m-1")
+
+
+@pytest.mark.parametrize("x_groq", [None, "x", {"usage": None}, {"usage": 3}, {"error": {"x": '"usage": {'}}])
+def test_other_fields_of_groq(x_groq):
+    """Without usage in it, the field says nothing."""
+    meter, _ = fed(event(chunk("12345678", x_groq=x_groq)))
+    assert result(meter).usage.output == 2
+
+
+@pytest.mark.parametrize("half", ["\ud83d", "\ude00\ud83d", "\\\ud83d"])
+def test_half_a_character(half):
+    """A text that holds one is read all the same, whatever else is beside it."""
+    meter, kinds = fed(event(chunk(half)), event(usage_chunk(model=half)))
+    assert kinds == [EventKind.CONTENT, EventKind.USAGE_ONLY]
+    assert (result(meter).source, result(meter).usage) == (UsageSource.REPORTED, Usage(input=10, output=5))
+    plain = json.dumps({"choices": [{"message": {"content": half * 4}}]}).encode()
+    assert meter_plain(Endpoint.CHAT, plain, prompt=b"", bound=ROOMY).usage.output <= 3 * len(half)
+
+
+def test_the_name_of_a_tool_in_a_response_is_counted():
+    """It comes with the item that its arguments belong to."""
+    meter = stream_meter(Endpoint.RESPONSES, 10_000)
+    for index in range(2):
+        item = {"type": "function_call", "name": "12345678", "arguments": ""}
+        meter.feed(event({"type": "response.output_item.added", "output_index": index, "item": item}))
+        meter.feed(event({"type": "response.output_item.done", "output_index": index, "item": item}))
+    assert result(meter).usage.output == 4

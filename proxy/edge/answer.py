@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any, Protocol
 
+import msgspec
 from litestar.types import HTTPScope, Receive, Scope, Send
 
 from proxy.deadline import within
@@ -11,8 +12,12 @@ from proxy.units import new_id
 
 Headers = list[tuple[bytes, bytes]]
 
-BODY_S_MAX = 60.0
-"""How long a client may take to send its body."""
+
+class BodyLimits(msgspec.Struct, frozen=True):
+    """How long a body may be, and how long a client may take to send it, in bytes and seconds."""
+
+    bytes_max: int
+    wait_s: float
 
 
 def identify(scope: Scope) -> str:
@@ -22,21 +27,21 @@ def identify(scope: Scope) -> str:
     return request_id
 
 
-async def read_body(scope: HTTPScope, receive: Receive, bytes_max: int) -> bytes:
+async def read_body(scope: HTTPScope, receive: Receive, limits: BodyLimits) -> bytes:
     """The request's body.
 
-    Raises `BodyTooLarge` above `bytes_max`, `UnsupportedEncoding` when it is encoded, `BadRequest` when the client
+    Raises `BodyTooLarge` for a longer one, `UnsupportedEncoding` when it is encoded, `BadRequest` when the client
     leaves or stalls before its end.
     """
     for name, value in scope["headers"]:
         if name == b"content-encoding" and value.strip().lower() != b"identity":
             raise UnsupportedEncoding(value.decode("latin-1"))
-        if name == b"content-length" and int(value) > bytes_max:
-            raise BodyTooLarge(bytes_max)
+        if name == b"content-length" and int(value) > limits.bytes_max:
+            raise BodyTooLarge(limits.bytes_max)
     parts: list[bytes] = []
     size = 0
     try:
-        with within(BODY_S_MAX):
+        with within(limits.wait_s):
             while True:
                 message = await receive()
                 if message["type"] == "http.disconnect":
@@ -45,13 +50,13 @@ async def read_body(scope: HTTPScope, receive: Receive, bytes_max: int) -> bytes
                     raise BadRequest("This path speaks HTTP only.")
                 part = message["body"]
                 size += len(part)
-                if size > bytes_max:
-                    raise BodyTooLarge(bytes_max)
+                if size > limits.bytes_max:
+                    raise BodyTooLarge(limits.bytes_max)
                 parts.append(part)
                 if not message["more_body"]:
                     return b"".join(parts)
     except TimeoutError as exc:
-        raise BadRequest(f"The body did not arrive within {BODY_S_MAX:g} seconds.", code="body_timeout") from exc
+        raise BadRequest(f"The body did not arrive within {limits.wait_s:g} seconds.", code="body_timeout") from exc
 
 
 class Connection(Protocol):

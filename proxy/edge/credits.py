@@ -8,11 +8,14 @@ import msgspec
 import sqlalchemy as sa
 from litestar import Request, get
 from litestar.di import NamedDependency
-from litestar.params import FromQuery
+from litestar.params import FromPath, FromQuery
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
+from proxy.edge.authentication import needs
+from proxy.edge.errors import documented
 from proxy.errors import BadRequest, NotFound
 from proxy.identity.keys import Caller
+from proxy.identity.keys import Scope as KeyScope
 from proxy.storage.database import reading
 from proxy.storage.tables import credit_transactions, reservations, wallets
 from proxy.units import format_credits, format_instant, format_percent, is_id
@@ -89,14 +92,19 @@ async def read_balance(connection: AsyncConnection, wallet_id: str) -> Balance:
     )
 
 
-@get("/api/v1/credits/balance", summary="Your balance")
+@get("/api/v1/credits/balance", opt=needs(KeyScope.INFERENCE), summary="Your balance", responses=documented(404))
 async def balance(request: CallerRequest, engine: NamedDependency[AsyncEngine]) -> Balance:
     """What the wallet holds, what open calls hold of it, and what is left for new ones."""
     async with reading(engine) as connection:
         return await read_balance(connection, request.user.wallet_id)
 
 
-@get("/api/v1/credits/transactions", summary="Your transactions")
+@get(
+    "/api/v1/credits/transactions",
+    opt=needs(KeyScope.INFERENCE),
+    summary="Your transactions",
+    responses=documented(400),
+)
 async def transactions(
     request: CallerRequest,
     engine: NamedDependency[AsyncEngine],
@@ -128,8 +136,13 @@ async def transactions(
     return TransactionPage(items, _cursor_at(rows[limit - 1].seq) if len(rows) > limit else None)
 
 
-@get("/api/v1/credits/charges/{request_id:str}", summary="The charge of one call")
-async def charge(request: CallerRequest, engine: NamedDependency[AsyncEngine], request_id: str) -> Charge:
+@get(
+    "/api/v1/credits/charges/{request_id:str}",
+    opt=needs(KeyScope.INFERENCE),
+    summary="The charge of one call",
+    responses=documented(400, 404),
+)
+async def charge(request: CallerRequest, engine: NamedDependency[AsyncEngine], request_id: FromPath[str]) -> Charge:
     """What a call cost and why, by the `x-request-id` of its answer."""
     table = reservations
     if not is_id(request_id, "req"):

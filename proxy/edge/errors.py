@@ -1,17 +1,21 @@
 """Errors as answers: the one table from what went wrong to a status and OpenAI's error object."""
 
+import re
 from http import HTTPStatus
 from typing import Any
 
 import msgspec
 import structlog
 from litestar import Request, Response
-from litestar.exceptions import HTTPException, MethodNotAllowedException, NotFoundException
+from litestar.exceptions import HTTPException, MethodNotAllowedException, NotFoundException, ValidationException
+from litestar.openapi import ResponseSpec
 
 from proxy import errors
 from proxy.units import format_credits
 
 log = structlog.get_logger(__name__)
+
+_NAMED_FIELD = re.compile(r"(unknown|missing required) field `([^`]{1,100})`")
 
 Headers = list[tuple[bytes, bytes]]
 
@@ -20,6 +24,7 @@ TABLE: dict[type[errors.TollgateError], tuple[int, str, str | None]] = {
     errors.BodyTooLarge: (413, "invalid_request_error", None),
     errors.UnsupportedEncoding: (415, "invalid_request_error", None),
     errors.Unauthenticated: (401, "invalid_request_error", "invalid_api_key"),
+    errors.WrongPassword: (401, "invalid_request_error", "invalid_credentials"),
     errors.InsufficientCredits: (402, "insufficient_quota", "insufficient_credits"),
     errors.KeyLimitReached: (402, "insufficient_quota", "key_limit_reached"),
     errors.Forbidden: (403, "permission_error", None),
@@ -38,6 +43,30 @@ TABLE: dict[type[errors.TollgateError], tuple[int, str, str | None]] = {
 """Status, `type` and `code`; where the code is None the error carries its own."""
 
 
+class ErrorObject(msgspec.Struct):
+    """What went wrong; some errors have further fields."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(msgspec.Struct):
+    """An error, as OpenAI's API words it."""
+
+    error: ErrorObject
+
+
+def documented(*statuses: int, is_public: bool = False) -> dict[int, ResponseSpec]:
+    """The errors of a route, for the OpenAPI document: these, and those of every route that is not for anybody."""
+    shared = () if is_public else (401, 403, 503)
+    return {
+        status: ResponseSpec(ErrorBody, generate_examples=False, description=HTTPStatus(status).phrase)
+        for status in sorted({*shared, *statuses})
+    }
+
+
 class Answer(msgspec.Struct, frozen=True):
     """An error, ready to be sent."""
 
@@ -49,7 +78,8 @@ class Answer(msgspec.Struct, frozen=True):
 def answer_to(error: BaseException, request_id: str) -> Answer:
     """The answer to whatever was raised. What is not ours to show is logged, and answered with the request id alone."""
     if isinstance(error, errors.UpstreamRejected) and _is_openai_error(error):
-        return Answer(_passed_status(error.status), _headers(error), error.body)
+        headers = [(b"content-type", b"application/json"), *error.headers]
+        return Answer(_passed_status(error.status), headers, error.body)
     for kind in type(error).__mro__:
         row = TABLE.get(kind)
         if row is not None:
@@ -63,6 +93,8 @@ def answer_to(error: BaseException, request_id: str) -> Answer:
 
 def respond(request: Request[Any, Any, Any], error: Exception) -> Response[bytes]:
     """Litestar's exception handler for everything."""
+    if isinstance(error, UnicodeDecodeError):  # only a body is decoded outside of what handlers check themselves
+        error = errors.BadRequest("The body is not UTF-8.", code="invalid_json")
     answer = answer_to(error, request.scope["state"]["request_id"])
     return Response(
         answer.body,
@@ -96,7 +128,10 @@ def _from_framework(error: HTTPException) -> Answer:
     if isinstance(error, NotFoundException):
         return _answer(404, "There is nothing at this path.", "invalid_request_error", "unknown_path")
     if isinstance(error, MethodNotAllowedException):
-        headers = [(b"allow", error.headers["Allow"].encode())] if error.headers and "Allow" in error.headers else []
+        # The framework spells it in two ways.
+        headers = [
+            (b"allow", value.encode()) for name, value in (error.headers or {}).items() if name.lower() == "allow"
+        ]
         return _answer(
             405,
             "This path does not take this method.",
@@ -104,10 +139,28 @@ def _from_framework(error: HTTPException) -> Answer:
             "method_not_allowed",
             headers=headers,
         )
+    if isinstance(error, ValidationException):
+        return _invalid(error)
     status = error.status_code
     type_ = "invalid_request_error" if status < 500 else "server_error"
     code = HTTPStatus(status).phrase.lower().replace(" ", "_")
     return _answer(status, error.detail, type_, code)
+
+
+def _invalid(error: ValidationException) -> Answer:
+    """What is wrong with a body or a parameter, and where. Litestar's own text would repeat the whole address."""
+    faults = error.extra if isinstance(error.extra, list) else []
+    fault = faults[0] if faults and isinstance(faults[0], dict) else {}
+    message = str(fault.get("message", ""))
+    named = _NAMED_FIELD.search(message)
+    if named:
+        code = "unknown_parameter" if named[1] == "unknown" else "missing_required_parameter"
+        return _answer(400, f"{message}.", "invalid_request_error", code, param=named[2])
+    param = fault.get("key", "data")
+    if param == "data":
+        message = f"The body: {message}." if "Expected" in message else "A JSON body is needed."
+        return _answer(400, message, "invalid_request_error", "invalid_type")
+    return _answer(400, f"{param}: {message}.", "invalid_request_error", "invalid_type", param=param)
 
 
 def _answer(status: int, message: str, type_: str, code: str | None, **more: Any) -> Answer:
@@ -149,9 +202,7 @@ def _headers(error: BaseException) -> Headers:
             # The first two may have been billed already, and the third will not get better.
             return [(b"x-should-retry", b"false")]
         case errors.UpstreamRejected():
-            content = [(b"content-type", b"application/json")] if _is_openai_error(error) else []
-            again = [(b"retry-after", error.retry_after.encode())] if error.retry_after else []
-            return [*content, *again]
+            return error.headers
         case _:
             return []
 
@@ -160,7 +211,7 @@ def _passed_status(status: int) -> int:
     """The provider's own status where it speaks to the client; its failures are a gateway's, not a server's."""
     if status in {503, 529}:
         return 503
-    return 502 if status >= 500 or status < 400 else status
+    return status if 400 <= status < 500 else 502
 
 
 def _is_openai_error(error: errors.UpstreamRejected) -> bool:

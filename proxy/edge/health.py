@@ -5,6 +5,7 @@ from litestar import get
 from litestar.di import NamedDependency
 from sqlalchemy.ext.asyncio import AsyncEngine
 
+from proxy.edge.errors import documented
 from proxy.errors import Unavailable
 from proxy.ledger.ledger import Ledger
 from proxy.storage.database import reading
@@ -16,7 +17,7 @@ def live() -> dict[str, str]:
     return {"status": "ok"}
 
 
-@get("/health/ready", summary="Calls can be served")
+@get("/health/ready", summary="Calls can be served", responses=documented(503, is_public=True))
 async def ready(engine: NamedDependency[AsyncEngine], ledger: NamedDependency[Ledger]) -> dict[str, str]:
     """Answer 503 while the database is out of reach, or takes no charges: send no calls here then."""
     if ledger.is_lost:

@@ -13,15 +13,17 @@ from litestar import asgi, get, route
 from litestar.di import NamedDependency
 from litestar.exceptions import MethodNotAllowedException
 from litestar.handlers import ASGIRouteHandler
+from litestar.params import FromPath
 from litestar.types import ASGIApp, HTTPScope, Receive, Scope, Send
 
 from proxy.catalog import Catalog
-from proxy.edge.answer import AsgiAnswer, identify, read_body
-from proxy.edge.authentication import CHECKED_BY_LEDGER, Authentication, authenticated
-from proxy.edge.errors import answer_to
+from proxy.edge.answer import AsgiAnswer, BodyLimits, identify, read_body
+from proxy.edge.authentication import CHECKED_BY_LEDGER, Authentication, authenticated, needs
+from proxy.edge.errors import answer_to, documented
 from proxy.edge.protocol import CONNECTION
 from proxy.errors import BadRequest
 from proxy.exchange import Call, Exchange
+from proxy.identity.keys import Scope as KeyScope
 from proxy.routing import candidates
 from proxy.wire.requests import Endpoint
 
@@ -47,30 +49,44 @@ class ModelList(msgspec.Struct):
     object: str = "list"
 
 
-@get("/v1/models", sync_to_thread=False, summary="The models on offer")
+@get(
+    "/v1/models",
+    opt=needs(KeyScope.INFERENCE),
+    sync_to_thread=False,
+    summary="The models on offer",
+    responses=documented(),
+)
 def models(catalog: NamedDependency[Catalog]) -> ModelList:
     """Every model that is priced and enabled."""
     return ModelList([Model(id=name, owned_by=found[0].provider) for name, found in sorted(catalog.models.items())])
 
 
-@get("/v1/models/{model_id:path}", sync_to_thread=False, summary="One model")
-def model(catalog: NamedDependency[Catalog], model_id: str) -> Model:
+@get(
+    "/v1/models/{model_id:path}",
+    opt=needs(KeyScope.INFERENCE),
+    sync_to_thread=False,
+    summary="One model",
+    responses=documented(400, 404),
+)
+def model(catalog: NamedDependency[Catalog], model_id: FromPath[str]) -> Model:
     """One model by its name, which may hold a slash."""
     name = model_id.removeprefix("/")
     return Model(id=name, owned_by=candidates(catalog.models, name)[0].provider)
 
 
-def paid_handlers(exchange: Exchange, *, body_bytes_max: int, stall_s: float) -> list[ASGIRouteHandler]:
+def paid_handlers(exchange: Exchange, body_limits: BodyLimits, *, stall_s: float) -> list[ASGIRouteHandler]:
     """The handlers of the paid paths, `POST` all."""
-    return [_paid_handler(endpoint, exchange, body_bytes_max=body_bytes_max, stall_s=stall_s) for endpoint in Endpoint]
+    return [_paid_handler(endpoint, exchange, body_limits, stall_s=stall_s) for endpoint in Endpoint]
 
 
-def _paid_handler(endpoint: Endpoint, exchange: Exchange, *, body_bytes_max: int, stall_s: float) -> ASGIRouteHandler:
+def _paid_handler(
+    endpoint: Endpoint, exchange: Exchange, body_limits: BodyLimits, *, stall_s: float
+) -> ASGIRouteHandler:
     async def serve(scope: Scope, receive: Receive, send: Send) -> None:
         request_id = scope["state"]["request_id"]
         answer = AsgiAnswer(request_id, send, scope["state"][CONNECTION], stall_s=stall_s)
         try:
-            await exchange.serve(await _call(endpoint, cast("HTTPScope", scope), receive, body_bytes_max), answer)
+            await exchange.serve(await _call(endpoint, cast("HTTPScope", scope), receive, body_limits), answer)
         except Exception as exc:
             if answer.is_started:
                 log.exception("answer_cut_off", request_id=request_id)
@@ -79,7 +95,8 @@ def _paid_handler(endpoint: Endpoint, exchange: Exchange, *, body_bytes_max: int
         finally:
             answer.close()
 
-    return asgi(f"/v1/{endpoint}", opt={CHECKED_BY_LEDGER: True})(serve)
+    options = {**needs(KeyScope.INFERENCE), CHECKED_BY_LEDGER: True}
+    return asgi(f"/v1/{endpoint}", opt=options, copy_scope=False)(serve)
 
 
 async def _refuse(error: Exception, answer: AsgiAnswer, request_id: str) -> None:
@@ -124,10 +141,11 @@ def _is_plain_post(scope: HTTPScope) -> bool:
 @route(
     ["/v1/responses/{response_path:path}"],
     http_method=["GET", "POST", "DELETE"],
+    opt=needs(KeyScope.INFERENCE),
     sync_to_thread=False,
-    summary="Responses are not kept",
+    include_in_schema=False,
 )
-def kept_responses(response_path: str) -> None:
+def kept_responses(response_path: FromPath[str]) -> None:
     """Refuse what is done with responses that a provider has kept: it keeps none."""
     raise BadRequest(
         f"There is no response{response_path}: responses are not kept. Send the whole conversation as 'input'.",
@@ -135,7 +153,7 @@ def kept_responses(response_path: str) -> None:
     )
 
 
-async def _call(endpoint: Endpoint, scope: HTTPScope, receive: Receive, body_bytes_max: int) -> Call:
+async def _call(endpoint: Endpoint, scope: HTTPScope, receive: Receive, body_limits: BodyLimits) -> Call:
     if scope["method"] != "POST":
         raise MethodNotAllowedException(headers={"Allow": "POST"})
     return Call(
@@ -144,7 +162,7 @@ async def _call(endpoint: Endpoint, scope: HTTPScope, receive: Receive, body_byt
         client_request_id=_client_request_id(scope["headers"]),
         caller=scope["user"],
         headers=list(scope["headers"]),
-        body=await read_body(scope, receive, body_bytes_max),
+        body=await read_body(scope, receive, body_limits),
     )
 
 

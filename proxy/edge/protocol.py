@@ -6,6 +6,8 @@ from collections.abc import Callable
 from itertools import chain
 from typing import Any, cast
 
+import uvicorn
+from litestar.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from proxy.units import new_id
@@ -24,6 +26,22 @@ _UPGRADE = re.compile(rb"(?i)(?<=\n)upgrade(?=[ \t]*:)")
 _NO_UPGRADE = b"ignored"
 
 _REASONS = {400: b"Bad Request", 408: b"Request Timeout", 431: b"Request Header Fields Too Large"}
+
+
+def server_config(app: ASGIApp, *, drain_s: int) -> uvicorn.Config:
+    """How uvicorn is to serve `app`, with `drain_s` seconds for calls in flight at the end."""
+    return uvicorn.Config(
+        app,
+        loop="none",
+        http=LimitedProtocol,
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        timeout_graceful_shutdown=drain_s,
+    )
 
 
 class _Joining:

@@ -134,6 +134,10 @@ LIMITS = Check(
     " AND reserved + (CASE WHEN limit_period IS NULL THEN spent ELSE period_spent END) > limit_amount",
 )
 
+_DEDUCTED = (
+    "SELECT CAST(COALESCE(SUM(-amount), 0) AS BIGINT) AS deducted FROM credit_transactions WHERE type = 'deduction'"
+)
+
 _CHARGES = (
     "SELECT id, usage, price, markup_bps, cost, charged, shortfall, provider_cost FROM reservations"
     " WHERE state = 'settled'"
@@ -150,13 +154,19 @@ class Finding(msgspec.Struct):
 
 
 class Totals(msgspec.Struct):
-    """Sums over all settled calls, in nano-credits; `charged + shortfall = provider_cost + markup` (I9)."""
+    """Sums over all settled calls, in nano-credits, from sources that know nothing of each other.
+
+    `charged`, `shortfall` and `provider_cost` are what was booked call by call, `deducted` is what the journal took
+    from wallets, and `markup` is computed anew from each call's usage, prices and markup. I9 says that `charged +
+    shortfall = provider_cost + markup`, and `charged = deducted`.
+    """
 
     calls: int = 0
     charged: int = 0
     shortfall: int = 0
     provider_cost: int = 0
     markup: int = 0
+    deducted: int = 0
 
 
 class Report(msgspec.Struct):
@@ -222,12 +232,20 @@ async def _reproduce(connection: AsyncConnection, report: Report) -> None:
         totals.charged += row.charged
         totals.shortfall += row.shortfall
         totals.provider_cost += row.provider_cost or 0
-        totals.markup += row.cost - (row.provider_cost or 0)
+        if expected is not None:
+            totals.markup += expected[0] - expected[1]
+    totals.deducted = (await connection.execute(sa.text(_DEDUCTED))).scalar_one()
     if wrong.count:
         report.violations.append(wrong)
-    if totals.charged + totals.shortfall != totals.provider_cost + totals.markup:
-        sums = msgspec.to_builtins(totals)
-        report.violations.append(Finding("I9", "the charges are the providers' cost and the markup", 1, [sums]))
+    for says, is_true in (
+        (
+            "all charges and shortfalls are the providers' cost and the markup",
+            totals.charged + totals.shortfall == totals.provider_cost + totals.markup,
+        ),
+        ("all charges are what the journal deducted", totals.charged == totals.deducted),
+    ):
+        if not is_true:
+            report.violations.append(Finding("I9", says, 1, [msgspec.to_builtins(totals)]))
 
 
 def _expected(row: Any) -> tuple[int, int, int] | None:

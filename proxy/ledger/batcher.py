@@ -10,6 +10,8 @@ contract, for every operation given to it:
   otherwise: one without gets a key of its own here, so that sending it again does not book it again.
 * A caller that has gone while its reserve waited holds nothing: what was granted is released.
 * Settles are never refused for load; reserves are, when too many wait.
+* Closing waits for the database, but not for ever, and not at all for reserves whose callers have left: what cannot be
+  written by then is given up with an error in the log, and is freed when the process's lease has run out.
 """
 
 import asyncio
@@ -19,7 +21,7 @@ from collections.abc import Callable, Sequence
 import msgspec
 import structlog
 
-from proxy.errors import LedgerFault, Unavailable
+from proxy.errors import LedgerFault, TollgateError, Unavailable
 from proxy.ledger.decide import Credit, Faulted, Operation, Outcome, Receipt, Release, Reserve, Reserved
 from proxy.ledger.store import Store, StoreLostError
 from proxy.units import new_id
@@ -34,6 +36,9 @@ RESERVES_WAITING_MAX = 4096
 
 _RETRY_S = (0.05, 0.1, 0.2, 0.5, 1.0)
 """Pauses between attempts while the database is out of reach; the last one repeats."""
+
+CLOSE_WAIT_S_MAX = 30.0
+"""How long closing waits for a database that is out of reach."""
 
 Waiting = tuple[Operation, "asyncio.Future[Outcome]"]
 
@@ -52,6 +57,7 @@ class Batcher:
         self._work = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._is_closing = False
+        self._close_by = 0.0
         self._is_lost = False
 
     @property
@@ -63,9 +69,10 @@ class Batcher:
         """Begin to empty the queue, in a task of its own on the running loop."""
         self._task = asyncio.get_running_loop().create_task(self._run(), name="ledger-batcher")
 
-    async def aclose(self) -> None:
-        """Write what is queued, then stop. Waits for as long as the database is out of reach."""
+    async def aclose(self, wait_s: float = CLOSE_WAIT_S_MAX) -> None:
+        """Write what is queued, then stop. Waits for a database that is out of reach for at most about `wait_s`."""
         self._is_closing = True
+        self._close_by = asyncio.get_running_loop().time() + wait_s
         self._work.set()
         if self._task is not None:
             await self._task
@@ -116,7 +123,7 @@ class Batcher:
         answered_by = [positions.setdefault(operation, len(positions)) for operation, _ in batch]
         operations = list(positions)
         try:
-            outcomes = await self._until_answered(operations)
+            outcomes = await self._until_answered(operations, batch)
         except Exception as exc:
             if len(operations) > 1:
                 middle = len(batch) // 2
@@ -124,13 +131,21 @@ class Batcher:
                 await self._write(batch[middle:])
                 return
             log.exception("ledger_refused", operation=repr(operations[0]))
+            fault = LedgerFault("The ledger could not book this operation.")
+            fault.__cause__ = exc
             for _, future in batch:
-                _fail(future, exc)
+                _fail(future, fault)
+            return
+        if outcomes is None:
+            log.error("ledger_given_up", operations=[repr(operation) for operation in operations])
+            for _, future in batch:
+                _fail(future, Unavailable("The ledger is out of reach just now."))
             return
         for (operation, future), position in zip(batch, answered_by, strict=True):
             self._answer(operation, future, outcomes[position])
 
-    async def _until_answered(self, operations: Sequence[Operation]) -> list[Outcome]:
+    async def _until_answered(self, operations: Sequence[Operation], batch: list[Waiting]) -> list[Outcome] | None:
+        """What the database answers in the end; None when it is not waited for any longer."""
         attempt = 0
         while True:
             try:
@@ -139,11 +154,18 @@ class Batcher:
                 if not self._is_lost:
                     log.warning("ledger_lost", reason=str(exc), operations=len(operations))
                 self._is_lost = True
+                if self._is_closing and not self._is_worth_waiting_for(batch):
+                    return None
                 await asyncio.sleep(_RETRY_S[min(attempt, len(_RETRY_S) - 1)])
                 attempt += 1
             else:
                 self._is_lost = False
                 return outcomes
+
+    def _is_worth_waiting_for(self, batch: list[Waiting]) -> bool:
+        if asyncio.get_running_loop().time() >= self._close_by:
+            return False
+        return not all(isinstance(operation, Reserve) and future.done() for operation, future in batch)
 
     def _answer(self, operation: Operation, future: "asyncio.Future[Outcome]", outcome: Outcome) -> None:
         if isinstance(outcome, Faulted) and not isinstance(operation, Credit):
@@ -154,8 +176,6 @@ class Batcher:
             self.submit(Release(id=operation.id, wallet_id=operation.wallet_id, receipt=Receipt(outcome="caller_gone")))
 
 
-def _fail(future: "asyncio.Future[Outcome]", cause: Exception) -> None:
+def _fail(future: "asyncio.Future[Outcome]", error: TollgateError) -> None:
     if not future.done():
-        fault = LedgerFault("The ledger could not book this operation.")
-        fault.__cause__ = cause
-        future.set_exception(fault)
+        future.set_exception(error)

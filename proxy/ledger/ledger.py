@@ -18,7 +18,7 @@ from proxy.errors import (
     Unauthenticated,
     Unavailable,
 )
-from proxy.ledger.batcher import Batcher
+from proxy.ledger.batcher import CLOSE_WAIT_S_MAX, Batcher
 from proxy.ledger.decide import (
     Credit,
     Credited,
@@ -48,24 +48,30 @@ class Ledger:
     """Reservations and charges, durable when the awaited call returns.
 
     What is settled or released no longer depends on whoever asked for it: a cancelled caller cancels its wait and
-    nothing else.
+    nothing else. A call is in flight from before its reserve is sent until its end is answered, however it ends and
+    whoever still waits for that; what a reserve that was refused, failed or given up may yet hold is in nobody's hands.
     """
 
     def __init__(self, store: Store, owner_id: Callable[[], str | None] = lambda: None) -> None:
         self._batcher = Batcher(store, owner_id)
+        self._in_flight: set[str] = set()
 
     @property
     def is_lost(self) -> bool:
         """Whether the last attempt did not reach the database."""
         return self._batcher.is_lost
 
+    def is_in_flight(self, reservation_id: str) -> bool:
+        """Whether the reservation belongs to a call of this process that has not ended, or whose end is not booked."""
+        return reservation_id in self._in_flight
+
     def start(self) -> None:
         """Begin to work, on the running loop."""
         self._batcher.start()
 
-    async def aclose(self) -> None:
-        """Book what is queued, then stop."""
-        await self._batcher.aclose()
+    async def aclose(self, wait_s: float = CLOSE_WAIT_S_MAX) -> None:
+        """Book what is queued, then stop; waits at most about `wait_s` for a database that is out of reach."""
+        await self._batcher.aclose(wait_s)
 
     async def reserve(self, operation: Reserve) -> Reserved:
         """Hold credits for one call.
@@ -73,6 +79,14 @@ class Ledger:
         Raises `InsufficientCredits`, `KeyLimitReached`, `RateLimited`, `Forbidden`, `Unauthenticated` when the ledger
         refuses, `Unavailable` when it cannot say within five seconds: then nothing stays held.
         """
+        self._in_flight.add(operation.id)
+        try:
+            return await self._reserve(operation)
+        except BaseException:
+            self._in_flight.discard(operation.id)
+            raise
+
+    async def _reserve(self, operation: Reserve) -> Reserved:
         future = self._batcher.submit(operation)
         try:
             with within(RESERVE_WAIT_S_MAX):
@@ -108,24 +122,30 @@ class Ledger:
 
         Raises `LedgerFault` when it cannot be booked; waits for as long as the database is out of reach.
         """
-        outcome = await self._batcher.submit(operation)
+        outcome = await self._end(operation)
         if isinstance(outcome, Settled):
             return outcome
         raise LedgerFault(f"settle {operation.id}: {outcome}")
 
     async def release(self, operation: Release) -> Released:
         """Free what one call holds. Done even when the wait for it is cancelled; errors as with `settle`."""
-        outcome = await self._batcher.submit(operation)
+        outcome = await self._end(operation)
         if isinstance(outcome, Released):
             return outcome
         raise LedgerFault(f"release {operation.id}: {outcome}")
 
     async def expire(self, operation: Expire) -> Released:
         """Free what a call of a dead process holds; errors as with `settle`."""
-        outcome = await self._batcher.submit(operation)
+        outcome = await self._end(operation)
         if isinstance(outcome, Released):
             return outcome
         raise LedgerFault(f"expire {operation.id}: {outcome}")
+
+    async def _end(self, operation: Settle | Release | Expire) -> Outcome:
+        """The outcome of a call's end; the call is in flight until it is there, though its caller may be gone."""
+        future = self._batcher.submit(operation)
+        future.add_done_callback(lambda _: self._in_flight.discard(operation.id))
+        return await asyncio.shield(future)
 
     async def credit(self, operation: Credit) -> Credited:
         """Book a top-up, refund or adjustment.
@@ -137,7 +157,7 @@ class Ledger:
             with within(CREDIT_WAIT_S_MAX):
                 outcome = await self._batcher.submit(operation)
         except TimeoutError as exc:
-            raise Unavailable("The ledger is out of reach; send the same idempotency key again.") from exc
+            raise Unavailable("The ledger is out of reach just now.") from exc
         match outcome:
             case Credited():
                 return outcome

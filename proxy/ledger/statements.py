@@ -221,3 +221,9 @@ READ_POSTGRESQL = ", ".join(
 """The clock, whether the instance $1 is fenced, the users $2, the reservations $4, the keys $3 and those of $4."""
 
 READ_FENCE_SQLITE = "SELECT is_fenced FROM instances WHERE id = ?"
+
+READ_FORGETFUL_POSTGRESQL = (
+    "SELECT name FROM pg_settings WHERE name IN ('fsync', 'full_page_writes', 'synchronous_commit')"
+    " AND setting = 'off' ORDER BY name"
+)
+"""The settings with which a commit that was answered can be lost, as this session has them."""

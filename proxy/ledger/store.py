@@ -17,6 +17,7 @@ import asyncpg
 import msgspec
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
+from proxy.errors import SettingsError, Unavailable
 from proxy.ledger import statements as sql
 from proxy.ledger.decide import (
     Changes,
@@ -54,6 +55,10 @@ SQLITE_BUSY_MS_MAX = 5_000
 """How long to wait for the command line, the only other writer of an embedded database."""
 
 
+_SYNCHRONOUS_FULL = 2
+"""How SQLite says FULL: the log is flushed at every commit."""
+
+
 class StoreLostError(Exception):
     """The database could not be reached, or was lost on the way.
 
@@ -73,6 +78,13 @@ class Store(Protocol):
 
         `owner_id` is the instance that holds what is reserved; None, for the command line, cannot reserve. Raises
         `StoreLostError` and `StoreRefusedError`.
+        """
+        ...
+
+    async def check(self) -> None:
+        """Connect, and see to it that what is committed over this connection is kept.
+
+        Raises `SettingsError` when the database is set to forget it in a crash, `Unavailable` when it is out of reach.
         """
         ...
 
@@ -221,6 +233,19 @@ class PostgresStore:
                 raise StoreLostError(str(exc) or type(exc).__name__) from exc
             raise
 
+    async def check(self) -> None:
+        """See `Store`."""
+        try:
+            async with asyncio.timeout(TRANSACTION_S_MAX):
+                if self._driver is None:
+                    await self._connect()
+                rows = await self._driver.fetch(sql.READ_FORGETFUL_POSTGRESQL)
+        except (StoreLostError, OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as exc:
+            raise Unavailable("The database is out of reach just now.", retry_after_s=2) from exc
+        if rows:
+            settings = ", ".join(f"{row['name']}=off" for row in rows)
+            raise SettingsError(f"PostgreSQL would lose charges in a crash: it runs with {settings}; set it to on")
+
     async def aclose(self) -> None:
         """See `Store`."""
         connection, self._connection, self._driver = self._connection, None, None
@@ -326,6 +351,13 @@ class SqliteStore:
         """See `Store`."""
         return await self._run(lambda: self._transact(operations, owner_id))
 
+    async def check(self) -> None:
+        """See `Store`."""
+        try:
+            await self._run(lambda: self._connection or self._connect())
+        except sqlite3.Error as exc:
+            raise Unavailable("The database is out of reach just now.", retry_after_s=2) from exc
+
     async def aclose(self) -> None:
         """See `Store`."""
         await self._run(self._close)
@@ -391,6 +423,13 @@ class SqliteStore:
         connection.execute("PRAGMA synchronous = FULL")
         if not self._checkpoints:
             connection.execute("PRAGMA wal_autocheckpoint = 0")
+        kept = [connection.execute(f"PRAGMA {name}").fetchone()[0] for name in ("journal_mode", "synchronous")]
+        if kept != ["wal", _SYNCHRONOUS_FULL]:
+            connection.close()
+            raise SettingsError(
+                f"{self._file} would lose charges in a crash: SQLite runs with journal_mode={kept[0]} and"
+                f" synchronous={kept[1]} instead of wal and {_SYNCHRONOUS_FULL}"
+            )
         self._connection = connection
         return connection
 

@@ -24,7 +24,7 @@ from proxy.units import Micros, now_micros
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-SCHEMA_HEAD = "0001"
+SCHEMA_HEAD = "0002"
 """The revision this code is written for: the newest file in `migrations/versions`."""
 
 CONNECTIONS_MAX = 5
@@ -45,9 +45,12 @@ def connect(url: str, *, pooled: bool = True) -> AsyncEngine:
             url,
             isolation_level="READ COMMITTED",
             connect_args={"timeout": STATEMENT_S_MAX, "command_timeout": 2 * STATEMENT_S_MAX},
+            hide_parameters=True,  # an error's text goes to the log, and hashes of passwords do not
             **pool,
         )
-    engine = create_async_engine(url, connect_args={"timeout": STATEMENT_S_MAX}, **pool)
+    # Not parsed as a URL: a path may hold any character.
+    file = sa.URL.create("sqlite+aiosqlite", database=url.partition(":///")[2])
+    engine = create_async_engine(file, connect_args={"timeout": STATEMENT_S_MAX}, hide_parameters=True, **pool)
     sa.event.listen(engine.sync_engine, "connect", _prepare_sqlite)
     sa.event.listen(engine.sync_engine, "begin", _begin_sqlite)
     return engine
@@ -103,8 +106,10 @@ async def _reachable() -> AsyncIterator[None]:
 
 _OUT_OF_REACH = "The database is out of reach just now."
 
-_PASSING = ("08", "40", "53", "57")
-"""Connection exception, rollback, insufficient resources, operator intervention (PostgreSQL manual, appendix A)."""
+_PASSING = ("08", "40", "53", "55", "57")
+"""Connection exception, rollback, insufficient resources, not in prerequisite state (a database that takes no
+connections just now), operator intervention (PostgreSQL manual, appendix A).
+"""
 
 
 MICROS_POSTGRESQL = "(extract(epoch FROM clock_timestamp()) * 1000000)::bigint"
@@ -142,21 +147,28 @@ async def check_schema(engine: AsyncEngine) -> None:
         return
     if found is None:
         raise SettingsError(f"the database {name_of(engine)} holds no Tollgate schema: run `tollgate migrate` first")
-    if found > SCHEMA_HEAD:
-        raise SettingsError(
-            f"the database {name_of(engine)} is at revision {found}, newer than this program knows ({SCHEMA_HEAD}):"
-            " install the newer Tollgate"
-        )
+    await check_not_newer(engine)
     raise SettingsError(
         f"the database {name_of(engine)} is at revision {found}, older than {SCHEMA_HEAD}: run `tollgate migrate`"
     )
 
 
+async def check_not_newer(engine: AsyncEngine) -> None:
+    """Raises `SettingsError` when a newer program than this one has migrated the schema."""
+    found = await revision(engine)
+    if found is not None and found > SCHEMA_HEAD:
+        raise SettingsError(
+            f"the database {name_of(engine)} is at revision {found}, newer than this program knows ({SCHEMA_HEAD}):"
+            " install the newer Tollgate"
+        )
+
+
 async def migrate(engine: AsyncEngine, target: str = "head") -> None:
-    """Bring the schema to revision `target`, or with `base` back to nothing, in one transaction.
+    """Bring the schema up to date, or back down to the revision `target` (`base`: to nothing), in one transaction.
 
     Two at once wait for each other.
     """
+    await check_not_newer(engine)
     async with engine.connect() as connection:
         await connection.execution_options(is_writing=True)
         async with connection.begin():
@@ -173,7 +185,7 @@ def _run_migrations(connection: sa.Connection, target: str) -> None:
     config.set_main_option("script_location", str(_migrations()))
     config.set_main_option("path_separator", "os")
     config.attributes["connection"] = connection
-    (command.downgrade if target == "base" else command.upgrade)(config, target)
+    (command.upgrade if target == "head" else command.downgrade)(config, target)
 
 
 def _migrations() -> Path:
@@ -198,8 +210,11 @@ def sole_process(file: Path) -> "Iterator[None]":
     Raises `SettingsError` when another process serves or migrates it. The lock is the kernel's: it ends with the
     process, however that ends.
     """
-    file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    lock = os.open(f"{file}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        lock = os.open(f"{file}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as exc:
+        raise SettingsError(f"the data folder {file.parent} cannot be used: {exc.strerror}") from exc
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -39,7 +39,7 @@ users = sa.Table(
     "users",
     metadata,
     sa.Column("id", sa.Text, primary_key=True),
-    sa.Column("email", sa.Text, nullable=False, unique=True),
+    sa.Column("email", sa.Text, unique=True),
     sa.Column("password_hash", sa.Text),
     sa.Column("full_name", sa.Text),
     sa.Column("is_active", sa.Boolean, nullable=False),
@@ -48,8 +48,19 @@ users = sa.Table(
     sa.Column("token_version", sa.BigInteger, nullable=False),
     *_limits(),
     sa.Column("allowed_models", sa.JSON(none_as_null=True)),
+    sa.Column("starting_credits", sa.BigInteger),
     sa.Column("created_at", sa.BigInteger, nullable=False),
     sa.Column("updated_at", sa.BigInteger, nullable=False),
+    sa.CheckConstraint("starting_credits > 0", name="starting_credits"),
+)
+
+identities = sa.Table(
+    "identities",
+    metadata,
+    sa.Column("issuer", sa.Text, primary_key=True),
+    sa.Column("subject", sa.Text, primary_key=True),
+    sa.Column("user_id", sa.Text, nullable=False, index=True),
+    sa.Column("created_at", sa.BigInteger, nullable=False),
 )
 
 wallets = sa.Table(

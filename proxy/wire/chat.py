@@ -96,8 +96,7 @@ def decode_chat(body: bytes) -> PaidRequest:
         model=request.model,
         is_stream=bool(request.stream),
         wants_usage=request.stream_options is not None and bool(request.stream_options.include_usage),
-        maximum=request.largest,
-        maximum_fields=request.named,
+        maxima=request.named,
         choices=request.n or 1,
         thinking_tokens=thinking_tokens(fields.get("thinking"), fields.get("reasoning")),
         # https://platform.openai.com/docs/guides/predicted-outputs: what does not come true is billed as output.

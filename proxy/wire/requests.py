@@ -39,19 +39,17 @@ class Endpoint(StrEnum):
 class PaidRequest(msgspec.Struct, frozen=True, kw_only=True):
     """What decides the cost and the relay of one call, whatever its endpoint.
 
-    `maximum` is the client's own, in output tokens of each choice: the largest where it names several in
-    `maximum_fields`, None where it names none. `choices` counts the outputs for all `prompts` together.
-    `prediction_tokens` bounds what may be billed of each choice on top of the maximum, `thinking_tokens` is the budget
-    for reasoning inside of it. `is_unsized` says that some of the prompt is not in the body, `must_unstore` that the
-    provider would keep the answer unless it is told not to.
+    `maxima` are the client's own, in output tokens of each choice, by the fields that name them. `choices` counts the
+    outputs for all `prompts` together. `prediction_tokens` bounds what may be billed of each choice on top of the
+    maximum, `thinking_tokens` is the budget for reasoning inside of it. `is_unsized` says that some of the prompt is
+    not in the body, `must_unstore` that the provider would keep the answer unless it is told not to.
     """
 
     endpoint: Endpoint
     model: str
     is_stream: bool = False
     wants_usage: bool = False
-    maximum: int | None = None
-    maximum_fields: tuple[str, ...] = ()
+    maxima: dict[str, int] = {}
     choices: int = 1
     prompts: int = 1
     thinking_tokens: int = 0
@@ -59,6 +57,16 @@ class PaidRequest(msgspec.Struct, frozen=True, kw_only=True):
     has_output: bool = True
     is_unsized: bool = False
     must_unstore: bool = False
+
+    @property
+    def maximum(self) -> int | None:
+        """The one that bounds whatever a provider makes of them: the largest. None where the client names none."""
+        return max(self.maxima.values(), default=None)
+
+    @property
+    def maxima_bytes(self) -> int:
+        """The length of their numbers in the body, which are no prompt."""
+        return sum(len(str(maximum)) for maximum in self.maxima.values())
 
 
 class StreamOptions(msgspec.Struct, frozen=True):
@@ -83,17 +91,10 @@ class Maxima(msgspec.Struct, frozen=True, kw_only=True):
     num_predict: Tokens | None = None
 
     @property
-    def named(self) -> tuple[str, ...]:
-        """The fields that hold a maximum."""
-        return tuple(field for field in _MAXIMA if getattr(self, field, None) is not None)
-
-    @property
-    def largest(self) -> int | None:
-        """The one that bounds whatever a provider makes of them."""
-        return max((getattr(self, field) for field in self.named), default=None)
-
-
-_MAXIMA = ("max_tokens", *Maxima.__struct_fields__)
+    def named(self) -> dict[str, int]:
+        """Those that are there, by their fields."""
+        maxima = {field: getattr(self, field, None) for field in ("max_tokens", *Maxima.__struct_fields__)}
+        return {field: maximum for field, maximum in maxima.items() if maximum is not None}
 
 
 STATE: Final[Mapping[str, str]] = {

@@ -106,8 +106,7 @@ def decode_response(body: bytes) -> PaidRequest:
         endpoint=Endpoint.RESPONSES,
         model=request.model,
         is_stream=bool(request.stream),
-        maximum=request.largest,
-        maximum_fields=request.named,
+        maxima=request.named,
         thinking_tokens=thinking_tokens(fields.get("reasoning")),
         is_unsized=any(_is_unsized(item) for item in items),
         # OpenAI keeps a response unless it is told not to.

@@ -39,13 +39,15 @@ class EventSplitter:
 
     @property
     def rest(self) -> bytes:
-        """The bytes of the event that has not ended yet."""
+        """The bytes of the event that has not ended yet. Raises `EventTooLong` when it is over the limit."""
+        self._check_unfinished()
         return bytes(self._unfinished)
 
     def feed(self, chunk: bytes) -> list[bytes]:
         """The events that end in `chunk`, in their order.
 
-        Raises `EventTooLong` when the event after them is already over the limit; the stream is then of no more use.
+        Raises `EventTooLong` when there are none, and the event that has not ended is over the limit; the stream is
+        then of no more use.
         """
         if b"\r" in chunk:
             self._has_cr = True
@@ -55,9 +57,13 @@ class EventSplitter:
             *whole, rest = chunk.split(_PLAIN_END)
             events = [event + _PLAIN_END for event in whole]
             self._unfinished += rest
+        if not events:
+            self._check_unfinished()
+        return events
+
+    def _check_unfinished(self) -> None:
         if len(self._unfinished) > self._event_bytes_max:
             raise EventTooLong(f"An event is over the limit of {self._event_bytes_max} bytes.")
-        return events
 
     def _finished(self, chunk: bytes) -> list[bytes]:
         buffer = self._unfinished

@@ -149,7 +149,7 @@ async def test_headers_of_an_answer(provider):
 
 
 async def test_prompt_is_counted_in_bytes(provider):
-    """Texts of strings and of parts count in UTF-8 bytes, tools as compact JSON, a message four more."""
+    """Texts of strings and of parts count in UTF-8 bytes, schemas as compact JSON, an image 1,105, a message four."""
     messages = [
         {"role": "system", "content": "né"},
         {"role": "assistant", "content": None},
@@ -158,8 +158,17 @@ async def test_prompt_is_counted_in_bytes(provider):
             "content": [{"type": "text", "text": "a"}, {"type": "image_url"}, {"type": "text", "text": "☂"}],
         },
     ]
-    seen = await ask(provider, messages=messages, tools=[{"type": "function"}])
-    assert seen.parsed["usage"]["prompt_tokens"] == 3 + 0 + 4 + len('[{"type":"function"}]') + 3 * 4
+    schemas = {"tools": [{"type": "function"}], "response_format": {"type": "text"}}
+    seen = await ask(provider, messages=messages, **schemas)
+    texts = 3 + 0 + 4 + len('[{"type":"function"}]{"type":"text"}')
+    assert seen.parsed["usage"]["prompt_tokens"] == texts + 1_105 + 3 * 4
+
+
+async def test_a_prediction_is_billed_on_top(provider):
+    """None of it comes true: it is output that is not sent, in every choice, whatever the maximum."""
+    prediction = {"type": "content", "content": "né"}
+    seen = await ask(provider, {"tokens": 50}, prediction=prediction, n=2, max_tokens=7)
+    assert seen.parsed["usage"]["completion_tokens"] == 2 * (7 + 3)
 
 
 @pytest.mark.parametrize("fields", [{"max_tokens": 7}, {"max_completion_tokens": 7}])
@@ -315,6 +324,12 @@ async def test_error_status(provider, status):
 async def test_retry_after(provider):
     """`retry_after` is a header in seconds."""
     assert (await ask(provider, {"status": 429, "retry_after": 1.5})).headers["retry-after"] == "1.5"
+
+
+async def test_a_raw_answer_that_is_no_text(provider):
+    """`raw_base64` is the body as well, whatever its bytes."""
+    seen = await ask(provider, {"raw_base64": "H4sA/w=="})
+    assert seen.body == b"\x1f\x8b\x00\xff"
 
 
 async def test_raw_answer(provider):

@@ -10,7 +10,10 @@ import sqlalchemy as sa
 
 from proxy.ledger.audit import ROWS_MAX, Report, Totals
 from proxy.ledger.decide import Credit, CreditType
+from proxy.ledger.ledger import Ledger
+from proxy.pricing import cost
 from proxy.storage import database
+from proxy.units import Usage
 from tests.books import PRICE, Books, Person, opened_books, release_of, reserve_of, settle_of
 
 
@@ -72,7 +75,7 @@ async def test_clean_books_are_clean(kept):
     """Nothing is found, and the totals are those of the settled calls."""
     report = await kept.books.audit()
     assert (report.is_clean, report.violations, report.notes) == (True, [], [])
-    assert report.totals == Totals(calls=2, charged=35, shortfall=0, provider_cost=35, markup=0)
+    assert report.totals == Totals(calls=2, charged=35, shortfall=0, provider_cost=35, markup=0, deducted=35)
 
 
 async def test_empty_books_are_clean(books):
@@ -96,12 +99,13 @@ A_RECEIPT = f"usage = '{{}}', price = '{A_PRICE}', markup_bps = 0, provider_cost
 
 
 class Falsehood(NamedTuple):
-    """One corruption, the only check that must report it, and what its first row must show."""
+    """One corruption, the check that must report it first, what its first row must show, and which sum is wrong too."""
 
     statements: list[str]
     name: str
     says: str
     shows: dict[str, object]
+    sum_says: str | None = None
 
 
 BALANCE = "a wallet's balance is the sum of its transactions"
@@ -118,6 +122,8 @@ SETTLED = "every settled reservation has one deduction"
 REFUNDS = "what a call gave back is the sum of its refunds"
 LEASE = "nothing is open of an instance whose lease ended over a minute ago"
 CHARGE = "each charge follows from its stored usage, prices and markup"
+MARGIN = "all charges and shortfalls are the providers' cost and the markup"
+TAKEN = "all charges are what the journal deducted"
 
 FALSEHOODS = {
     "a balance from nowhere": Falsehood(
@@ -239,7 +245,11 @@ FALSEHOODS = {
         {"reservation_id": ":paid", "cost": 25, "expected": 26},
     ),
     "another markup": Falsehood(
-        ["UPDATE reservations SET markup_bps = 10000 WHERE id = :paid"], "I8", CHARGE, {"cost": 25, "expected": 50}
+        ["UPDATE reservations SET markup_bps = 10000 WHERE id = :paid"],
+        "I8",
+        CHARGE,
+        {"cost": 25, "expected": 50},
+        MARGIN,
     ),
     "another price": Falsehood(
         [f"UPDATE reservations SET price = '{A_PRICE.replace('1', '2')}' WHERE id = :paid"],
@@ -248,13 +258,18 @@ FALSEHOODS = {
         {"cost": 25, "expected": 50},
     ),
     "another cost to the operator": Falsehood(
-        ["UPDATE reservations SET provider_cost = 24 WHERE id = :paid"], "I8", CHARGE, {"reservation_id": ":paid"}
+        ["UPDATE reservations SET provider_cost = 24 WHERE id = :paid"],
+        "I8",
+        CHARGE,
+        {"reservation_id": ":paid"},
+        MARGIN,
     ),
     "another cost": Falsehood(
         ["UPDATE reservations SET cost = 26, shortfall = 1 WHERE id = :paid"],
         "I8",
         CHARGE,
         {"cost": 26, "expected": 25},
+        MARGIN,
     ),
     "no usage": Falsehood(["UPDATE reservations SET usage = NULL WHERE id = :paid"], "I8", CHARGE, {"expected": None}),
     "no price": Falsehood(["UPDATE reservations SET price = NULL WHERE id = :paid"], "I8", CHARGE, {"expected": None}),
@@ -262,7 +277,7 @@ FALSEHOODS = {
         ["UPDATE reservations SET markup_bps = NULL WHERE id = :paid"], "I8", CHARGE, {"expected": None}
     ),
     "no cost to the operator": Falsehood(
-        ["UPDATE reservations SET provider_cost = NULL WHERE id = :paid"], "I8", CHARGE, {"expected": 25}
+        ["UPDATE reservations SET provider_cost = NULL WHERE id = :paid"], "I8", CHARGE, {"expected": 25}, MARGIN
     ),
     "a price that is none": Falsehood(
         ['UPDATE reservations SET price = \'{"input": "dear"}\' WHERE id = :paid'], "I8", CHARGE, {"expected": None}
@@ -272,10 +287,11 @@ FALSEHOODS = {
 
 @pytest.mark.parametrize("falsehood", FALSEHOODS.values(), ids=FALSEHOODS.keys())
 async def test_one_wrong_row_is_found_by_one_check(kept, falsehood):
-    """Exactly the check whose invariant is broken reports it, and shows the row."""
+    """Exactly the check whose invariant is broken reports it and shows the row, and the sum that it makes wrong."""
     await falsify(kept, falsehood.statements)
     report = await kept.books.audit()
-    assert found(report) == [(falsehood.name, falsehood.says)]
+    sums = [] if falsehood.sum_says is None else [("I9", falsehood.sum_says)]
+    assert found(report) == [(falsehood.name, falsehood.says), *sums]
     finding = report.violations[0]
     shows = {name: kept.ids.get(str(value).removeprefix(":"), value) for name, value in falsehood.shows.items()}
     assert shows.items() <= finding.rows[0].items()
@@ -287,8 +303,41 @@ async def test_a_charge_that_is_not_the_cost_breaks_the_totals_too(kept):
     """Sums that do not agree are reported beside the call that is at fault."""
     await falsify(kept, ["UPDATE reservations SET shortfall = 1 WHERE id = :paid"])
     report = await kept.books.audit()
-    assert [name for name, _ in found(report)] == ["I8", "I9"]
-    assert report.violations[1].rows == [{"calls": 2, "charged": 35, "shortfall": 1, "provider_cost": 35, "markup": 0}]
+    assert found(report) == [("I8", CHARGE), ("I9", MARGIN)]
+    assert report.violations[1].rows == [
+        {"calls": 2, "charged": 35, "shortfall": 1, "provider_cost": 35, "markup": 0, "deducted": 35}
+    ]
+
+
+async def test_a_deduction_that_is_not_its_charge_breaks_the_totals_too(kept):
+    """Money that the journal took and no call was charged is missed by its sum, whatever else is set right."""
+    await falsify(
+        kept,
+        [
+            "UPDATE credit_transactions SET amount = -26 WHERE reservation_id = :paid",
+            "UPDATE credit_transactions SET balance_after = balance_after - 1 WHERE seq >= 2",
+            "UPDATE credit_transactions SET balance_before = balance_before - 1 WHERE seq > 2",
+            "UPDATE wallets SET balance = balance - 1",
+        ],
+    )
+    report = await kept.books.audit()
+    assert found(report) == [("I6", DEDUCTION), ("I9", TAKEN)]
+    assert report.violations[1].rows[0]["deducted"] == 36
+
+
+async def test_the_markup_of_the_totals_is_computed_anew(books):
+    """What the operator keeps is what the prices and the markups say, whatever the charges are."""
+    person = await books.person(1000)
+    usage = Usage(output=100)
+    for markup_bps in (1500, 1, 0):
+        reserve = reserve_of(person, 200)
+        await books.ledger.reserve(reserve)
+        plain = settle_of(reserve, 100)
+        charged = cost(usage, PRICE, markup_bps)
+        receipt = msgspec.structs.replace(plain.receipt, markup_bps=markup_bps)
+        await books.ledger.settle(msgspec.structs.replace(plain, cost=charged, receipt=receipt))
+    report = await books.audit()
+    assert report.totals == Totals(calls=3, charged=316, provider_cost=300, markup=16, deducted=316)
 
 
 @pytest.mark.parametrize("period", ["NULL", "'day'"])
@@ -323,7 +372,7 @@ async def test_many_wrong_charges_are_counted_and_some_shown(kept):
         await kept.books.ledger.reserve(reserve)
         await kept.books.ledger.settle(settle_of(reserve, 1))
     await falsify(kept, ["UPDATE reservations SET markup_bps = 10000 WHERE cost = 1"])
-    [finding] = (await kept.books.audit()).violations
+    finding, _ = (await kept.books.audit()).violations
     assert (finding.name, finding.count, len(finding.rows)) == ("I8", ROWS_MAX + 5, ROWS_MAX)
 
 
@@ -334,7 +383,7 @@ async def test_a_report_is_for_programs_and_people(kept):
         "clean": True,
         "violations": [],
         "notes": [],
-        "totals": {"calls": 2, "charged": 35, "shortfall": 0, "provider_cost": 35, "markup": 0},
+        "totals": {"calls": 2, "charged": 35, "shortfall": 0, "provider_cost": 35, "markup": 0, "deducted": 35},
     }
     assert clean.as_text() == "2 settled calls; the books add up."
     await falsify(kept, ["UPDATE wallets SET seq = seq + 1"])
@@ -348,19 +397,55 @@ async def test_a_report_is_for_programs_and_people(kept):
     assert kept.person.wallet_id in text
 
 
-async def test_an_audit_sees_one_moment(kept):
-    """While calls begin and end beside it, every audit finds the books of one instant, and they add up."""
-    person = await kept.books.person(10_000)
+# ---- the bank test
 
-    async def call() -> None:
-        for _ in range(10):
-            reserve = reserve_of(person, 10)
-            await kept.books.ledger.reserve(reserve)
-            await kept.books.ledger.settle(settle_of(reserve, 3))
 
-    calling = asyncio.gather(*(call() for _ in range(10)))
-    while not calling.done():
-        report = await kept.books.audit()
-        assert report.is_clean, report.as_text()
-    await calling
-    assert (await kept.books.audit()).totals.calls == 102
+async def test_an_audit_sees_one_moment(books):
+    """While two processes reserve, settle, release, refund and top up, every audit sees books that add up.
+
+    Nor does any see credits that nobody paid in, or miss some: what wallets hold is what was paid in and given back,
+    less what was charged.
+    """
+    people = [await books.person(10_000) for _ in range(4)]
+    audited: list[Totals] = []
+    async with opened_books(books.url, is_second=True) as other:
+
+        async def call(ledger: Ledger, number: int) -> None:
+            person = people[number % len(people)]
+            for tokens in range(1, 11):
+                paid, dropped = reserve_of(person, 50), reserve_of(person, 20)
+                await ledger.reserve(paid)
+                await ledger.reserve(dropped)
+                await ledger.settle(settle_of(paid, tokens))
+                await ledger.release(release_of(dropped))
+                if tokens == 5:
+                    await ledger.release(release_of(paid, is_undelivered=True))
+                await books.top_up(person.wallet_id, 3)
+
+        calling = asyncio.gather(*(call((books, other)[number % 2].ledger, number) for number in range(20)))
+        while not calling.done():
+            report = await books.audit()
+            assert report.is_clean, report.as_text()
+            assert await sums(books) == (0, 0)
+            audited.append(report.totals)
+        await calling
+    assert (await books.audit()).totals.calls == 200
+    between = {totals.calls for totals in audited} - {0, 200}
+    assert len(between) > 2, "the audits were not taken under load"
+
+
+async def sums(books: Books) -> tuple[int, int]:
+    """What wallets hold and what calls hold, beyond what they must, by sums over everything in one statement."""
+    async with database.reading(books.engine, is_snapshot=True) as connection:
+        row = (
+            await connection.execute(
+                sa.text(
+                    "SELECT (SELECT COALESCE(SUM(balance), 0) FROM wallets)"
+                    " - (SELECT COALESCE(SUM(amount), 0) FROM credit_transactions WHERE type <> 'deduction')"
+                    " + (SELECT COALESCE(SUM(charged), 0) FROM reservations) AS balance,"
+                    " (SELECT COALESCE(SUM(reserved), 0) FROM wallets)"
+                    " - (SELECT COALESCE(SUM(amount), 0) FROM reservations WHERE state = 'open') AS reserved"
+                )
+            )
+        ).one()
+    return int(row.balance), int(row.reserved)

@@ -337,14 +337,16 @@ async def test_a_poisoned_operation_sent_twice_fails_twice():
     await ledger.aclose()
 
 
+@pytest.mark.parametrize("kind", [Expire, Reserve])
 @leaping
-async def test_a_poisoned_operation_whose_caller_has_left_is_only_logged(logged):
+async def test_a_poisoned_operation_whose_caller_has_left_is_only_logged(kind, logged):
     """There is nobody to tell, and the next operation is booked."""
     store = ScriptedStore()
-    store.refuses = lambda operation: isinstance(operation, Expire)
+    store.refuses = lambda operation: isinstance(operation, kind)
     store.may_begin.clear()
     ledger = opened(store)
-    leaving = asyncio.create_task(ledger.expire(Expire(id="?", wallet_id="w")))
+    asked = ledger.expire(Expire(id="?", wallet_id="w")) if kind is Expire else ledger.reserve(reserve_of(PERSON, 1))
+    leaving = asyncio.create_task(asked)
     await at_rest()
     leaving.cancel()
     store.may_begin.set()
@@ -488,6 +490,62 @@ async def test_ends_of_calls_do_not_depend_on_who_asked():
     assert (store.wallet.balance, store.wallet.reserved) == (BALANCE - 5 + 100, 0)
 
 
+@leaping
+async def test_a_call_is_in_flight_until_its_end_is_answered():
+    """From before its reserve is sent, though nobody waits for its end any more."""
+    store = ScriptedStore()
+    ledger = opened(store)
+    store.may_begin.clear()
+    reserve = reserve_of(PERSON, 10)
+    reserving = asyncio.create_task(ledger.reserve(reserve))
+    await at_rest()
+    assert ledger.is_in_flight(reserve.id)
+    store.may_begin.set()
+    await reserving
+    assert ledger.is_in_flight(reserve.id)
+    store.may_begin.clear()
+    leaving = asyncio.create_task(ledger.settle(settle_of(reserve, 4)))
+    await at_rest()
+    leaving.cancel()
+    await at_rest()
+    assert leaving.cancelled()
+    assert ledger.is_in_flight(reserve.id)
+    store.may_begin.set()
+    await ledger.aclose()
+    await at_rest()
+    assert store.wallet.balance == BALANCE - 4
+    assert not ledger.is_in_flight(reserve.id)
+
+
+@pytest.mark.parametrize("ending", ["refused", "broken", "given up", "cancelled", "too many"])
+@leaping
+async def test_a_call_that_holds_nothing_is_not_in_flight(ending):
+    """Whatever came of its reserve, the ledger keeps no trace of it."""
+    store = ScriptedStore()
+    ledger = opened(store)
+    reserve = reserve_of(PERSON, 2 * BALANCE if ending == "refused" else 10)
+    if ending == "broken":
+        store.breaks_at = lambda operation: isinstance(operation, Reserve)
+    if ending in {"given up", "cancelled", "too many"}:
+        store.may_begin.clear()
+    blocking = []
+    if ending == "too many":
+        blocking = [asyncio.create_task(ledger.reserve(reserve_of(PERSON, 0)))]
+        await at_rest()
+        blocking += [asyncio.create_task(ledger.reserve(reserve_of(PERSON, 0))) for _ in range(RESERVES_WAITING_MAX)]
+        await asyncio.sleep(0)
+    reserving = asyncio.create_task(ledger.reserve(reserve))
+    await asyncio.sleep(0)
+    if ending == "cancelled":
+        reserving.cancel()
+    await gathered([reserving])
+    assert not ledger.is_in_flight(reserve.id)
+    store.may_begin.set()
+    await gathered(blocking)
+    await ledger.aclose()
+    assert store.wallet.reserved == 0
+
+
 # ---- load and time
 
 
@@ -586,6 +644,38 @@ async def test_closing_books_what_is_queued():
     assert [outcome.charged for outcome in await gathered([blocking, *queued])] == [1, 4, 4]
     assert store.is_closed
     assert store.wallet.balance == BALANCE - 9
+
+
+@leaping
+async def test_closing_does_not_wait_for_ever(logged):
+    """What a lost database does not take in time is given up, loudly; its caller is told that it is out of reach."""
+    store = ScriptedStore()
+    ledger = opened(store)
+    reserve = reserve_of(PERSON, 10)
+    await ledger.reserve(reserve)
+    store.losses.extend(["before commit"] * 1000)
+    settle = asyncio.create_task(ledger.settle(settle_of(reserve, 1)))
+    await at_rest()
+    started_at = asyncio.get_running_loop().time()
+    await ledger.aclose(wait_s=7)
+    assert 7 <= asyncio.get_running_loop().time() - started_at < 10
+    assert store.is_closed
+    with pytest.raises(Unavailable):
+        await settle
+    assert "ledger_given_up" in [entry["event"] for entry in logged]
+
+
+@leaping
+async def test_closing_does_not_wait_for_callers_that_have_left(logged):
+    """A reserve that nobody waits for holds no process back."""
+    store = ScriptedStore()
+    ledger = opened(store)
+    store.losses.extend(["before commit"] * 1000)
+    with pytest.raises(Unavailable):
+        await ledger.reserve(reserve_of(PERSON, 10))
+    started_at = asyncio.get_running_loop().time()
+    await ledger.aclose()
+    assert asyncio.get_running_loop().time() - started_at < 3
 
 
 @leaping

@@ -2,9 +2,10 @@
 
 import asyncio
 import random
+import sqlite3
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
-from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import sqlalchemy as sa
@@ -19,15 +20,16 @@ from proxy.errors import (
     InsufficientCredits,
     KeyLimitReached,
     LedgerFault,
+    SettingsError,
     Unauthenticated,
     Unavailable,
 )
 from proxy.ledger.decide import Credit, CreditType, Expire, Released, Reserved, Settled
 from proxy.ledger.ledger import Ledger
-from proxy.ledger.store import PostgresStore, SqliteStore, Store, StoreLostError, StoreRefusedError
+from proxy.ledger.store import PostgresStore, SqliteStore, StoreLostError, StoreRefusedError
 from proxy.storage import database
 from proxy.units import NANOS_MAX, new_id
-from tests.books import Books, release_of, reserve_of, settle_of
+from tests.books import Books, release_of, reserve_of, second_store, settle_of
 
 on_postgresql = pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
 
@@ -39,16 +41,9 @@ def logged():
         yield entries
 
 
-def second_store(books: Books) -> Store:
-    """What a second process has: a store of its own, which on SQLite never checkpoints."""
-    if books.url.startswith("sqlite"):
-        return SqliteStore(Path(books.url.removeprefix("sqlite+aiosqlite:///")), checkpoints=False)
-    return PostgresStore(books.engine)
-
-
 @asynccontextmanager
 async def second_ledger(books: Books) -> AsyncIterator[Ledger]:
-    ledger = Ledger(second_store(books), lambda: books.lease.id)
+    ledger = Ledger(second_store(books.url, books.engine), lambda: books.lease.id)
     ledger.start()
     try:
         yield ledger
@@ -258,7 +253,7 @@ async def test_a_call_by_token_touches_no_key(books):
 async def test_without_an_instance_nothing_can_be_reserved(books):
     """The command line can book credits, and holds nothing that somebody would have to sweep."""
     person = await books.person(100)
-    store = second_store(books)
+    store = second_store(books.url, books.engine)
     ledger = Ledger(store)
     ledger.start()
     with pytest.raises(Unavailable):
@@ -391,12 +386,70 @@ async def test_the_database_refuses_what_cannot_be(books):
 async def test_a_refused_transaction_leaves_nothing_and_the_store_goes_on(books):
     """The store says that it was refused, has rolled everything back, and takes the next batch."""
     person = await books.person(100)
-    store = second_store(books)
+    store = second_store(books.url, books.engine)
     fine, bad = reserve_of(person, 10), reserve_of(person, 10, window_tokens=2**63)
     with pytest.raises(StoreRefusedError):
         await store.transact([fine, bad], owner_id=books.lease.id)
     assert (await books.row("wallets", person.wallet_id))["reserved"] == 0
     assert await store.transact([fine], owner_id=books.lease.id) == [Reserved(10)]
+    await store.aclose()
+
+
+async def test_a_credit_without_an_idempotency_key_is_booked_each_time(books):
+    """The store takes it as it is; only who sends it again knows that it is the same."""
+    person = await books.person(100)
+    store = second_store(books.url, books.engine)
+    top_up = Credit(wallet_id=person.wallet_id, type=CreditType.TOPUP, amount=5, description="test")
+    for balance in (105, 110):
+        [credited] = await store.transact([top_up], owner_id=None)
+        assert credited.transaction.balance_after == balance
+    await store.aclose()
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+async def test_what_sqlite_has_rolled_back_itself_is_refused(books):
+    """There is no transaction left to roll back, and the next one begins as usual."""
+    person = await books.person(100)
+    store = second_store(books.url, books.engine)
+    await books.execute("CREATE TRIGGER stop BEFORE UPDATE ON wallets BEGIN SELECT RAISE(ROLLBACK, 'no'); END")
+    with pytest.raises(StoreRefusedError):
+        await store.transact([reserve_of(person, 10)], owner_id=books.lease.id)
+    await books.execute("DROP TRIGGER stop")
+    assert await store.transact([reserve_of(person, 10)], owner_id=books.lease.id) == [Reserved(10)]
+    await store.aclose()
+
+
+class CutAtRollback(PostgresStore):
+    """A store that loses its connection when it would roll back."""
+
+    async def _connect(self) -> None:
+        await super()._connect()
+        driver = self._driver
+
+        async def execute(statement: str, *values: object) -> object:
+            if statement == "ROLLBACK":
+                driver.terminate()
+            return await driver.execute(statement, *values)
+
+        self._driver = SimpleNamespace(
+            execute=execute,
+            fetch=driver.fetch,
+            fetchrow=driver.fetchrow,
+            is_closed=driver.is_closed,
+            terminate=driver.terminate,
+        )
+
+
+@on_postgresql
+async def test_a_connection_that_cannot_roll_back_is_dropped(books):
+    """The refusal is told all the same, and the next transaction has a connection of its own."""
+    person = await books.person(100)
+    store = CutAtRollback(books.engine)
+    await books.execute("ALTER TABLE wallets ADD CONSTRAINT stop CHECK (reserved < 5)")
+    with pytest.raises(StoreRefusedError):
+        await store.transact([reserve_of(person, 10)], owner_id=books.lease.id)
+    await books.execute("ALTER TABLE wallets DROP CONSTRAINT stop")
+    assert await store.transact([reserve_of(person, 10)], owner_id=books.lease.id) == [Reserved(10)]
     await store.aclose()
 
 
@@ -596,7 +649,7 @@ async def test_a_transaction_that_is_given_up_leaves_no_lock(books):
 async def test_a_process_that_stops_in_a_transaction_does_not_stop_the_others(books):
     """Its locks are taken from it while its calls still wait; when it comes back it sends them again."""
     person = await books.person(1000)
-    stopped = second_store(books)
+    stopped = second_store(books.url, books.engine)
     try:
         await stopped.transact([reserve_of(person, 100)], owner_id=books.lease.id)
         await stopped._driver.execute("BEGIN")
@@ -611,3 +664,90 @@ async def test_a_process_that_stops_in_a_transaction_does_not_stop_the_others(bo
     finally:
         await stopped.aclose()
     assert (await books.row("wallets", person.wallet_id))["reserved"] == 100
+
+
+# ---- what a database must promise
+
+
+async def test_a_database_that_keeps_what_it_commits_is_accepted(books):
+    """The check connects, and the connection that was checked is the one that writes."""
+    store = second_store(books.url, books.engine)
+    await store.check()
+    await store.check()
+    person = await books.person(100)
+    assert await store.transact([reserve_of(person, 10)], owner_id=books.lease.id) == [Reserved(10)]
+    await store.aclose()
+
+
+@on_postgresql
+async def test_a_postgresql_that_forgets_is_refused(books, postgres):
+    """By what the ledger's own session has, wherever it was set."""
+    name = make_url(books.url).database
+    await asyncio.to_thread(postgres.execute, f'ALTER DATABASE "{name}" SET synchronous_commit = off')
+    store = PostgresStore(books.engine)
+    with pytest.raises(SettingsError, match="synchronous_commit=off"):
+        await store.check()
+    await store.aclose()
+
+
+async def test_a_sqlite_file_without_a_log_is_refused(tmp_path):
+    """Only a write-ahead log that is flushed at every commit is what the ledger relies on."""
+    file = tmp_path / "plain.db"
+    with sqlite3.connect(file) as connection:
+        connection.execute("CREATE TABLE wallets (id TEXT)")
+    connection.close()
+    store = SqliteStore(file, checkpoints=True)
+    with pytest.raises(SettingsError, match="journal_mode=delete and synchronous=2 instead of wal and 2"):
+        await store.check()
+    await store.aclose()
+
+
+async def test_a_database_that_is_not_there_cannot_be_checked(tmp_path):
+    """No server, or no file: that is said as an outage."""
+    engine = database.connect("postgresql+asyncpg://nobody@127.0.0.1:1/none", pooled=False)
+    for store in (PostgresStore(engine), SqliteStore(tmp_path / "none.db", checkpoints=False)):
+        with pytest.raises(Unavailable):
+            await store.check()
+        await store.aclose()
+    await engine.dispose()
+
+
+# ---- where the guard is
+
+
+async def credits_given_away(books: Books, *, is_reserved: bool) -> tuple[int, int]:
+    """Ten calls that cost 60 each race for 100 credits; how many a provider serves, and what nobody pays for.
+
+    Not reserved, they are let in by holding nothing, and their settles are what is left to guard the wallet.
+    """
+    person = await books.person(100)
+
+    async def call() -> Settled | None:
+        reserve = reserve_of(person, 60 if is_reserved else 0)
+        try:
+            await books.ledger.reserve(reserve)
+        except InsufficientCredits:
+            return None
+        return await books.ledger.settle(settle_of(reserve, 60))
+
+    served = [settled for settled in await asyncio.gather(*(call() for _ in range(10))) if settled is not None]
+    return len(served), sum(settled.shortfall for settled in served)
+
+
+async def overspends_nothing(books: Books, *, is_reserved: bool) -> None:
+    """What a provider serves is paid."""
+    served, given_away = await credits_given_away(books, is_reserved=is_reserved)
+    assert served > 0
+    assert given_away == 0
+
+
+async def test_nobody_overspends(books):
+    """With the guard on the reserve the last call that is let in can be paid."""
+    await overspends_nothing(books, is_reserved=True)
+
+
+async def test_a_guard_on_the_settle_gives_the_last_calls_away(books):
+    """The control: let calls in without a hold, and what the test before this one asserts is false."""
+    with pytest.raises(AssertionError):
+        await overspends_nothing(books, is_reserved=False)
+    assert await credits_given_away(books, is_reserved=False) == (10, 500)

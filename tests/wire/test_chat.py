@@ -55,8 +55,7 @@ def test_the_fields_we_read():
         model="m",
         is_stream=True,
         wants_usage=True,
-        maximum=7,
-        maximum_fields=("max_tokens", "max_completion_tokens"),
+        maxima={"max_tokens": 5, "max_completion_tokens": 7},
         choices=2,
         must_unstore=True,
     )

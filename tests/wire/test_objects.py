@@ -1,4 +1,5 @@
 import json
+from contextlib import suppress
 
 import msgspec
 import pytest
@@ -6,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from proxy.errors import BadRequest
-from proxy.wire.objects import error_body, patch
+from proxy.wire.objects import check_nesting, error_body, patch
 
 
 @pytest.mark.parametrize(
@@ -91,3 +92,37 @@ def test_error_body():
             "required": "0.5",
         }
     }
+
+
+def depth_of(value):
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+    return 0 if inner is None else 1 + max(map(depth_of, inner), default=0)
+
+
+brackets = st.text('[]{}"\\a', max_size=8)
+nested = st.recursive(
+    st.none() | brackets,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(brackets, inner, max_size=3),
+    max_leaves=20,
+)
+
+
+@settings(deadline=None)
+@given(nested, st.integers(0, 6))
+def test_nesting(value, depth_max):
+    """A body is refused if it is deeper than the limit and only then, whatever brackets its strings hold."""
+    body = json.dumps(value).encode()
+    if depth_of(value) <= depth_max:
+        check_nesting(body, depth_max)
+        return
+    with pytest.raises(BadRequest, match=f"more than {depth_max} levels"):
+        check_nesting(body, depth_max)
+
+
+@pytest.mark.parametrize("body", [b"[" * 100_000, b"]" * 100_000, b'"[[[[', b"[]" * 100_000, b'{"a":[[}', b"\xff[[[]"])
+def test_nesting_of_what_is_no_json(body):
+    """Nothing but a refusal comes of it, and soon."""
+    with suppress(BadRequest):
+        check_nesting(body, 3)
+    with pytest.raises(BadRequest):
+        patch(body, {"a": b"1"})

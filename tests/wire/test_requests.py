@@ -1,10 +1,15 @@
 import json
+from contextlib import suppress
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from proxy.errors import BadRequest
+from proxy.wire.chat import ChatRequest
 from proxy.wire.endpoints import decode
-from proxy.wire.requests import Endpoint, PaidRequest, asking_for_usage
+from proxy.wire.objects import patch
+from proxy.wire.requests import OUTSIDE_OF_TOKENS, STATE, Endpoint, PaidRequest, asking_for_usage
 
 
 def body(endpoint=Endpoint.CHAT, **fields):
@@ -125,3 +130,64 @@ def test_what_of_a_response_is_not_in_the_body(items, is_unsized):
 def test_a_response_that_is_not_kept_needs_no_patch():
     """A client that says so itself is passed on as it is."""
     assert not decode(Endpoint.RESPONSES, body(Endpoint.RESPONSES, store=False)).must_unstore
+
+
+@settings(deadline=None)
+@given(st.sampled_from(Endpoint), st.binary(max_size=60), st.booleans())
+def test_any_bytes_for_each_endpoint(endpoint, octets, is_appended):
+    """There is a request or a refusal, never another exception."""
+    with suppress(BadRequest):
+        decode(endpoint, body(endpoint)[:-1] + octets if is_appended else octets)
+
+
+FIELDS = sorted(
+    {
+        *ChatRequest.__struct_fields__,
+        *OUTSIDE_OF_TOKENS,
+        *STATE,
+        "input",
+        "prompt",
+        "instructions",
+        "thinking",
+        "reasoning",
+        "text",
+        "file_id",
+        "content",
+        "type",
+        "Type",
+        "role",
+        "output",
+        "prompt_embeds",
+    }
+)
+odd_texts = st.text('aZ_é\u2028\U0001f600\ud800"\\{', max_size=8) | st.sampled_from(["user", "function", "message"])
+odd_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.just(10**400) | odd_texts,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(FIELDS) | odd_texts, inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.sampled_from(Endpoint), st.dictionaries(st.sampled_from(FIELDS), odd_values, max_size=5))
+def test_any_json_for_each_endpoint(endpoint, fields):
+    """Odd values in any place that is looked at are no surprise, and what is accepted can be patched and bounded."""
+    request_body = body(endpoint, **fields)
+    try:
+        request = decode(endpoint, request_body)
+    except BadRequest:
+        return
+    assert request.choices >= 1 <= request.prompts
+    assert json.loads(patch(request_body, {"stream_options": asking_for_usage(request_body)}))["stream_options"]
+
+
+@pytest.mark.parametrize("endpoint", Endpoint)
+@pytest.mark.parametrize("opening", ['{"x":', "["])
+def test_every_depth(endpoint, opening):
+    """Around the limit of nesting there is still either a request or a refusal."""
+    closing = "}" if opening == '{"x":' else "]"
+    for depth in range(300, 1_100, 7):
+        nested = f'"deep":{opening * depth}1{closing * depth}'.encode()
+        for place in (b'"model"', b'"content"', b'"input"', b'"prompt"'):
+            with suppress(BadRequest):
+                decode(endpoint, body(endpoint).replace(place, nested + b"," + place))

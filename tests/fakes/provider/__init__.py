@@ -9,13 +9,14 @@ What it serves, below any base path: `POST` of `/chat/completions`, `/completion
 
 How it counts: text has one token for every UTF-8 byte, in a prompt and in a reply.
 
-    chat         the messages' texts, the names and arguments of their tool calls, the compact JSON of `tools`, and 4
-                 for every message
-    responses    likewise for input items, plus the bytes of `instructions`; an input that is a string is one item
+    chat         the messages' texts, the names and arguments of their tool calls, the compact JSON of `tools` and of
+                 `response_format`, 4 for every message, and 1,105 for every image, audio or file
+    responses    likewise for input items, plus the bytes of `instructions` and the compact JSON of `text`; an input
+                 that is a string is one item
     completions  the bytes of each prompt; a token number is one token
     embeddings   likewise, and no output
     a reply      its text or refusal, or the names and arguments of its tool calls; `echo` costs nothing, replies that
-                 `best_of` threw away do
+                 `best_of` threw away do, and so does a `prediction`, which never comes true, on top of the maximum
 
 How it is told: the text of the last user message (or the last prompt or input text that begins so), when it is
 `!fake ` and a JSON object, holds the fields of a `Behaviour`, for instance `!fake {"tokens": 100, "usage": "none"}`.

@@ -1,5 +1,6 @@
 """What the provider may be told to do with one call."""
 
+import base64
 import json
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, Self
@@ -41,8 +42,8 @@ class Behaviour:
     failed            the answer of responses is a failed one, after half of its text if it is streamed
 
     Errors:
-    status            HTTP status of an answer that is an error; with `raw`, the status of that answer; with
-                      `error_event`, only that error's type and message
+    status            HTTP status of an answer that is an error; with `raw` or `raw_base64`, the status of that answer;
+                      with `error_event`, only that error's type and message
     error_code        the `code` of an error, whatever its type, in place of the usual one
     error_body        the body of an error: `openai`, `html`, or `empty`
     error_event       an error event ends a stream of status 200: it is the `first` event, or comes in the `middle`; a
@@ -62,6 +63,7 @@ class Behaviour:
     half              closes cleanly (FIN) after half of the answer, whose promised length or last chunk never comes
     cut_event         half of a stream ends inside an event: half of the next event's bytes come too
     raw               the body of the answer, sent verbatim with a content-length
+    raw_base64        likewise, for a body that is no text
     content_type      the `content-type` header, in place of the usual one; an empty one leaves it out
     extra_headers     headers of the answer, in place of or beside the usual ones
     segment_bytes     bytes of each write to the socket; the loop runs between two writes
@@ -94,9 +96,17 @@ class Behaviour:
     half: bool = False
     cut_event: bool = False
     raw: str | None = None
+    raw_base64: str | None = None
     content_type: str | None = None
     extra_headers: dict[str, str] = field(default_factory=dict)
     segment_bytes: int | None = None
+
+    @property
+    def verbatim(self) -> bytes | None:
+        """The body that is sent as it is; None if the answer is made up."""
+        if self.raw_base64 is not None:
+            return base64.b64decode(self.raw_base64)
+        return None if self.raw is None else self.raw.encode(errors="surrogatepass")
 
     @property
     def is_cut(self) -> bool:

@@ -7,9 +7,10 @@ from tests.fakes.provider.answer import CREATED_AT, Answer, as_json, plain
 from tests.fakes.provider.behaviour import Behaviour
 from tests.fakes.provider.chunks import chunk_stream
 from tests.fakes.provider.journal import Served
-from tests.fakes.provider.reply import Bill, Call, Reply, bytes_of, compose, least, slices
+from tests.fakes.provider.reply import TOKENS_PER_MEDIUM, Bill, Call, Reply, bytes_of, compose, least, slices
 
 _TOKENS_PER_MESSAGE = 4
+_MEDIA = ("image_url", "input_audio", "file")
 
 
 def fault(request: Any) -> str | None:
@@ -32,8 +33,9 @@ def prompt_tokens(request: dict[str, Any]) -> int:
     messages = request["messages"]
     texts = sum(bytes_of(_text(message)) for message in messages)
     calls = sum(_call_tokens(message) for message in messages)
-    tools = len(as_json(request["tools"])) if request.get("tools") else 0
-    return texts + calls + tools + _TOKENS_PER_MESSAGE * len(messages)
+    shapes = sum(len(as_json(request[name])) for name in ("tools", "response_format") if request.get(name))
+    media = sum(_media(message) for message in messages) * TOKENS_PER_MEDIUM
+    return texts + calls + shapes + media + _TOKENS_PER_MESSAGE * len(messages)
 
 
 def answer(served: Served, request: dict[str, Any]) -> Answer:
@@ -48,7 +50,9 @@ def answer(served: Served, request: dict[str, Any]) -> Answer:
         prompt=served.prompt_tokens,
         shown=choices * reply.tokens,
         unseen=served.unseen_tokens,
+        thrown=choices * _predicted(request),
     )
+    served.unseen_tokens += bill.thrown
     envelope = {
         "id": f"chatcmpl-fake-{served.id}",
         "object": "chat.completion.chunk" if request.get("stream") else "chat.completion",
@@ -70,6 +74,20 @@ def _text(message: dict[str, Any]) -> str:
         return content
     parts = content if isinstance(content, list) else []
     return "".join(part["text"] for part in parts if isinstance(part, dict) and isinstance(part.get("text"), str))
+
+
+def _media(message: dict[str, Any]) -> int:
+    """How many of the message's parts are images, audio or files."""
+    parts = message.get("content")
+    return (
+        sum(isinstance(part, dict) and part.get("type") in _MEDIA for part in parts) if isinstance(parts, list) else 0
+    )
+
+
+def _predicted(request: dict[str, Any]) -> int:
+    """The tokens of a prediction, none of which comes true."""
+    prediction = request.get("prediction")
+    return bytes_of(_text(prediction)) if isinstance(prediction, dict) else 0
 
 
 def _call_tokens(message: dict[str, Any]) -> int:

@@ -54,10 +54,9 @@ def _answer(endpoint: ModuleType, served: Served) -> Answer:
         return error(400, f"The provider cannot behave like that: {problem}.")
     served.prompt_tokens = endpoint.prompt_tokens(request)
     is_stream = bool(request.get("stream"))
-    if behaviour.raw is not None:
+    if (verbatim := behaviour.verbatim) is not None:
         usual_type = "text/event-stream" if is_stream else "application/json"
-        piece = Piece(behaviour.raw.encode(errors="surrogatepass"))
-        return Answer(status=behaviour.status or 200, content_type=usual_type, pieces=[piece])
+        return Answer(status=behaviour.status or 200, content_type=usual_type, pieces=[Piece(verbatim)])
     if behaviour.error_event and not is_stream:
         return wished_error(behaviour, 200)
     if behaviour.status is not None and not behaviour.error_event:

@@ -6,6 +6,7 @@ from typing import Any, Self
 from tests.fakes.provider.answer import as_json
 from tests.fakes.provider.behaviour import Behaviour
 
+TOKENS_PER_MEDIUM = 1_105  # a large image at OpenAI; the tokens of an image do not depend on its bytes
 _PHRASE = "The quick brown fox jumps over the lazy dog. "
 
 
@@ -64,7 +65,7 @@ class Bill:
     prompt  of the prompt
     shown   in the answer
     unseen  as the behaviour's usage says: reasoning, or hidden
-    thrown  generated for `best_of`, not sent, and counted as if they were
+    thrown  generated for `best_of`, or predicted in vain: not sent, and counted as if they were
     """
 
     behaviour: Behaviour

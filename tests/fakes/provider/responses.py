@@ -6,9 +6,10 @@ from typing import Any
 from tests.fakes.provider.answer import CREATED_AT, Answer, Piece, as_json, plain, stream, wished_error_object
 from tests.fakes.provider.behaviour import Behaviour
 from tests.fakes.provider.journal import Served
-from tests.fakes.provider.reply import Bill, Reply, bytes_of, compose, least, slices
+from tests.fakes.provider.reply import TOKENS_PER_MEDIUM, Bill, Reply, bytes_of, compose, least, slices
 
 _TOKENS_PER_ITEM = 4
+_MEDIA = ("input_image", "input_audio", "input_file")
 _STATEFUL = ("previous_response_id", "conversation", "background")
 _ECHOED = {
     "instructions": None,
@@ -52,8 +53,9 @@ def prompt_tokens(request: dict[str, Any]) -> int:
     """What instructions, input and tools cost."""
     items = _items(request)
     texts = [_text(item, name) for item in items for name in ("content", "name", "arguments", "output")]
-    tools = len(as_json(request["tools"])) if request.get("tools") else 0
-    return sum(map(bytes_of, [_text(request, "instructions"), *texts])) + tools + _TOKENS_PER_ITEM * len(items)
+    shapes = sum(len(as_json(request[name])) for name in ("tools", "text") if request.get(name))
+    media = sum(_media(item) for item in items) * TOKENS_PER_MEDIUM
+    return sum(map(bytes_of, [_text(request, "instructions"), *texts])) + shapes + media + _TOKENS_PER_ITEM * len(items)
 
 
 def answer(served: Served, request: dict[str, Any]) -> Answer:
@@ -90,6 +92,14 @@ def _text(item: dict[str, Any], name: str) -> str:
         return given
     parts = given if isinstance(given, list) else []
     return "".join(part["text"] for part in parts if isinstance(part, dict) and isinstance(part.get("text"), str))
+
+
+def _media(item: dict[str, Any]) -> int:
+    """How many of the item's parts are images, audio or files."""
+    parts = item.get("content")
+    return (
+        sum(isinstance(part, dict) and part.get("type") in _MEDIA for part in parts) if isinstance(parts, list) else 0
+    )
 
 
 def _has_tool_results(items: list[dict[str, Any]]) -> bool:

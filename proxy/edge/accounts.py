@@ -1,0 +1,138 @@
+"""Accounts over HTTP: register, log in, look at oneself, change the password."""
+
+from typing import Any
+
+import msgspec
+from litestar import Request, get, post
+from litestar.di import NamedDependency
+from litestar.params import JSONBody
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from proxy.edge.addresses import Addresses
+from proxy.edge.authentication import needs
+from proxy.edge.credits import CallerRequest, read_balance
+from proxy.identity.accounts import Accounts, Login
+from proxy.identity.keys import Scope as KeyScope
+from proxy.identity.users import User, read_user
+from proxy.storage.database import reading
+from proxy.units import format_instant
+
+BODY_BYTES_MAX = 16_384
+"""Of what people fill in: the longest password and everything beside it several times over."""
+
+
+class Registration(msgspec.Struct, forbid_unknown_fields=True):
+    """What a new account is made of; nothing else can be set by whoever makes it."""
+
+    email: str
+    password: str
+    full_name: str | None = None
+
+
+class Credentials(msgspec.Struct, forbid_unknown_fields=True):
+    """What opens an account."""
+
+    email: str
+    password: str
+
+
+class PasswordChange(msgspec.Struct, forbid_unknown_fields=True):
+    """The password that is, and the one that is to be."""
+
+    current_password: str
+    new_password: str
+
+
+class Account(msgspec.Struct):
+    """An account, to its owner. The balance is in credits."""
+
+    id: str
+    email: str | None
+    full_name: str | None
+    email_verified: bool
+    is_admin: bool
+    credits_balance: str
+    created_at: str
+
+
+class Token(msgspec.Struct):
+    """To be sent as `Authorization: Bearer …` wherever an API key is; `expires_in` is in seconds."""
+
+    access_token: str
+    expires_in: int
+    token_type: str = "bearer"  # noqa: S105 - a word, not a secret
+
+
+@post("/register", summary="Make an account", request_max_body_size=BODY_BYTES_MAX)
+async def register(
+    request: Request[Any, Any, Any],
+    data: JSONBody[Registration],
+    engine: NamedDependency[AsyncEngine],
+    accounts: NamedDependency[Accounts],
+    addresses: NamedDependency[Addresses],
+) -> Account:
+    """Make an account with an empty wallet, or with the operator's starting credits."""
+    address = _address(request, addresses)
+    user = await accounts.register(data.email, data.password, data.full_name, address=address)
+    return await _account(engine, user)
+
+
+@post("/login", status_code=200, summary="Log in", request_max_body_size=BODY_BYTES_MAX)
+async def login(
+    request: Request[Any, Any, Any],
+    data: JSONBody[Credentials],
+    accounts: NamedDependency[Accounts],
+    addresses: NamedDependency[Addresses],
+) -> Token:
+    """Answer a token for the right password."""
+    return _token(await accounts.login(data.email, data.password, address=_address(request, addresses)))
+
+
+@get("/me", opt=needs(KeyScope.MANAGE), summary="Your account")
+async def me(request: CallerRequest, engine: NamedDependency[AsyncEngine]) -> Account:
+    """Who you are here, and what you have."""
+    async with reading(engine) as connection:
+        user = await read_user(connection, request.user.user_id)
+    return await _account(engine, user)
+
+
+@post(
+    "/me/password",
+    status_code=200,
+    opt=needs(KeyScope.MANAGE),
+    summary="Change your password",
+    request_max_body_size=BODY_BYTES_MAX,
+)
+async def change_password(
+    request: CallerRequest,
+    data: JSONBody[PasswordChange],
+    accounts: NamedDependency[Accounts],
+    addresses: NamedDependency[Addresses],
+) -> Token:
+    """Change the password. Every token issued before is void at once; the one answered is good."""
+    address = _address(request, addresses)
+    return _token(
+        await accounts.change_password(request.user, data.current_password, data.new_password, address=address)
+    )
+
+
+def _address(request: Request[Any, Any, Any], addresses: Addresses) -> str:
+    return addresses.holder_of(request.scope["client"], request.scope["headers"])
+
+
+def _token(login: Login) -> Token:
+    return Token(access_token=login.access_token, expires_in=login.expires_in_s)
+
+
+async def _account(engine: AsyncEngine, user: User) -> Account:
+    async with reading(engine) as connection:
+        found = await read_balance(connection, user.wallet_id)
+    return Account(
+        id=user.id,
+        email=user.email,
+        full_name=user.full_name,
+        email_verified=user.email_verified,
+        is_admin=user.is_admin,
+        credits_balance=found.balance,
+        created_at=format_instant(user.created_at),
+    )

@@ -1,0 +1,192 @@
+"""`/api/v1/keys`: a user's own keys."""
+
+from datetime import datetime
+from typing import Annotated, Any
+
+import msgspec
+from litestar import delete, get, patch, post
+from litestar.di import NamedDependency
+from litestar.params import FromPath, FromQuery, JSONBody
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from proxy.edge.authentication import needs
+from proxy.edge.credits import PAGE_DEFAULT, PAGE_MAX, CallerRequest
+from proxy.errors import BadRequest
+from proxy.identity.keys import Key, KeyTerms, change_key, create_key, list_keys, read_key, revoke_key
+from proxy.identity.keys import Scope as KeyScope
+from proxy.identity.users import read_user
+from proxy.storage.database import reading, writing
+from proxy.units import (
+    AmountError,
+    Micros,
+    format_credits,
+    format_instant,
+    is_id,
+    micros_of,
+    now_micros,
+    parse_credits,
+)
+
+BODY_BYTES_MAX = 65_536
+"""Of a key's terms: a hundred names of models at most."""
+
+Instant = Annotated[datetime, msgspec.Meta(tz=True)]
+Amount = str | int
+
+
+class Wanted(msgspec.Struct, forbid_unknown_fields=True):
+    """The terms of a new key; null is no limit. Amounts are in credits."""
+
+    name: str = ""
+    scope: KeyScope = KeyScope.INFERENCE
+    expires_at: Instant | None = None
+    allowed_models: list[str] | None = None
+    limit_amount: Amount | None = None
+    limit_period: str | None = None
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None
+    concurrent_calls_max: int | None = None
+
+
+class Changed(msgspec.Struct, forbid_unknown_fields=True):
+    """What is to be another way; what is left out stays as it is, null takes a limit away."""
+
+    name: str | msgspec.UnsetType = msgspec.UNSET
+    expires_at: Instant | msgspec.UnsetType | None = msgspec.UNSET
+    allowed_models: list[str] | msgspec.UnsetType | None = msgspec.UNSET
+    limit_amount: Amount | msgspec.UnsetType | None = msgspec.UNSET
+    limit_period: str | msgspec.UnsetType | None = msgspec.UNSET
+    requests_per_minute: int | msgspec.UnsetType | None = msgspec.UNSET
+    tokens_per_minute: int | msgspec.UnsetType | None = msgspec.UNSET
+    concurrent_calls_max: int | msgspec.UnsetType | None = msgspec.UNSET
+
+
+class KeyItem(msgspec.Struct):
+    """A key without itself; `prefix` is how it begins. `period_spent` is what counts against the limit."""
+
+    id: str
+    name: str
+    scope: str
+    prefix: str
+    is_active: bool
+    created_at: str
+    expires_at: str | None
+    last_used_at: str | None
+    allowed_models: list[str] | None
+    limit_amount: str | None
+    limit_period: str | None
+    spent: str
+    period_spent: str
+    reserved: str
+    requests_per_minute: int | None
+    tokens_per_minute: int | None
+    concurrent_calls_max: int | None
+
+
+class KeyMade(KeyItem, kw_only=True):
+    """A new key with `key`, this once."""
+
+    key: str
+
+
+class KeyPage(msgspec.Struct):
+    """Newest first. `next_cursor` asks for the next page; null on the last."""
+
+    items: list[KeyItem]
+    next_cursor: str | None
+
+
+@get("/api/v1/keys", opt=needs(KeyScope.MANAGE), summary="Your keys")
+async def keys(
+    request: CallerRequest,
+    engine: NamedDependency[AsyncEngine],
+    limit: FromQuery[int] = PAGE_DEFAULT,
+    cursor: FromQuery[str | None] = None,
+) -> KeyPage:
+    """Every key of yours, revoked ones included."""
+    if not 1 <= limit <= PAGE_MAX:
+        raise BadRequest(f"A page has from 1 to {PAGE_MAX} items.", param="limit", code="invalid_value")
+    if cursor is not None and not is_id(cursor, "key"):
+        raise BadRequest("This cursor was not given out here.", param="cursor", code="invalid_cursor")
+    async with reading(engine) as connection:
+        found = await list_keys(connection, request.user.user_id, limit=limit + 1, before=cursor)
+    now = now_micros()
+    items = [KeyItem(**shown(key, now)) for key in found[:limit]]
+    return KeyPage(items, items[-1].id if len(found) > limit else None)
+
+
+@post("/api/v1/keys", opt=needs(KeyScope.MANAGE), summary="Make a key", request_max_body_size=BODY_BYTES_MAX)
+async def make_key(request: CallerRequest, engine: NamedDependency[AsyncEngine], data: JSONBody[Wanted]) -> KeyMade:
+    """Make a key and answer it, this once. A key that asks gives no more than it has."""
+    terms = KeyTerms(**_terms(msgspec.structs.asdict(data)))
+    async with writing(engine) as connection:
+        user = await read_user(connection, request.user.user_id)
+        made = await create_key(connection, user, terms, by=request.user)
+        key = await read_key(connection, user.id, made.id)
+    return KeyMade(**shown(key, now_micros()), key=made.secret)
+
+
+@patch(
+    "/api/v1/keys/{key_id:str}",
+    opt=needs(KeyScope.MANAGE),
+    summary="Change a key",
+    request_max_body_size=BODY_BYTES_MAX,
+)
+async def alter_key(
+    request: CallerRequest, engine: NamedDependency[AsyncEngine], key_id: FromPath[str], data: JSONBody[Changed]
+) -> KeyItem:
+    """Give a key of yours other terms. They hold for its very next call."""
+    given = {name: value for name, value in msgspec.structs.asdict(data).items() if value is not msgspec.UNSET}
+    async with writing(engine) as connection:
+        key = await read_key(connection, request.user.user_id, key_id)
+        await change_key(connection, key, _terms(given), by=request.user)
+        key = await read_key(connection, request.user.user_id, key_id)
+    return KeyItem(**shown(key, now_micros()))
+
+
+@delete("/api/v1/keys/{key_id:str}", opt=needs(KeyScope.MANAGE), summary="Revoke a key")
+async def drop_key(request: CallerRequest, engine: NamedDependency[AsyncEngine], key_id: FromPath[str]) -> None:
+    """Close a key of yours for good: its very next call is refused. Its charges stay in the books."""
+    async with writing(engine) as connection:
+        key = await read_key(connection, request.user.user_id, key_id)
+        await revoke_key(connection, key, by=request.user)
+
+
+def _terms(given: dict[str, Any]) -> dict[str, Any]:
+    """Fields of `Wanted` as fields of `KeyTerms`."""
+    amount, instant = given.get("limit_amount"), given.get("expires_at")
+    if amount is not None:
+        try:
+            given["limit_amount"] = parse_credits(amount)
+        except AmountError as exc:
+            raise BadRequest(f"limit_amount: {exc}.", param="limit_amount", code="invalid_value") from exc
+    if instant is not None:
+        given["expires_at"] = micros_of(instant)
+    return given
+
+
+def shown(key: Key, now: Micros) -> dict[str, Any]:
+    """The fields of a `KeyItem`, with amounts in credits and instants in ISO 8601."""
+
+    def instant(at: Micros | None) -> str | None:
+        return None if at is None else format_instant(at)
+
+    return {
+        "id": key.id,
+        "name": key.name,
+        "scope": str(key.scope),
+        "prefix": key.prefix,
+        "is_active": key.is_active,
+        "created_at": format_instant(key.created_at),
+        "expires_at": instant(key.expires_at),
+        "last_used_at": instant(key.last_used_at),
+        "allowed_models": key.allowed_models,
+        "limit_amount": None if key.limit_amount is None else format_credits(key.limit_amount),
+        "limit_period": key.limit_period,
+        "spent": format_credits(key.spent),
+        "period_spent": format_credits(key.spent_in_period(now)),
+        "reserved": format_credits(key.reserved),
+        "requests_per_minute": key.requests_per_minute,
+        "tokens_per_minute": key.tokens_per_minute,
+        "concurrent_calls_max": key.concurrent_calls_max,
+    }
