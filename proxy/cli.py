@@ -440,7 +440,7 @@ async def _serve(configuration: Configuration, listening: socket.socket, *, as_j
         class Server(uvicorn.Server):
             async def startup(self, sockets: list[socket.socket] | None = None) -> None:
                 await super().startup(sockets)
-                _spare_the_collector()
+                spare_the_collector()
                 _announce(configuration, listening, first_key, as_json=as_json)
 
         # uvicorn raises the signal that stopped it once more when it is done; being stopped is no failure.
@@ -453,7 +453,7 @@ _GC_THRESHOLDS = (50_000, 20, 100)
 """CPython's own 700 would have the collector look at every call in flight several times; calls leave few cycles."""
 
 
-def _spare_the_collector() -> None:
+def spare_the_collector() -> None:
     """Take what the start has made, which stays, out of the garbage collector's sight, and let it run less often."""
     gc.collect()
     gc.freeze()
