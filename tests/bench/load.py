@@ -133,9 +133,13 @@ class _Client(asyncio.Protocol):
         self.request = request
         self.on_answer = on_answer
         self.chunks = 0
+        self.lost = asyncio.get_running_loop().create_future()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = transport
+
+    def connection_lost(self, _exc: Exception | None) -> None:
+        self.lost.set_result(None)
 
     def ask(self, since: float) -> None:
         self.since = since
@@ -193,6 +197,7 @@ class _Drive:
                 await self._is_done.wait()
         for client in clients:
             client.transport.abort()
+            await client.lost
         return Measured(
             calls=self._calls,
             chunks=sum(client.chunks for client in clients),
