@@ -13,8 +13,9 @@ DURATION ?= 300
 ROUNDS ?=
 SECONDS ?=
 SHORT ?=
+CHECK ?=
 
-.PHONY: help run test test-clients check chaos bench-ledger format clean lock hooks coverage prices
+.PHONY: help run test test-clients check chaos bench bench-ledger format clean lock hooks coverage prices
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,6 +43,9 @@ check: $(VENV)/.dev ## format, lint, types, import contract, compose file
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec docker-compose.yml
 	$(BIN)/pre-commit validate-config
+
+bench: $(VENV)/.dev ## what a paid call costs, against a relay without accounts (SHORT=1, CHECK=1 against the stored ratios, ROUNDS=5)
+	$(BIN)/python -m tests.bench.calls $(if $(SHORT),--short) $(if $(CHECK),--check) $(if $(ROUNDS),--rounds $(ROUNDS))
 
 bench-ledger: $(VENV)/.dev ## the ledger against a transaction for each operation (ROUNDS=3 SECONDS=1.5, or SHORT=1)
 	$(BIN)/python -m tests.bench.ledger --check $(if $(SHORT),--short) $(if $(ROUNDS),--rounds $(ROUNDS)) \

@@ -11,6 +11,7 @@ import structlog
 from litestar import Litestar
 from litestar.config.cors import CORSConfig
 from litestar.di import Provide
+from litestar.handlers import ASGIRouteHandler
 from litestar.openapi import OpenAPIConfig
 from litestar.openapi.plugins import JsonRenderPlugin
 from litestar.types import ASGIApp, Message, Receive, Scope, Send
@@ -23,7 +24,7 @@ from proxy.edge import admin, health, inference, llm
 from proxy.edge import credits as credit_routes
 from proxy.edge import keys as key_routes
 from proxy.edge.addresses import Addresses
-from proxy.edge.answer import BodyLimits
+from proxy.edge.answer import BodyLimits, identify
 from proxy.edge.authentication import Authentication, authenticated
 from proxy.edge.errors import respond
 from proxy.errors import Unavailable, UpstreamFailed
@@ -38,7 +39,7 @@ from proxy.ledger.recovery import Lease
 from proxy.ledger.store import PostgresStore, SqliteStore, Store
 from proxy.settings import Configuration, PriceSettings
 from proxy.storage import database
-from proxy.units import SECONDS_PER_DAY, new_id, parse_credits
+from proxy.units import SECONDS_PER_DAY, parse_credits
 from proxy.upstream import Provider
 from proxy.upstream.client import CONNECTIONS_MAX, HttpClient, Timeouts
 from proxy.upstream.demo import (
@@ -77,6 +78,7 @@ class Tollgate:
         self.ledger: Ledger
         self.exchange: Exchange
         self.accounts: Accounts
+        self.authentication: Authentication
         self.last_used = LastUsed(self.engine)
 
     @asynccontextmanager
@@ -110,6 +112,7 @@ class Tollgate:
             client = http_client(self.configuration.settings.server.http_client)
             stack.push_async_callback(client.aclose)
             self.accounts = _accounts(self.configuration, self.engine, self.ledger, client)
+            self.authentication = Authentication(self.engine, self.accounts, self.last_used)
             stack.push_async_callback(self.last_used.write)
             writing = asyncio.create_task(self.last_used.keep_writing(), name="last_used")
             stack.push_async_callback(_ended, writing)
@@ -137,17 +140,18 @@ class Tollgate:
 
 def build(tollgate: Tollgate) -> ASGIApp:
     """The web application over an open `tollgate`."""
-    return identified(routed(tollgate))
+    stall_s = tollgate.configuration.settings.server.stall_s
+    app = identified(routed(tollgate))
+    return inference.shortcut(app, _paid_handlers(tollgate), tollgate.authentication, stall_s=stall_s)
 
 
 def routed(tollgate: Tollgate) -> Litestar:
     """Every route, behind authentication."""
-    authentication = Authentication(tollgate.engine, tollgate.accounts, tollgate.last_used)
     server = tollgate.configuration.settings.server
     addresses = Addresses(server.trusted_proxies)
     return Litestar(
         route_handlers=[
-            *inference.paid_handlers(tollgate.exchange, _body_limits(tollgate.configuration), stall_s=server.stall_s),
+            *_paid_handlers(tollgate),
             inference.kept_responses,
             inference.models,
             inference.model,
@@ -167,7 +171,7 @@ def routed(tollgate: Tollgate) -> Litestar:
             health.live,
             health.ready,
         ],
-        middleware=[lambda app: authenticated(app, authentication)],
+        middleware=[lambda app: authenticated(app, tollgate.authentication)],
         exception_handlers={Exception: respond},
         dependencies={
             "engine": Provide(lambda: tollgate.engine, sync_to_thread=False),
@@ -186,13 +190,17 @@ def routed(tollgate: Tollgate) -> Litestar:
     )
 
 
+def _paid_handlers(tollgate: Tollgate) -> list[ASGIRouteHandler]:
+    configuration = tollgate.configuration
+    stall_s = configuration.settings.server.stall_s
+    return inference.paid_handlers(tollgate.exchange, _body_limits(configuration), stall_s=stall_s)
+
+
 def identified(app: ASGIApp) -> ASGIApp:
     """`app` with an id of our own for every request, in `x-request-id` of every answer, unknown paths included."""
 
     async def middleware(scope: Scope, receive: Receive, send: Send) -> None:
-        request_id = new_id("req")
-        scope.setdefault("state", {})["request_id"] = request_id
-        header = (b"x-request-id", request_id.encode())
+        header = (b"x-request-id", identify(scope).encode())
 
         async def send_identified(message: Message) -> None:
             if message["type"] == "http.response.start" and header not in message["headers"]:

@@ -11,14 +11,15 @@ import asyncio
 import random
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
-from typing import Protocol
+from types import TracebackType
+from typing import Protocol, Self
 
 import msgspec
 import structlog
 
 from proxy import relay, tokens
 from proxy.catalog import Catalog
+from proxy.deadline import Deadline, within
 from proxy.errors import (
     InsufficientCredits,
     LedgerFault,
@@ -130,7 +131,8 @@ class _Open(msgspec.Struct):
     is_client_gone: bool = False
     is_stopped: bool = False
     """Whether its provider was stopped because the client had left."""
-    timeout: asyncio.Timeout | None = None
+    provider_time: Deadline | None = None
+    """The limit on what is under way at the provider."""
 
     @property
     def candidate(self) -> Candidate:
@@ -144,9 +146,9 @@ class _Open(msgspec.Struct):
     def leave(self) -> None:
         """The client has left: stop the provider if what it did so far can be counted, else let it come to its end."""
         self.is_client_gone = True
-        if self.timeout is not None and self.is_countable:
+        if self.provider_time is not None and self.is_countable:
             self.is_stopped = True
-            self.timeout.reschedule(_now())
+            self.provider_time.end_now()
 
     @property
     def is_countable(self) -> bool:
@@ -290,7 +292,7 @@ class Exchange:
                 return
 
     async def _attempt(self, opened: _Open, answer: Answer) -> None:
-        async with _within(opened):
+        with _AtProvider(opened):
             response = await self._providers[opened.candidate.provider].send(_provider_call(opened))
         if response.status >= 300:
             raise await self._rejection(opened, response)
@@ -333,7 +335,7 @@ class Exchange:
 
     async def _rejection(self, opened: _Open, response: UpstreamResponse) -> UpstreamFailed:
         try:
-            async with _within(opened):
+            with _AtProvider(opened):
                 body = await _read_all(response, self._limits.answer_bytes_max, opened.candidate.provider)
         except UpstreamFailed:
             body = b""  # the status has said that the call failed, whatever the rest of it would have said
@@ -344,7 +346,7 @@ class Exchange:
     # ---- plain answers
 
     async def _relay_plain(self, opened: _Open, response: UpstreamResponse, answer: Answer) -> None:
-        async with _within(opened):
+        with _AtProvider(opened):
             body = await _read_all(response, self._limits.answer_bytes_max, opened.candidate.provider)
         content = self._content(response, body)
         failed = failure_status(content)
@@ -414,7 +416,7 @@ class Exchange:
             chunks = relay.inflated(chunks, encoding, opened.candidate.provider)
         failure: TollgateError | None = None
         try:
-            async with _within(opened):
+            with _AtProvider(opened):
                 await relayed.forward(chunks)
         except UpstreamFailed as exc:
             if not answer.is_started:
@@ -518,7 +520,7 @@ class Exchange:
         )
         opened.is_closed = True
         try:
-            async with asyncio.timeout(self._limits.settle_wait_s):
+            with within(self._limits.settle_wait_s):
                 settled = await self._ledger.settle(operation)
         except TimeoutError as exc:
             raise Unavailable("The ledger is out of reach just now.", retry_after_s=5) from exc
@@ -542,7 +544,7 @@ class Exchange:
     async def _release(self, opened: _Open) -> None:
         opened.is_closed = True
         try:
-            async with asyncio.timeout(self._limits.settle_wait_s):
+            with within(self._limits.settle_wait_s):
                 await self._ledger.release(_release(opened, "nothing_delivered"))
         except TimeoutError:
             log.warning("release_deferred", request_id=opened.call.request_id)
@@ -707,16 +709,26 @@ def _release(opened: _Open, outcome: str, *, is_undelivered: bool = False) -> Re
     )
 
 
-@asynccontextmanager
-async def _within(opened: _Open) -> AsyncIterator[None]:
-    """The time that one call may take. Raises `UpstreamTimeout` beyond it."""
-    try:
-        async with asyncio.timeout_at(opened.deadline) as opened.timeout:
-            yield
-    except TimeoutError as exc:
-        raise UpstreamTimeout("The call took longer than it may.", provider=opened.candidate.provider) from exc
-    finally:
-        opened.timeout = None
+class _AtProvider(Deadline):
+    """The time of one call, for what its provider has to do in it. Raises `UpstreamTimeout` beyond it."""
+
+    def __init__(self, opened: _Open) -> None:
+        super().__init__(opened.deadline)
+        self._opened = opened
+
+    def __enter__(self) -> Self:
+        self._opened.provider_time = self
+        return super().__enter__()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._opened.provider_time = None
+        try:
+            super().__exit__(kind, exc, trace)
+        except TimeoutError as timeout:
+            message = "The call took longer than it may."
+            raise UpstreamTimeout(message, provider=self._opened.candidate.provider) from timeout
 
 
 async def _read_all(response: UpstreamResponse, bytes_max: int, provider: str) -> bytes:

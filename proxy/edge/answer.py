@@ -1,13 +1,14 @@
 """The two ends of a paid call's connection: its body in, its answer out."""
 
-import asyncio
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
-from litestar.types import HTTPScope, Receive, Send
+from litestar.types import HTTPScope, Receive, Scope, Send
 
+from proxy.deadline import within
 from proxy.errors import BadRequest, BodyTooLarge, UnsupportedEncoding
+from proxy.units import new_id
 
 Headers = list[tuple[bytes, bytes]]
 
@@ -17,6 +18,13 @@ class BodyLimits(msgspec.Struct, frozen=True):
 
     bytes_max: int
     wait_s: float
+
+
+def identify(scope: Scope) -> str:
+    """Give a request an id of our own, and return it."""
+    request_id = new_id("req")
+    scope.setdefault("state", {})["request_id"] = request_id
+    return request_id
 
 
 async def read_body(scope: HTTPScope, receive: Receive, limits: BodyLimits) -> bytes:
@@ -33,7 +41,7 @@ async def read_body(scope: HTTPScope, receive: Receive, limits: BodyLimits) -> b
     parts: list[bytes] = []
     size = 0
     try:
-        async with asyncio.timeout(limits.wait_s):
+        with within(limits.wait_s):
             while True:
                 message = await receive()
                 if message["type"] == "http.disconnect":
@@ -51,26 +59,51 @@ async def read_body(scope: HTTPScope, receive: Receive, limits: BodyLimits) -> b
         raise BadRequest(f"The body did not arrive within {limits.wait_s:g} seconds.", code="body_timeout") from exc
 
 
+class Connection(Protocol):
+    """The client's connection, which knows more than ASGI tells."""
+
+    on_lost: Callable[[], None] | None
+    """Called once, when the connection is lost."""
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether nothing can be sent any more."""
+        ...
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the client takes less than what was sent, so that sending would wait."""
+        ...
+
+    def abort(self) -> None:
+        """Cut it off."""
+        ...
+
+    def hold(self) -> None:
+        """Keep what is sent from now on, until `let_go`."""
+        ...
+
+    def let_go(self) -> None:
+        """Send what was kept, in one piece."""
+        ...
+
+
 class AsgiAnswer:
     """`exchange.Answer` over ASGI.
 
     A server's `send` neither fails nor waits once the client has gone, so that a call goes on to its own end,
     and what is left to say is dropped there. A client that takes nothing for `stall_s` seconds has gone as well, and
-    its connection is cut off with `abort`.
+    its connection is cut off.
     """
 
-    def __init__(
-        self, request_id: str, receive: Receive, send: Send, *, stall_s: float, abort: Callable[[], None]
-    ) -> None:
+    def __init__(self, request_id: str, send: Send, connection: Connection, *, stall_s: float) -> None:
         self._request_id = request_id.encode()
-        self._receive = receive
         self._to_server = send
+        self._connection = connection
         self._stall_s = stall_s
-        self._abort = abort
         self._on_gone: Callable[[], None] | None = None
         self._is_gone = False
         self._is_waiting = False
-        self._watcher: asyncio.Task[None] | None = None
         self._is_started = False
 
     @property
@@ -84,19 +117,15 @@ class AsgiAnswer:
         return self._is_waiting
 
     def on_gone(self, callback: Callable[[], None]) -> None:
-        """Call `callback` when the client leaves. The request's body must have been read."""
+        """Call `callback` once when the client leaves; at once if it has left already."""
         self._on_gone = callback
-        self._watcher = asyncio.get_running_loop().create_task(self._watch())
+        self._connection.on_lost = self._lose
+        if self._connection.is_lost:
+            self._lose()
 
     def close(self) -> None:
         """Watch the client no longer."""
-        if self._watcher is not None:
-            self._watcher.cancel()
-
-    async def _watch(self) -> None:
-        while (await self._receive())["type"] != "http.disconnect":
-            pass
-        self._lose()
+        self._connection.on_lost = None
 
     def _lose(self) -> None:
         if not self._is_gone:
@@ -107,18 +136,22 @@ class AsgiAnswer:
     async def _send(self, message: Any) -> None:
         if self._is_gone:
             return
+        if not self._connection.is_full:
+            await self._to_server(message)
+            return
         self._is_waiting = True
         try:
-            async with asyncio.timeout(self._stall_s):
+            with within(self._stall_s):
                 await self._to_server(message)
         except TimeoutError:
-            self._abort()
+            self._connection.abort()
             self._lose()
         self._is_waiting = False
 
     async def start(self, status: int, headers: Headers) -> None:
-        """Send the head of the answer; the request id is added to it."""
+        """Send the head of the answer, together with what is sent next; the request id is added to it."""
         self._is_started = True
+        self._connection.hold()
         await self._send(
             {
                 "type": "http.response.start",
@@ -130,7 +163,9 @@ class AsgiAnswer:
     async def write(self, chunk: bytes) -> None:
         """Send `chunk`; returns when the client's connection can take more."""
         await self._send({"type": "http.response.body", "body": chunk, "more_body": True})
+        self._connection.let_go()
 
     async def end(self, chunk: bytes = b"") -> None:
         """Send `chunk` and the end of the answer."""
         await self._send({"type": "http.response.body", "body": chunk, "more_body": False})
+        self._connection.let_go()

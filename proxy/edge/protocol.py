@@ -2,7 +2,9 @@
 
 import asyncio
 import re
-from typing import Any
+from collections.abc import Callable
+from itertools import chain
+from typing import Any, cast
 
 import uvicorn
 from litestar.types import ASGIApp
@@ -17,8 +19,8 @@ HEAD_BYTES_MAX = 65_536
 HEAD_S_MAX = 10.0
 """How long a client may take for them, from its connection or from their first byte."""
 
-ABORT = "abort"
-"""Where a request's `state` has the function that cuts its connection off."""
+CONNECTION = "connection"
+"""Where a request's `state` has its connection."""
 
 _UPGRADE = re.compile(rb"(?i)(?<=\n)upgrade(?=[ \t]*:)")
 _NO_UPGRADE = b"ignored"
@@ -42,6 +44,41 @@ def server_config(app: ASGIApp, *, drain_s: int) -> uvicorn.Config:
     )
 
 
+class _Joining:
+    """A transport that can hold what is written, to send it together with what follows: each write is a system call."""
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+        self._held: list[bytes] | None = None
+        self.is_closing = transport.is_closing
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def write(self, data: bytes) -> None:
+        """Send `data`, or hold it."""
+        if self._held is None:
+            self._transport.write(data)
+        else:
+            self._held.append(data)
+
+    def hold(self) -> None:
+        """Send nothing until `let_go`."""
+        if self._held is None:
+            self._held = []
+
+    def let_go(self) -> None:
+        """Send what is held, if there is still somebody to send it to."""
+        held, self._held = self._held, None
+        if held and not self.is_closing():
+            self._transport.write(b"".join(held))
+
+    def close(self) -> None:
+        """Close, once everything is sent."""
+        self.let_go()
+        self._transport.close()
+
+
 class LimitedProtocol(HttpToolsProtocol):
     """One client's connection.
 
@@ -54,25 +91,52 @@ class LimitedProtocol(HttpToolsProtocol):
         self._is_in_head = True
         self._head_bytes = 0
         self._head_timer: asyncio.TimerHandle | None = None
+        self.on_lost: Callable[[], None] | None = None
+        """Whom to call when the connection is lost: the call that is being answered on it."""
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether nothing can be sent any more."""
+        return self.transport.is_closing()
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the client takes less than what was sent, so that sending would wait."""
+        return self.flow.write_paused
+
+    def abort(self) -> None:
+        """Cut the connection off."""
+        self.transport.abort()
+
+    def hold(self) -> None:
+        """Keep what is sent from now on, until `let_go`."""
+        self._joining.hold()
+
+    def let_go(self) -> None:
+        """Send what was kept, in one piece."""
+        self._joining.let_go()
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's own
         """Start to wait for the first request."""
-        super().connection_made(transport)
+        self._joining = _Joining(transport)
+        super().connection_made(cast("asyncio.Transport", self._joining))
         self._expect_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Wait no longer."""
+        """Wait no longer, and tell the call."""
         self._stop_waiting()
         super().connection_lost(exc)
+        if self.on_lost is not None:
+            self.on_lost()
 
     def data_received(self, data: bytes) -> None:
         """Feed the parser, within the limits."""
         if self._is_in_head:
             self._head_bytes += len(data)
-            if b"pgrade" in data.lower():
-                end = data.find(b"\r\n\r\n")
-                head, rest = (data, b"") if end < 0 else (data[:end], data[end:])
-                data = _UPGRADE.sub(_NO_UPGRADE, head) + rest
+            end = data.find(b"\r\n\r\n")
+            head = data if end < 0 else data[:end]
+            if b"pgrade" in head.lower():
+                data = _UPGRADE.sub(_NO_UPGRADE, head) + data[len(head) :]
         super().data_received(data)
         if self._is_in_head and self._head_bytes > HEAD_BYTES_MAX and not self.transport.is_closing():
             self._refuse(431, "The request's head is too large.", "head_too_large")
@@ -80,7 +144,7 @@ class LimitedProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         """Begin a request, which may be the connection's second."""
         super().on_message_begin()
-        self.scope["state"][ABORT] = self.transport.abort
+        self.scope["state"][CONNECTION] = self
         self._is_in_head = True
         if self._head_timer is None:
             self._expect_head()
@@ -90,9 +154,14 @@ class LimitedProtocol(HttpToolsProtocol):
         self._stop_waiting()
         self._is_in_head = False
         self._head_bytes = 0
-        if sum(len(name) + len(value) for name, value in self.headers) + len(self.url) > HEAD_BYTES_MAX:
+        if sum(map(len, chain.from_iterable(self.headers))) + len(self.url) > HEAD_BYTES_MAX:
             raise ValueError("the head is too large")  # the parser turns it into its own error, and that into a 400
         super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        """The request is there: what comes next is the head of another one."""
+        super().on_message_complete()
+        self._is_in_head = True
 
     def send_400_response(self, msg: str) -> None:
         """Refuse what is no HTTP, in OpenAI's shape."""

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Callable
 from typing import assert_never
 
+from proxy.deadline import within
 from proxy.errors import (
     BadRequest,
     Conflict,
@@ -88,7 +89,7 @@ class Ledger:
     async def _reserve(self, operation: Reserve) -> Reserved:
         future = self._batcher.submit(operation)
         try:
-            async with asyncio.timeout(RESERVE_WAIT_S_MAX):
+            with within(RESERVE_WAIT_S_MAX):
                 outcome = await future
         except asyncio.CancelledError:
             self._give_back(operation, future)
@@ -153,7 +154,7 @@ class Ledger:
         cannot be, `Unavailable` when the outcome is not known within thirty seconds.
         """
         try:
-            async with asyncio.timeout(CREDIT_WAIT_S_MAX):
+            with within(CREDIT_WAIT_S_MAX):
                 outcome = await self._batcher.submit(operation)
         except TimeoutError as exc:
             raise Unavailable("The ledger is out of reach just now.") from exc

@@ -96,6 +96,18 @@ def test_an_offer_to_upgrade_is_ignored(served, key, field):
     assert everything(client).startswith(b"HTTP/1.1 200 ")
 
 
+def test_an_offer_to_upgrade_is_ignored_on_a_used_connection(served, key):
+    """As on a new one: with every request."""
+    client = connected(served)
+    client.sendall(b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n")
+    assert client.recv(65536).startswith(b"HTTP/1.1 200 ")
+    client.sendall(
+        b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nConnection: Upgrade, close\r\nUpgrade: h2c\r\n"
+        b"Authorization: Bearer %b\r\nContent-Length: %d\r\n\r\n%b" % (key.encode(), len(BODY), BODY)
+    )
+    assert b"HTTP/1.1 200 " in everything(client)
+
+
 def test_a_body_that_speaks_of_upgrades_is_left_alone(served, key):
     """Only a header field is renamed."""
     body = BODY.replace(b"hi", b"\\n\nUpgrade: now").replace(b"\\n\n", b"\\n")
