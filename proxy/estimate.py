@@ -60,8 +60,9 @@ def estimate(request: PaidRequest, prompt_tokens: int, offered: Sequence[Offer])
     for offer in offered:
         candidate = offer.candidate
         inputs = _input_tokens(request, prompt_tokens, candidate)
-        outputs = (output_tokens_max(request, candidate) + request.prediction_tokens) * request.choices
-        useful = (_useful_output_tokens(request, candidate) + request.prediction_tokens) * request.choices
+        maximum = output_tokens_max(request, candidate)
+        outputs = (maximum + request.prediction_tokens) * request.choices
+        useful = (_useful_output_tokens(request, candidate, maximum) + request.prediction_tokens) * request.choices
         at_most = max(at_most, bound(inputs, outputs, offer.price, offer.markup_bps, images=images))
         at_least = max(at_least, bound(inputs, useful, offer.price, offer.markup_bps, images=images))
         input_most = max(input_most, inputs)
@@ -149,14 +150,12 @@ def output_tokens_max(request: PaidRequest, candidate: Candidate) -> int:
     """The most output of one choice, beside a prediction: the client's own maximum, else the model's."""
     if not request.has_output:
         return 0
-    if request.maximum is not None:
-        return request.maximum
-    return candidate.output_tokens_max or candidate.context_tokens or 0
+    maximum = request.maximum
+    return maximum if maximum is not None else candidate.output_tokens_max or candidate.context_tokens or 0
 
 
-def _useful_output_tokens(request: PaidRequest, candidate: Candidate) -> int:
-    """The least output of one choice that is worth starting for."""
-    maximum = output_tokens_max(request, candidate)
+def _useful_output_tokens(request: PaidRequest, candidate: Candidate, maximum: int) -> int:
+    """The least output of one choice that is worth starting for, of at most `maximum`."""
     if not request.has_output or request.maximum is not None:
         return maximum
     useful = USEFUL_OUTPUT_TOKENS_REASONING if candidate.is_reasoning else USEFUL_OUTPUT_TOKENS

@@ -27,43 +27,16 @@ def identify(scope: Scope) -> str:
     return request_id
 
 
-async def read_body(scope: HTTPScope, receive: Receive, limits: BodyLimits) -> bytes:
-    """The request's body.
-
-    Raises `BodyTooLarge` for a longer one, `UnsupportedEncoding` when it is encoded, `BadRequest` when the client
-    leaves or stalls before its end.
-    """
-    for name, value in scope["headers"]:
-        if name == b"content-encoding" and value.strip().lower() != b"identity":
-            raise UnsupportedEncoding(value.decode("latin-1"))
-        if name == b"content-length" and int(value) > limits.bytes_max:
-            raise BodyTooLarge(limits.bytes_max)
-    parts: list[bytes] = []
-    size = 0
-    try:
-        with within(limits.wait_s):
-            while True:
-                message = await receive()
-                if message["type"] == "http.disconnect":
-                    raise BadRequest("The client left before it had sent its request.")
-                if message["type"] != "http.request":
-                    raise BadRequest("This path speaks HTTP only.")
-                part = message["body"]
-                size += len(part)
-                if size > limits.bytes_max:
-                    raise BodyTooLarge(limits.bytes_max)
-                parts.append(part)
-                if not message["more_body"]:
-                    return b"".join(parts)
-    except TimeoutError as exc:
-        raise BadRequest(f"The body did not arrive within {limits.wait_s:g} seconds.", code="body_timeout") from exc
-
-
 class Connection(Protocol):
     """The client's connection, which knows more than ASGI tells."""
 
     on_lost: Callable[[], None] | None
     """Called once, when the connection is lost."""
+
+    @property
+    def has_request(self) -> bool:
+        """Whether the whole request has come, so that receiving it does not wait."""
+        ...
 
     @property
     def is_lost(self) -> bool:
@@ -86,6 +59,44 @@ class Connection(Protocol):
     def let_go(self) -> None:
         """Send what was kept, in one piece."""
         ...
+
+
+async def read_body(scope: HTTPScope, receive: Receive, connection: Connection, limits: BodyLimits) -> bytes:
+    """The request's body.
+
+    Raises `BodyTooLarge` for a longer one, `UnsupportedEncoding` when it is encoded, `BadRequest` when the client
+    leaves or stalls before its end.
+    """
+    for name, value in scope["headers"]:
+        if name == b"content-encoding" and value.strip().lower() != b"identity":
+            raise UnsupportedEncoding(value.decode("latin-1"))
+        if name == b"content-length" and int(value) > limits.bytes_max:
+            raise BodyTooLarge(limits.bytes_max)
+    if connection.has_request:
+        return await _received(receive, limits.bytes_max)
+    try:
+        with within(limits.wait_s):
+            return await _received(receive, limits.bytes_max)
+    except TimeoutError as exc:
+        raise BadRequest(f"The body did not arrive within {limits.wait_s:g} seconds.", code="body_timeout") from exc
+
+
+async def _received(receive: Receive, bytes_max: int) -> bytes:
+    parts: list[bytes] = []
+    size = 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise BadRequest("The client left before it had sent its request.")
+        if message["type"] != "http.request":
+            raise BadRequest("This path speaks HTTP only.")
+        part = message["body"]
+        size += len(part)
+        if size > bytes_max:
+            raise BodyTooLarge(bytes_max)
+        parts.append(part)
+        if not message["more_body"]:
+            return b"".join(parts)
 
 
 class AsgiAnswer:

@@ -193,7 +193,7 @@ def shortcut(
 
 
 def _is_plain_post(scope: HTTPScope) -> bool:
-    return scope["method"] == "POST" and not any(name == b"origin" for name, _ in scope["headers"])
+    return scope["method"] == "POST" and b"origin" not in [name for name, _ in scope["headers"]]
 
 
 @route(
@@ -220,7 +220,7 @@ async def _call(endpoint: Endpoint, scope: HTTPScope, receive: Receive, body_lim
         client_request_id=_client_request_id(scope["headers"]),
         caller=scope["user"],
         headers=list(scope["headers"]),
-        body=await read_body(scope, receive, body_limits),
+        body=await read_body(scope, receive, scope["state"][CONNECTION], body_limits),
     )
 
 

@@ -95,6 +95,11 @@ class LimitedProtocol(HttpToolsProtocol):
         """Whom to call when the connection is lost: the call that is being answered on it."""
 
     @property
+    def has_request(self) -> bool:
+        """Whether the whole request has come, so that receiving it does not wait."""
+        return not self.cycle.more_body
+
+    @property
     def is_lost(self) -> bool:
         """Whether nothing can be sent any more."""
         return self.transport.is_closing()

@@ -66,7 +66,7 @@ class PaidRequest(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def maximum(self) -> int | None:
         """The one that bounds whatever a provider makes of them: the largest. None where the client names none."""
-        return max(self.maxima.values(), default=None)
+        return max(self.maxima.values()) if self.maxima else None
 
     @property
     def maxima_bytes(self) -> int:
