@@ -17,7 +17,7 @@ from proxy.ledger.store import _as_json, _writes
 from proxy.metering import meter_plain, stream_meter
 from proxy.observability import configure_logs
 from proxy.pricing import Price, cost, provider_cost
-from proxy.routing import Candidate
+from proxy.routing import Candidate, Offer
 from proxy.units import Usage, new_id
 from proxy.upstream.http1 import AnswerParser, address, request_head
 from proxy.wire.endpoints import decode
@@ -63,10 +63,11 @@ def stages() -> Iterator[tuple[str, float]]:
     """Each stage with its cost."""
     candidate = Candidate("bench", "bench-model", PRICE, 16_384, 128_000, "max_tokens", False, True)
     request = decode(Endpoint.CHAT, BODY)
-    estimated = estimate(request, len(BODY), (candidate,), 1500)
+    offered = (Offer(candidate, PRICE, 1500),)
+    estimated = estimate(request, len(BODY), offered)
     caller = Caller("user", "wallet", "key", Scope.INFERENCE, is_admin=False)
     call = Call(Endpoint.CHAT, "req", None, caller, HEADERS, BODY)
-    opened = _Open(call, request, estimated, 1500, estimated.at_most, 0.0, 1.0, candidate)
+    opened = _Open(call, request, estimated, offered, estimated.at_most, 0.0, 1.0, offered[0])
     answer = load._PLAIN.partition(b"\r\n\r\n")[2]
     place = address("http://127.0.0.1:9000/v1/chat/completions")
     sent = [(b"authorization", b"Bearer sk-upstream"), (b"accept", b"application/json"), (b"user-agent", b"tollgate")]
@@ -91,7 +92,7 @@ def stages() -> Iterator[tuple[str, float]]:
     yield "hash of the key", cpu_us(lambda: hash_key(KEY))
     yield "decode and check the request", cpu_us(lambda: decode(Endpoint.CHAT, BODY))
     yield "… of 20 kB", cpu_us(lambda: decode(Endpoint.CHAT, BIG_BODY))
-    yield "estimate", cpu_us(lambda: estimate(request, len(BODY), (candidate,), 1500))
+    yield "estimate", cpu_us(lambda: estimate(request, len(BODY), offered))
     yield "the provider's request", cpu_us(lambda: (_provider_call(opened), request_head("POST", place, sent, 400)))
     yield "parse the answer", cpu_us(parse)
     yield "meter", cpu_us(metered)
