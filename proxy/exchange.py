@@ -80,6 +80,7 @@ FITTING_BYTES_PER_TOKEN = 16
 _PASSING_STATUSES = frozenset({408, 429})
 _OPERATOR_STATUSES = frozenset({401, 402, 403})
 _MAXIMUM_FIELDS = frozenset({"max_tokens", "max_completion_tokens"})
+_AUDIO = b'"audio"'
 _CHUNKED = frozenset({Endpoint.CHAT, Endpoint.COMPLETIONS})
 """The endpoints whose streams report usage only when asked, in `stream_options`."""
 
@@ -160,6 +161,7 @@ class _Open(msgspec.Struct):
             and tokens.is_known(candidate.tokenizer)
             and not candidate.is_reasoning
             and not self.request.is_unsized
+            and not self.request.wants_audio
             and not self.request.prediction_tokens
         )
 
@@ -210,7 +212,12 @@ class Exchange:
         started = _now()
         catalog = self._catalog()
         found = candidates(catalog.models, request.model)
-        offered = offers(found, request.service_tier, catalog.user_markups.get(call.caller.user_id))
+        offered = offers(
+            found,
+            request.service_tier,
+            catalog.user_markups.get(call.caller.user_id),
+            wants_audio=request.wants_audio,
+        )
         if request.is_unsized and any(offer.candidate.is_local for offer in offered):
             await check_media(call.body)
         estimated = estimate(request, len(call.body), offered)
@@ -392,8 +399,12 @@ class Exchange:
         by_bytes = metered()
         if by_bytes.is_implausible:
             log.error("usage_implausible", request_id=opened.call.request_id, provider=opened.candidate.provider)
+        if by_bytes.source is UsageSource.REPORTED:
+            return by_bytes
+        if opened.request.wants_audio and _AUDIO in content:
+            return _assumed(opened)  # nobody can count what was spoken
         counter = _token_counter(opened)
-        if by_bytes.source is UsageSource.REPORTED or counter is None:
+        if counter is None:
             return by_bytes
         async with self._counting:
             return await asyncio.to_thread(metered, counter)
@@ -474,8 +485,9 @@ class Exchange:
         if meter.is_implausible:
             log.error("usage_implausible", request_id=opened.call.request_id, provider=opened.candidate.provider)
         is_silent = isinstance(failure, UpstreamTimeout) and opened.is_client_gone and not opened.is_stopped
-        if is_silent and not meter.is_reported:
-            return _assumed(opened)
+        is_spoken = opened.request.wants_audio and meter.holds(_AUDIO)
+        if (is_silent or is_spoken) and not meter.is_reported:
+            return _assumed(opened)  # nobody can count what was not shown, or spoken
         counter = _token_counter(opened)
         if meter.is_reported or counter is None:
             return meter.result(prompt=opened.call.body, bound=_bound(opened))

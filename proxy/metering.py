@@ -470,6 +470,10 @@ class StreamMeter:
         """Whether the provider has reported usage, and nothing came after it: then nothing has to be counted."""
         return self._usage is not None and not self._kept_bytes and not self._dropped_bytes
 
+    def holds(self, text: bytes) -> bool:
+        """Whether an event for which no usage was reported has these bytes, or may have: not all of them are kept."""
+        return bool(self._dropped_bytes) or any(text in data for data in self._kept)
+
     def feed(self, event: bytes) -> EventKind:
         """What kind of event this raw server-sent event is."""
         data = event_data(event)

@@ -106,16 +106,21 @@ def candidates(models: Models, model: str) -> tuple[Candidate, ...]:
     return found
 
 
-def offers(found: Sequence[Candidate], service_tier: str | None, markup_bps: int | None) -> tuple[Offer, ...]:
+def offers(
+    found: Sequence[Candidate], service_tier: str | None, markup_bps: int | None, *, wants_audio: bool = False
+) -> tuple[Offer, ...]:
     """Those of `found` where `service_tier` has a price, at the caller's own `markup_bps` or everybody's.
 
-    Raises `BadRequest` when there are none.
+    With `wants_audio` those where spoken output has a price of its own, which is never that of text. Raises
+    `BadRequest` when there are none.
     """
     offered = []
     for candidate in found:
         price = candidate.price_bounding(service_tier)
-        if price is not None:
+        if price is not None and not (wants_audio and price.audio_output == price.output):
             offered.append(Offer(candidate, price, candidate.markup_bps if markup_bps is None else markup_bps))
+    if not offered and wants_audio:
+        raise BadRequest("Spoken output is not priced here.", param="modalities", code="unsupported_parameter")
     if not offered:
         raise BadRequest(
             f"The service tier '{service_tier}' is not priced here.",

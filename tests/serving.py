@@ -41,6 +41,7 @@ context_tokens = 128000
 [prices."fake/counted"]
 input = "1"
 output = "2"
+audio_output = "8"
 max_output_tokens = 4096
 context_tokens = 128000
 tokenizer = "o200k_base"

@@ -371,6 +371,36 @@ def test_an_answer_of_nothing_is_passed_on_and_costs_nothing(served, funded, raw
     assert served.charge(funded, answer.headers["x-request-id"])["state"] == "released"
 
 
+SPOKEN = {"modalities": ["text", "audio"], "audio": {"voice": "ash", "format": "wav"}, "max_tokens": 50}
+
+
+def test_spoken_output_is_charged_at_its_own_price(served, funded, upstream):
+    """Where it has one; elsewhere it is refused before a provider hears of it."""
+    usage = {"prompt_tokens": 3, "completion_tokens": 10, "completion_tokens_details": {"audio_tokens": 6}}
+    with served.client(funded) as http:
+        body = {"model": "fake/counted", "messages": wish(usage=usage), **SPOKEN}
+        answer = http.post("/v1/chat/completions", json=body)
+        calls = len(upstream.journal)
+        refused = http.post("/v1/chat/completions", json={**body, "model": MODEL})
+    assert Decimal(answer.headers["x-credits-charged"]) == (3 * 1 + 4 * 2 + 6 * 8) * MARKUP / 10**6
+    assert upstream.journal[-1].parsed["audio"] == SPOKEN["audio"]
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "modalities")
+    assert len(upstream.journal) == calls
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_spoken_output_that_nobody_can_count_costs_the_reservation(served, funded, stream):
+    """A provider that speaks and reports nothing is not free."""
+    said = '{"choices": [{"index": 0, "%s": {"content": null, "audio": {"data": "AAAA"}}}]}'
+    raw = f"data: {said % 'delta'}\n\ndata: [DONE]\n\n" if stream else said % "message"
+    behaviour = {"raw": raw, "content_type": "text/event-stream" if stream else "application/json"}
+    with served.client(funded) as http:
+        body = {"model": "fake/counted", "stream": stream, "messages": wish(**behaviour), **SPOKEN}
+        answer = http.post("/v1/chat/completions", json=body)
+    charge = served.charge(funded, answer.headers["x-request-id"])
+    assert (charge["usage_source"], charge["charged"]) == ("assumed", charge["reserved"])
+
+
 def test_a_usage_that_cannot_be_booked_is_counted(served, funded):
     """Nothing is left open, and nobody gets a 500."""
     usage = {"prompt_tokens": 9 * 10**18, "completion_tokens": 1, "total_tokens": 9 * 10**18}

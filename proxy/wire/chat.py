@@ -69,6 +69,7 @@ class ChatRequest(Maxima, frozen=True, kw_only=True):
 
 
 _REFUSED: Final = {**STATE, **OUTSIDE_OF_TOKENS, "prompt": "state kept at the provider is not bounded"}
+_MODALITIES = frozenset({"text", "audio"})
 _TEXT_PARTS = frozenset({"text", "refusal"})
 
 _decode_request = msgspec.json.Decoder(ChatRequest).decode
@@ -111,6 +112,7 @@ def decode_chat(body: bytes) -> PaidRequest:
         has_only_images=bool(images) and images == len(media),
         images=images,
         image_bytes=image_bytes(parts) if images else 0,
+        wants_audio="audio" in (request.modalities or ()) or is_set(fields.get("audio")),
         must_unstore=bool(request.store),
     )
 
@@ -119,8 +121,8 @@ def _check(request: ChatRequest, content: list[Part], body: bytes, fields: Field
     """The checks of everything; returns the parts of all messages, unless there are none in need of a closer look."""
     if request.best_of is not None and request.best_of > 1:
         raise unsupported("best_of", "'best_of' is not supported: the choices that are not shown would be billed.")
-    if request.modalities is not None and any(modality != "text" for modality in request.modalities):
-        raise unsupported("modalities", "Only the output modality 'text' is priced here.")
+    if not _MODALITIES.issuperset(request.modalities or ()):
+        raise unsupported("modalities", "Only the output modalities 'text' and 'audio' can be priced here.")
     check_tools(request.tools or ())
     check_number(len(request.messages) + len(content), "messages")
     # What remains to be checked are the objects inside of messages, and tools. When there are no more braces than

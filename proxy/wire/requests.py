@@ -43,7 +43,8 @@ class PaidRequest(msgspec.Struct, frozen=True, kw_only=True):
     outputs for all `prompts` together. `prediction_tokens` bounds what may be billed of each choice on top of the
     maximum, `thinking_tokens` is the budget for reasoning inside of it. `is_unsized` says that some of the prompt is no
     text in the body; `images` counts the images in it, which have `image_bytes` of the body, and `has_only_images` says
-    that they are all of it. `must_unstore` says that the provider would keep the answer unless it is told not to.
+    that they are all of it. `wants_audio` says that the answer may be spoken, `must_unstore` that the provider would
+    keep it unless it is told not to.
     """
 
     endpoint: Endpoint
@@ -59,6 +60,7 @@ class PaidRequest(msgspec.Struct, frozen=True, kw_only=True):
     service_tier: str | None = None
     is_unsized: bool = False
     has_only_images: bool = False
+    wants_audio: bool = False
     images: int = 0
     image_bytes: int = 0
     must_unstore: bool = False
@@ -109,7 +111,6 @@ STATE: Final[Mapping[str, str]] = {
 }
 
 OUTSIDE_OF_TOKENS: Final[Mapping[str, str]] = {
-    "audio": "audio output is not priced here",
     "background": "answers in the background cannot be metered",
     "candidate_count": "'n' is the number of choices",
     "enable_search": "web search is billed outside of tokens",

@@ -181,8 +181,8 @@ class FaultyTollgate(Tollgate):
             return FaultyStore(DyingSqliteStore(self.configuration.sqlite_file, checkpoints=True), self._point)
         return FaultyStore(DyingPostgresStore(self.engine), self._point)
 
-    def _providers(self, client: Any) -> dict[str, Provider]:
-        return {name: FaultyProvider(provider, self._point) for name, provider in super()._providers(client).items()}
+    def _providers(self) -> dict[str, Provider]:
+        return {name: FaultyProvider(provider, self._point) for name, provider in super()._providers().items()}
 
 
 def dying_at_the_last_byte(app: Any) -> Any:

@@ -181,9 +181,8 @@ def test_any_json(fields, parts, tools):
         ({"prompt": {"id": "pmpt_1"}}, "prompt"),
         ({"background": True}, "background"),
         ({"models": ["dear/model"]}, "models"),
-        ({"audio": {"voice": "ash", "format": "wav"}}, "audio"),
         ({"best_of": 5}, "best_of"),
-        ({"modalities": ["text", "audio"]}, "modalities"),
+        ({"modalities": ["text", "video"]}, "modalities"),
         ({"tools": [{"type": "web_search"}]}, "tools"),
         ({"tools": [{"type": "function", "function": {}}, {"type": "code_interpreter"}]}, "tools"),
         ({"messages": [{"role": "user", "content": [{"type": "file", "file": {"file_id": "file-1"}}]}]}, "messages"),
@@ -355,3 +354,18 @@ def test_a_prediction_counts_by_its_bytes():
 def test_the_budget_for_thinking(fields, tokens):
     """It is what a useful answer needs at least; unknown shapes are the provider's business."""
     assert decode_chat(body(**fields)).thinking_tokens == tokens
+
+
+@pytest.mark.parametrize(
+    ("fields", "wants_audio"),
+    [
+        ({"modalities": ["text", "audio"], "audio": {"voice": "ash", "format": "wav"}}, True),
+        ({"modalities": ["audio"]}, True),
+        ({"audio": {"voice": "ash", "format": "wav"}}, True),
+        ({"modalities": ["text"], "audio": None}, False),
+        ({}, False),
+    ],
+)
+def test_spoken_output(fields, wants_audio):
+    """Whether an answer may be spoken, and so has to have a price for that."""
+    assert decode_chat(body(**fields)).wants_audio is wants_audio
