@@ -53,8 +53,11 @@ def configure_logs() -> None:
 
 
 def _redact(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    texts = "\n".join([value for value in event.values() if isinstance(value, str)])
+    if not any(mark in texts for mark in _MARKS):
+        return event
     for name, value in event.items():
-        if isinstance(value, str) and any(mark in value for mark in _MARKS):
+        if isinstance(value, str):
             event[name] = _SECRETS.sub(lambda match: f"{match[1] or ''}…", value)
     return event
 
