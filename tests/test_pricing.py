@@ -162,3 +162,18 @@ RULES = MarkupRules(
 def test_the_most_specific_rule_wins(call, markup):
     """User before model before provider before default."""
     assert RULES.of_call(*call) == markup
+
+
+def test_a_price_with_its_markup_is_rounded_up_number_by_number():
+    """For people to read: no number is less than what a charge would come to, steps and images included."""
+    step = LongContext(above_tokens=10, **dict.fromkeys(TOKEN_CLASSES, 7))
+    price = Price(**dict.fromkeys(TOKEN_CLASSES, 3), image=1, request=100, long_context=(step,))
+    shown = price.marked_up(1500)
+    assert {getattr(shown, name) for name in TOKEN_CLASSES} == {4}
+    assert (shown.image, shown.request, shown.long_context[0].output, shown.long_context[0].above_tokens) == (
+        2,
+        115,
+        9,
+        10,
+    )
+    assert price.marked_up(0) == price

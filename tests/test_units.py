@@ -1,3 +1,4 @@
+from datetime import UTC, datetime, timedelta, timezone
 from decimal import Decimal
 
 import pytest
@@ -11,6 +12,8 @@ from proxy.units import (
     format_credits,
     format_instant,
     format_percent,
+    is_id,
+    micros_of,
     new_id,
     parse_credits,
     parse_percent,
@@ -74,3 +77,25 @@ def test_usage_adds_up_by_side():
     """Every class belongs to one side; reasoning is part of output already."""
     usage = Usage(input=1, cached_input=2, cache_write=4, audio_input=8, output=16, audio_output=32, reasoning=7)
     assert (usage.input_tokens, usage.output_tokens) == (15, 48)
+
+
+@pytest.mark.parametrize(
+    ("instant", "micros"),
+    [
+        (datetime(1970, 1, 1, tzinfo=UTC), 0),
+        (datetime(1970, 1, 1, 0, 0, 1, 7, tzinfo=UTC), 1_000_007),
+        (datetime(1970, 1, 1, 2, tzinfo=timezone(timedelta(hours=2))), 0),
+    ],
+)
+def test_an_instant_of_any_zone_in_microseconds(instant, micros):
+    """Nothing is rounded, and the zone is taken into account."""
+    assert micros_of(instant) == micros
+
+
+@pytest.mark.parametrize(
+    "text", ["", "req_", "req_0", "key_" + "0" * 32, "req_" + "0" * 33, "req_" + "G" * 32, "req_" + "0" * 31 + "\0"]
+)
+def test_what_is_no_id(text):
+    """Only what `new_id` could have made is looked up."""
+    assert is_id(new_id("req"), "req")
+    assert not is_id(text, "req")
