@@ -373,10 +373,13 @@ class Exchange:
         await answer.end(body)
 
     async def _settle_plain(self, opened: _Open, metered: Metered) -> Settled:
-        """Charge for a whole answer. Raises `Unavailable` when that is not durable in time: then it is taken back."""
+        """Charge for a whole answer. Raises `Unavailable` when that is not durable in time.
+
+        Then, and when the wait for it is cancelled, the answer is never sent: the charge is taken back.
+        """
         try:
             return await self._settle(opened, metered, _outcome(opened))
-        except Unavailable:
+        except (Unavailable, asyncio.CancelledError):
             self._take_back(opened)
             raise
 

@@ -117,8 +117,8 @@ class StreamRelay:
     """Relays one stream.
 
     `raises_early` turns an error event that nothing came before into the error to raise for it; `on_first` is called
-    when the first other event has come. A stream that says
-    nothing for `keep_alive_s` seconds gets a comment, so that nobody in between takes it for dead.
+    when the first other event has come. A stream that says nothing for `keep_alive_s` seconds gets a comment, so that
+    nobody in between takes it for dead.
     """
 
     def __init__(  # noqa: PLR0913 - the parts of one loop
