@@ -16,7 +16,7 @@ SECONDS ?=
 SHORT ?=
 CHECK ?=
 
-.PHONY: help run test test-clients check chaos bench bench-ledger format clean lock hooks coverage prices audit-deps
+.PHONY: help run test test-clients check chaos soak bench bench-ledger format clean lock hooks coverage prices audit-deps
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,6 +32,10 @@ test-clients: $(VENV)/.dev $(VENV)/clients-python/.done ## drive a server with c
 
 chaos: $(VENV)/.dev ## crash proxies and databases under load, then judge the books (DURATION= seconds for each, SEED=)
 	$(BIN)/python -m tests.chaos.run --duration $(DURATION) $(if $(SEED),--seed $(SEED))
+
+soak: DURATION = 600
+soak: $(VENV)/.dev ## a thousand streams at once, readers that do not read, then a long mixed load: memory and handles stay flat
+	$(BIN)/python -m tests.bench.soak --duration $(DURATION)
 
 coverage: $(VENV)/.dev ## every branch of the ledger and of what counts money is taken by a test
 	$(BIN)/python -m pytest $(MONEY_TESTS) --cov-config=pyproject.toml --cov-branch $(addprefix --cov=,$(MONEY)) \
