@@ -68,7 +68,12 @@ class ChatRequest(Maxima, frozen=True, kw_only=True):
     prediction: Raw = NULL  # `Raw | None` would take nothing but null
 
 
-_REFUSED: Final = {**STATE, **OUTSIDE_OF_TOKENS, "prompt": "state kept at the provider is not bounded"}
+_REFUSED: Final = {
+    **STATE,
+    **OUTSIDE_OF_TOKENS,
+    "chat_template": "the size of a prompt is that of its messages",
+    "prompt": "state kept at the provider is not bounded",
+}
 _MODALITIES = frozenset({"text", "audio"})
 _TEXT_PARTS = frozenset({"text", "refusal"})
 

@@ -83,6 +83,7 @@ def test_every_prompt_has_its_choices(fields, choices):
         (Endpoint.EMBEDDINGS, {"input_image": "AA"}, "input_image"),
         (Endpoint.EMBEDDINGS, {"Input": "x"}, "input"),
         (Endpoint.RESPONSES, {"background": True}, "background"),
+        (Endpoint.RESPONSES, {"background": 1}, "background"),
         (Endpoint.RESPONSES, {"previous_response_id": "resp_1"}, "previous_response_id"),
         (Endpoint.RESPONSES, {"conversation": {"id": "conv_1"}}, "conversation"),
         (Endpoint.RESPONSES, {"prompt": {"id": "pmpt_1"}}, "prompt"),
