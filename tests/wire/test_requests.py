@@ -90,6 +90,10 @@ def test_every_prompt_has_its_choices(fields, choices):
         (Endpoint.RESPONSES, {"tools": [{"type": "web_search"}]}, "tools"),
         (Endpoint.RESPONSES, {"tools": [{"type": "function", "Type": "web_search"}]}, "tools"),
         (Endpoint.RESPONSES, {"input": [{"type": "item_reference", "id": "msg_1"}]}, "input"),
+        (Endpoint.RESPONSES, {"input": [{"id": "msg_1"}]}, "input"),
+        (Endpoint.RESPONSES, {"input": [{"type": None, "id": "msg_1"}]}, "input"),
+        (Endpoint.RESPONSES, {"instructions": [{"type": "item_reference", "id": "msg_1"}]}, "instructions"),
+        (Endpoint.RESPONSES, {"instructions": {"id": "pmpt_1"}}, "instructions"),
         (
             Endpoint.RESPONSES,
             {"input": [{"role": "user", "content": [{"type": "input_file", "file_id": "file-1"}]}]},
@@ -110,6 +114,7 @@ def test_what_has_no_bound_is_refused(endpoint, fields, param):
     ("items", "is_unsized"),
     [
         ([{"role": "user", "content": "hi"}], False),
+        ([{"type": None, "role": "user", "content": "hi"}], False),
         ([{"type": "message", "role": "user", "content": [{"type": "input_text", "text": "hi"}]}], False),
         ([{"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"}], False),
         ([{"type": "function_call_output", "call_id": "c", "output": "42"}], False),
