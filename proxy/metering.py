@@ -414,8 +414,13 @@ def meter_plain(  # noqa: PLR0913 - what it depends on
     model, texts = _response_texts(body) if is_response else _chat_texts(body)
     if usage is not None and not texts:
         return Metered(usage, UsageSource.REPORTED, answer.model, service_tier=_tier(answer))
+    # Text beside a usage without output was not reported; the prompt was.
+    prompt_tokens = 0 if usage is not None else counter.prompt(prompt)
+    counted = _counted(usage, prompt_tokens, counter.texts(texts.values()), bound)
+    if counted == usage:
+        return Metered(counted, UsageSource.REPORTED, answer.model or model, service_tier=_tier(answer))
     return Metered(
-        _counted(None, counter.prompt(prompt), counter.texts(texts.values()), bound),
+        counted,
         UsageSource.COUNTED,
         answer.model or model,
         is_implausible=bytes(answer.usage) != b"null",
@@ -506,7 +511,7 @@ class StreamMeter:
         usage = _counted(self._usage, prompt_tokens, tokens, bound)
         return Metered(
             usage,
-            UsageSource.COUNTED,
+            UsageSource.REPORTED if usage == self._usage else UsageSource.COUNTED,
             self._model,
             self._is_implausible,
             is_empty=is_empty,
@@ -552,6 +557,8 @@ class StreamMeter:
             self._kept.clear()
             self._kept_bytes = self._dropped_bytes = 0
             return read.kind
+        if usage is not None and (self._usage is None or not self._usage.output_tokens):
+            self._usage = usage  # the prompt is known; what was written is counted on top
         self._is_implausible = self._is_implausible or _is_object(read.usage)
         if read.has_text:
             self._keep(data)
@@ -559,7 +566,7 @@ class StreamMeter:
 
     def _has_text(self, data: bytes) -> bool:
         """Whether there is any text for which no usage was reported, `data` included."""
-        return bool(self._texts(data)[1]) or self._unreported_tokens(BY_BYTES) > 0
+        return bool(self._dropped_bytes) or any(self._texts(each)[1] for each in (data, *self._kept))
 
     def _keep(self, data: bytes) -> None:
         if self._kept_bytes + len(data) > self._kept_bytes_max:

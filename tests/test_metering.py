@@ -1,4 +1,5 @@
 import json
+import time
 
 import pytest
 from hypothesis import given, settings
@@ -227,6 +228,35 @@ def test_usage_above_what_the_model_can_do(maxima, is_implausible):
     assert (metered.is_implausible, metered.source == UsageSource.COUNTED) == (is_implausible, is_implausible)
     meter, _ = fed(event(usage_chunk()), **maxima)
     assert meter.is_implausible is is_implausible
+
+
+SCORED = {"prompt_tokens": 100, "completion_tokens": 0, "total_tokens": 100}
+
+
+@pytest.mark.parametrize(
+    ("bound", "output", "source"),
+    [(ROOMY, 3, UsageSource.COUNTED), (Usage(input=200), 0, UsageSource.REPORTED)],
+)
+def test_text_beside_a_usage_without_output(bound, output, source):
+    """The prompt that was reported is charged, and the text counted on top, where there may be any."""
+    metered = plain(answer(usage=SCORED), bound=bound)
+    assert (metered.usage, metered.source) == (Usage(input=100, output=output), source)
+    meter, _ = fed(event(chunk("Hello, you.")), event(usage_chunk(SCORED)))
+    assert (result(meter, bound=bound).usage, result(meter, bound=bound).source) == (metered.usage, source)
+
+
+def test_a_usage_without_output_takes_no_output_back():
+    """What was reported as written stays so."""
+    meter, _ = fed(event(chunk("x", usage=REPORTED)), event(chunk("1234")), event(usage_chunk(SCORED)))
+    assert result(meter).usage == Usage(input=10, output=6)
+
+
+def test_many_usages_without_output_take_linear_time():
+    """A provider that reports nothing written with every chunk does not stop the server."""
+    events = [event(chunk("Hello")), event(chunk("", usage=SCORED))] * 4000
+    started = time.perf_counter()
+    fed(*events, kept_bytes_max=4_000_000)
+    assert time.perf_counter() - started < 3
 
 
 def test_everything_that_a_model_writes_is_counted():
