@@ -210,7 +210,7 @@ class _End(msgspec.Struct):
 class _Chunk(msgspec.Struct):
     """An answer, or a chunk of one, as far as its usage is concerned."""
 
-    model: str | None = None
+    model: Any = None
     choices: list[_End] | None = None
     usage: Raw = NULL  # `Raw | None` would take nothing but null
     x_groq: Raw = NULL
@@ -249,14 +249,31 @@ class _Item(msgspec.Struct):
     summary: list[_Part] | None = None
 
 
-class _Response(msgspec.Struct):
-    """A response, as the body of an answer or inside of an event."""
+class _Ended(msgspec.Struct):
+    """A response, as far as its usage is concerned: whatever shape its output has."""
 
-    model: str | None = None
+    model: Any = None
     usage: Raw = NULL
-    error: Any = None
-    output: list[_Item] | None = None
     service_tier: Any = None
+
+
+class _Response(msgspec.Struct):
+    """A response, as far as its text is concerned."""
+
+    output: list[Raw] | None = None
+
+
+class _WholeEvent(msgspec.Struct):
+    """An event with all of a response in it."""
+
+    response: _Response
+
+
+class _EndEvent(msgspec.Struct):
+    """An event that ends a streamed response."""
+
+    type: Any = None
+    response: _Ended | None = None
 
 
 class _Opened(msgspec.Struct):
@@ -266,16 +283,14 @@ class _Opened(msgspec.Struct):
 
 
 class _ResponseEvent(msgspec.Struct):
-    """An event of a streamed response."""
+    """An event of a streamed response, as far as its text is concerned."""
 
     type: str | None = None
     delta: Any = None
     item_id: str | None = None
     output_index: Any = None
     item: _Opened | None = None
-    response: _Response | None = None
-    error: Any = None
-    message: str | None = None
+    response: _Ended | None = None
 
 
 _HALF = re.compile(rb"\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
@@ -308,6 +323,10 @@ _decode_groq = msgspec.json.Decoder(_Groq).decode
 _decode_written = _reader(_Written)
 _decode_chunk = _reader(_Chunk)
 _decode_response = _reader(_Response)
+_decode_item = _reader(_Item)
+_decode_ended = _reader(_Ended)
+_decode_end_event = _reader(_EndEvent)
+_decode_whole_event = _reader(_WholeEvent)
 _decode_response_event = _reader(_ResponseEvent)
 
 _NO_PROMPT_DETAILS = _PromptDetails()
@@ -405,32 +424,36 @@ def meter_plain(  # noqa: PLR0913 - what it depends on
     """
     is_response = endpoint is Endpoint.RESPONSES
     try:
-        answer = _decode_response(body) if is_response else _decode_chunk(body)
+        answer = _decode_ended(body) if is_response else _decode_chunk(body)
     except UNREADABLE:
         answer = _Chunk()
     usage = _plausible(answer.usage, tokens_max)
     if usage is not None and (usage.output_tokens or endpoint is Endpoint.EMBEDDINGS):
-        return Metered(usage, UsageSource.REPORTED, answer.model, service_tier=_tier(answer))
-    model, texts = _response_texts(body) if is_response else _chat_texts(body)
+        return Metered(usage, UsageSource.REPORTED, _model(answer), service_tier=_tier(answer))
+    texts = _whole_texts(body) if is_response else _chat_texts(body)[1]
     if usage is not None and not texts:
-        return Metered(usage, UsageSource.REPORTED, answer.model, service_tier=_tier(answer))
+        return Metered(usage, UsageSource.REPORTED, _model(answer), service_tier=_tier(answer))
     # Text beside a usage without output was not reported; the prompt was.
     prompt_tokens = 0 if usage is not None else counter.prompt(prompt)
     counted = _counted(usage, prompt_tokens, counter.texts(texts.values()), bound)
     if counted == usage:
-        return Metered(counted, UsageSource.REPORTED, answer.model or model, service_tier=_tier(answer))
+        return Metered(counted, UsageSource.REPORTED, _model(answer), service_tier=_tier(answer))
     return Metered(
         counted,
         UsageSource.COUNTED,
-        answer.model or model,
+        _model(answer),
         is_implausible=bytes(answer.usage) != b"null",
         is_empty=not texts and not (endpoint is Endpoint.EMBEDDINGS and b'"data"' in body),
         service_tier=_tier(answer),
     )
 
 
-def _tier(answer: _Chunk | _Response) -> str | None:
+def _tier(answer: _Chunk | _Ended) -> str | None:
     return answer.service_tier if isinstance(answer.service_tier, str) else None
+
+
+def _model(answer: _Chunk | _Ended) -> str | None:
+    return answer.model if isinstance(answer.model, str) else None
 
 
 class _Read(msgspec.Struct, frozen=True):
@@ -539,7 +562,7 @@ class StreamMeter:
             kind = EventKind.USAGE_ONLY
         else:
             kind = EventKind.USAGE if any(choice.finish_reason for choice in choices) else EventKind.CONTENT
-        return _Read(kind, chunk.reported, chunk.model, has_text=bool(choices), service_tier=_tier(chunk))
+        return _Read(kind, chunk.reported, _model(chunk), has_text=bool(choices), service_tier=_tier(chunk))
 
     def _texts(self, data: bytes) -> tuple[str | None, _Texts]:
         return _chat_texts(data)
@@ -592,27 +615,47 @@ class StreamMeter:
 
 
 class ResponseMeter(StreamMeter):
-    """Meters a stream of events as Responses has it: usage comes with the event that ends it."""
+    """Meters a stream of events as Responses has it: usage comes with the event that ends it.
+
+    That event has all of the text once more: it is counted where none came before it.
+    """
+
+    _end: bytes | None = None
 
     def _may_say(self, data: bytes) -> bool:
         return _RESPONSE_END.search(data) is not None
 
     def _decode(self, data: bytes) -> _Read:
-        event = _decode_response_event(data)
-        response = event.response or _Response()
+        event = _decode_end_event(data)
+        response = event.response or _Ended()
         if event.type in {"response.failed", "error"}:
             kind = EventKind.ERROR
         else:
             kind = EventKind.DONE if event.type in _RESPONSE_ENDS else EventKind.CONTENT
         has_text = kind is EventKind.CONTENT
-        return _Read(kind, response.usage, response.model, has_text=has_text, service_tier=_tier(response))
+        return _Read(kind, response.usage, _model(response), has_text=has_text, service_tier=_tier(response))
+
+    def _take(self, data: bytes) -> EventKind:
+        kind = super()._take(data)
+        if kind is not EventKind.CONTENT:
+            self._end = data
+        return kind
+
+    def _unreported_tokens(self, counter: Counter) -> int:
+        tokens = super()._unreported_tokens(counter)
+        if tokens or self._end is None:
+            return tokens
+        try:
+            return counter.texts(_response_texts(_decode_whole_event(self._end).response).values())
+        except UNREADABLE:
+            return 0  # it has no response, as an error has none
 
     def _texts(self, data: bytes) -> tuple[str | None, _Texts]:
         try:
             event = _decode_response_event(data)
         except UNREADABLE:
             return None, _unreadable(data)
-        model = None if event.response is None else event.response.model
+        model = None if event.response is None else _model(event.response)
         # The name of a tool comes with its item, all else bit by bit.
         text = event.delta
         if event.type == "response.output_item.added" and event.item is not None:
@@ -672,18 +715,26 @@ def _choice_texts(choice: _Choice) -> list[str | None]:
     return texts
 
 
-def _response_texts(body: bytes) -> tuple[str | None, _Texts]:
-    """As `_chat_texts`, of a whole response."""
+def _whole_texts(body: bytes) -> _Texts:
+    """The texts of a whole response; all of its bytes are text if it is unreadable."""
     try:
-        response = _decode_response(body)
+        return _response_texts(_decode_response(body))
     except UNREADABLE:
-        return None, _unreadable(body)
-    texts: _Texts = {}
-    for item in response.output or ():
+        return _unreadable(body)
+
+
+def _response_texts(response: _Response) -> _Texts:
+    """The texts of a response; what cannot be read of its items is text."""
+    written: list[str | None] = []
+    for raw in response.output or ():
+        try:
+            item = _decode_item(raw)
+        except UNREADABLE:
+            written += _unreadable(bytes(raw)).values()
+            continue
         parts = [*(item.content or ()), *(item.summary or ())]
-        written = [item.name, item.arguments, item.input, *(part.text or part.refusal for part in parts)]
-        texts |= {(len(texts), place): text for place, text in enumerate(written) if text}
-    return response.model, texts
+        written += (item.name, item.arguments, item.input, *(part.text or part.refusal for part in parts))
+    return {place: text for place, text in enumerate(written) if text}
 
 
 def _unreadable(data: bytes) -> _Texts:

@@ -540,6 +540,54 @@ def test_half_a_character(half):
     assert meter_plain(Endpoint.CHAT, plain, prompt=b"", bound=ROOMY).usage.output <= 3 * len(half)
 
 
+ODD_RESPONSES = [
+    {"model": 5},
+    {"output": [{"type": "tool_search_call", "arguments": {"query": "x"}}]},
+    {"output": [{"type": "message", "content": "not a list"}, None]},
+    {"output": {}},
+]
+
+
+@pytest.mark.parametrize("odd", ODD_RESPONSES)
+def test_usage_beside_an_output_of_any_shape(odd):
+    """What a response holds besides does not hide its usage, nor that it has ended."""
+    whole = {"usage": {"input_tokens": 10, "output_tokens": 5}, **odd}
+    meter = stream_meter(Endpoint.RESPONSES, 10_000)
+    ended = {"type": "response.completed", "item_id": 7, "item": "x", "response": whole}
+    assert meter.feed(event(ended)) is EventKind.DONE
+    metered = meter_plain(Endpoint.RESPONSES, json.dumps(whole).encode(), prompt=b"", bound=ROOMY)
+    assert (metered.usage, metered.source) == (Usage(input=10, output=5), UsageSource.REPORTED)
+    assert (result(meter).usage, result(meter).source) == (metered.usage, metered.source)
+
+
+def test_what_cannot_be_read_of_a_response_is_counted():
+    """An item in an unknown shape counts by its bytes, the others by their text."""
+    odd = {"type": "message", "content": "1234"}
+    items = [odd, {"type": "message", "content": [{"text": "12345678"}]}, {"name": "four\ud83d"}]
+    whole = json.dumps({"output": items}).encode()
+    metered = meter_plain(Endpoint.RESPONSES, whole, prompt=b"", bound=ROOMY)
+    assert metered.usage.output == -(-(len(json.dumps(odd)) + 8 + 4 + 3) // 4)
+
+
+@pytest.mark.parametrize("kind", ["response.completed", "response.incomplete", "response.failed"])
+def test_text_that_comes_with_the_end_of_a_response_only(kind):
+    """It is counted where nothing came before it, and not a second time where something did."""
+    items = [{"type": "message", "content": [{"type": "output_text", "text": "12345678"}]}]
+    ended = event({"type": kind, "response": {"usage": None, "output": items}})
+    for before in ([], [event({"type": "response.output_text.delta", "delta": "12345678"})]):
+        meter = stream_meter(Endpoint.RESPONSES, 10_000)
+        for each in (*before, ended):
+            meter.feed(each)
+        assert (result(meter).usage.output, result(meter).is_empty) == (2, False)
+
+
+def test_an_end_without_a_response():
+    """There is nothing to count in an error."""
+    meter = stream_meter(Endpoint.RESPONSES, 10_000)
+    meter.feed(event({"type": "error", "message": "x"}))
+    assert (result(meter).usage.output, result(meter).is_empty) == (0, True)
+
+
 def test_the_name_of_a_tool_in_a_response_is_counted():
     """It comes with the item that its arguments belong to."""
     meter = stream_meter(Endpoint.RESPONSES, 10_000)
