@@ -217,6 +217,7 @@ class _Chunk(msgspec.Struct):
     error: Any = None
     type: Any = None
     code: Any = None
+    output: Raw = NULL
     service_tier: Any = None
 
     @property
@@ -339,6 +340,7 @@ _ERROR_VALUE = re.compile(rb'"error"\s*:\s*[^\sn]')
 """Anything but null, which some providers send with every chunk."""
 
 _DONE = b"[DONE]"
+_NOTHING = frozenset({b"null", b"[]"})
 
 _RESPONSE_END = re.compile(rb'"type"\s*:\s*"(?:response\.(?:completed|incomplete|failed|cancelled)|error)"')
 _RESPONSE_ENDS = frozenset({"response.completed", "response.incomplete", "response.cancelled"})
@@ -401,7 +403,7 @@ def failure_status(body: bytes) -> int | None:
     except UNREADABLE:
         return None
     is_event = answer.type == "error"
-    if not (answer.error or is_event) or answer.choices:
+    if not (answer.error or is_event) or answer.choices or bytes(answer.output) not in _NOTHING:
         return None
     code = answer.error.get("code") if isinstance(answer.error, dict) else answer.code
     text = str(code)

@@ -506,6 +506,8 @@ def test_any_events(events):
         (b'{"error": {"code": 500}, "choices": [{"index": 0}]}', None),
         (b'{"choices": [{"message": {"content": "an \\"error\\""}}]}', None),
         (b'{"error": broken', None),
+        (b'{"error": {"code": "server_error"}, "output": []}', 502),
+        (b'{"error": {"code": "server_error"}, "output": [{"type": "message"}]}', None),
         (b'{"type": "error", "code": "429", "message": "x"}', 429),
         (b'{"type": "error", "code": "rate_limit_exceeded", "message": "x"}', 502),
         (b'{"type": "response.output_text.delta", "delta": "error"}', None),

@@ -171,6 +171,21 @@ def test_an_error_first_with_status_200(client, endpoint, stream, code, status):
     assert (charge["state"], charge["charged"]) == ("released", "0")
 
 
+def test_a_failed_response_with_text_is_charged(client):
+    """What a provider delivers before it fails is no error body for nothing."""
+    whole = {
+        "object": "response",
+        "status": "failed",
+        "error": {"code": "server_error", "message": "x"},
+        "output": [{"type": "message", "content": [{"type": "output_text", "text": "half of"}]}],
+        "usage": {"input_tokens": 9, "output_tokens": 4, "total_tokens": 13},
+    }
+    answer = asked(client, endpoint=Endpoint.RESPONSES, raw=json.dumps(whole))
+    assert (answer.status_code, answer.json()) == (200, whole)
+    charge = charge_of(client, answer)
+    assert (charge["state"], charge["usage_source"], charge["usage"]) == ("settled", "reported", {"input": 9, "output": 4})
+
+
 UNREPORTED = {
     "text": ({"text": "x" * 40}, 10),
     "unicode": ({"text": "é☂" * 8}, 10),
