@@ -205,6 +205,32 @@ def test_a_failed_response_with_text_is_charged(client):
     assert charge["usage"] == {"input": 9, "output": 4}
 
 
+GZIP = {"content-encoding": "gzip"}
+SAID = 'data: {"choices": [{"index": 0, "delta": {"content": "12345678"}}]}\n\n'
+USED = '{"choices": [], "usage": {"prompt_tokens": 9, "completion_tokens": 4}}'
+
+
+def test_every_member_of_an_encoding_is_relayed(client):
+    """Servers may compress piece by piece: the usage is found in any of them."""
+    pieces = [SAID, f"data: {USED}\n\n", "data: [DONE]\n\n"]
+    packed = base64.b64encode(b"".join(gzip.compress(piece.encode()) for piece in pieces)).decode()
+    answer = asked(client, stream=True, raw_base64=packed, content_type="text/event-stream", extra_headers=GZIP)
+    assert answer.text == SAID + "data: [DONE]\n\n"
+    assert charge_of(client, answer)["usage"] == {"input": 9, "output": 4}
+    packed = base64.b64encode(gzip.compress(USED[:20].encode()) + gzip.compress(USED[20:].encode())).decode()
+    answer = asked(client, raw_base64=packed, extra_headers=GZIP)
+    assert charge_of(client, answer)["usage"] == {"input": 9, "output": 4}
+
+
+def test_an_encoding_that_is_cut_off_is_a_stream_that_broke(client):
+    """Its last bytes are missing, so nobody can say that it was whole."""
+    packed = base64.b64encode(gzip.compress(SAID.encode() * 20)[:-9]).decode()
+    answer = asked(client, stream=True, raw_base64=packed, content_type="text/event-stream", extra_headers=GZIP)
+    assert "stream_broken" in answer.text
+    charge = charge_of(client, answer)
+    assert (charge["state"], charge["outcome"], charge["usage_source"]) == ("settled", "provider_broke", "counted")
+
+
 UNREPORTED = {
     "text": ({"text": "x" * 40}, 10),
     "unicode": ({"text": "é☂" * 8}, 10),
