@@ -294,16 +294,22 @@ class _ResponseEvent(msgspec.Struct):
     response: _Ended | None = None
 
 
+_WHOLE_FLOAT = re.compile(rb"(?<=[0-9])\.0+(?=[\s,}])")
+"""The end of a whole number as JavaScript and Lua need not tell it from others."""
+
 _HALF = re.compile(rb"\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
 """The escape of half a character."""
+
+_NO_NUMBER = re.compile(rb"(?<=[\s,:\[])-?(?:NaN|Infinity)(?=[\s,\]}])")
+"""What Python writes for numbers that JSON does not have, such as the log probability of what cannot be."""
 
 _Shape = TypeVar("_Shape")
 
 
 def _reader(shape: type[_Shape]) -> Callable[[bytes], _Shape]:
-    """A decoder of `shape` that takes halves of characters for U+FFFD.
+    """A decoder of `shape` that takes halves of characters for U+FFFD, and what is no number for null.
 
-    Providers send them where a token ends inside of a character, and msgspec refuses all of a text that holds one.
+    Providers send the former where a token ends inside of a character, and msgspec refuses all of what holds one.
     """
     decode = msgspec.json.Decoder(shape).decode
 
@@ -311,12 +317,20 @@ def _reader(shape: type[_Shape]) -> Callable[[bytes], _Shape]:
         try:
             return decode(data)
         except UNREADABLE:
-            mended = _HALF.sub(rb"\\ufffd", data)
+            mended = _NO_NUMBER.sub(b"null", _HALF.sub(rb"\\ufffd", data))
             if mended == data:
                 raise
             return decode(mended)
 
     return read
+
+
+def _decode_usage(reported: bytes | Raw) -> _Reported:
+    """The numbers of a usage object. Raises what msgspec raises."""
+    try:
+        return _decode_reported(reported)
+    except UNREADABLE:
+        return _decode_reported(_WHOLE_FLOAT.sub(b"", bytes(reported)))
 
 
 _decode_reported = msgspec.json.Decoder(_Reported).decode
@@ -349,17 +363,19 @@ _Texts = dict[object, str]
 """Pieces of text by what they are pieces of, such as the content of one choice."""
 
 
-def read_usage(reported: bytes | Raw) -> Usage | None:
+def read_usage(reported: bytes | Raw, *, has_output: bool = True) -> Usage | None:
     """The usage in a usage object of OpenAI's or Anthropic's; None when it cannot be right.
 
     That is: a number that is negative, not whole or beyond 64 bits, a detail above its total, or neither prompt
-    nor completion tokens.
+    nor completion tokens. Without output, as of embeddings, the total is all prompt: Voyage reports nothing else.
     """
     try:
-        usage = _decode_reported(reported)
+        usage = _decode_usage(reported)
     except UNREADABLE:
         return None
     prompt, completion, total = usage.prompt, usage.completion, usage.total_tokens or 0
+    if not has_output:
+        prompt, completion = max(prompt or 0, total), 0
     if prompt is None:
         if completion is None:
             return None
@@ -429,7 +445,7 @@ def meter_plain(  # noqa: PLR0913 - what it depends on
         answer = _decode_ended(body) if is_response else _decode_chunk(body)
     except UNREADABLE:
         answer = _Chunk()
-    usage = _plausible(answer.usage, tokens_max)
+    usage = _plausible(answer.usage, tokens_max, has_output=endpoint is not Endpoint.EMBEDDINGS)
     if usage is not None and (usage.output_tokens or endpoint is Endpoint.EMBEDDINGS):
         return Metered(usage, UsageSource.REPORTED, _model(answer), service_tier=_tier(answer))
     texts = _whole_texts(body) if is_response else _chat_texts(body)[1]
@@ -672,8 +688,8 @@ def stream_meter(endpoint: Endpoint, kept_bytes_max: int, *, tokens_max: int | N
     return kind(kept_bytes_max, tokens_max=tokens_max)
 
 
-def _plausible(reported: Raw, tokens_max: int | None) -> Usage | None:
-    usage = read_usage(reported)
+def _plausible(reported: Raw, tokens_max: int | None, *, has_output: bool = True) -> Usage | None:
+    usage = read_usage(reported, has_output=has_output)
     if usage is None or not usage.input_tokens + usage.output_tokens:
         return None
     if tokens_max is not None and usage.input_tokens + usage.output_tokens > tokens_max:

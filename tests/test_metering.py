@@ -67,6 +67,7 @@ def result(meter, prompt_bytes=40, bound=ROOMY):
             REPORTED | {"completion_tokens_details": {"reasoning_tokens": 4, "audio_tokens": 1}},
             Usage(input=10, output=4, audio_output=1, reasoning=4),
         ),
+        ({"prompt_tokens": 10.0, "completion_tokens": 5.00, "total_tokens": 15.0}, Usage(input=10, output=5)),
         (REPORTED | {"cached_tokens": 8}, Usage(input=2, cached_input=8, output=5)),
         (REPORTED | {"prompt_cache_hit_tokens": 8}, Usage(input=2, cached_input=8, output=5)),
         (REPORTED | {"cache_creation_input_tokens": 8}, Usage(input=2, cache_write=8, output=5)),
@@ -97,6 +98,17 @@ def test_usage_in_disjoint_classes(reported, usage):
 def test_hidden_output(reported, usage):
     """A total above its parts is output that was not shown; one below them says nothing."""
     assert read_usage(json.dumps(reported).encode()) == usage
+
+
+@pytest.mark.parametrize(
+    "reported", [{"total_tokens": 12}, {"prompt_tokens": 12}, {"prompt_tokens": 5, "total_tokens": 12}]
+)
+def test_a_total_without_output(reported):
+    """What has no output has only a prompt, under whatever name it is reported."""
+    assert read_usage(json.dumps(reported).encode(), has_output=False) == Usage(input=12)
+    body = json.dumps({"object": "list", "data": [{"embedding": [1]}], "usage": reported}).encode()
+    metered = meter_plain(Endpoint.EMBEDDINGS, body, prompt=b"", bound=ROOMY)
+    assert (metered.usage, metered.source) == (Usage(input=12), UsageSource.REPORTED)
 
 
 def test_overlapping_details():
@@ -588,6 +600,19 @@ def test_an_end_without_a_response():
     meter = stream_meter(Endpoint.RESPONSES, 10_000)
     meter.feed(event({"type": "error", "message": "x"}))
     assert (result(meter).usage.output, result(meter).is_empty) == (0, True)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf")])
+def test_numbers_that_json_does_not_have(number):
+    """Python writes them all the same; they hide neither the usage nor the text beside them."""
+    choice = {"message": {"content": "1234, NaN "}, "delta": {"content": "1234"}, "logprobs": [{"logprob": number}]}
+    odd = {"model": "m", "choices": [choice], "odd": [number, number], "usage": REPORTED}
+    metered = plain(json.dumps(odd).encode())
+    assert (metered.usage, metered.source) == (Usage(input=10, output=5), UsageSource.REPORTED)
+    meter, _ = fed(event({"choices": [choice]}))
+    assert result(meter).usage.output == 4
+    meter.feed(event(odd))
+    assert result(meter).usage == Usage(input=10, output=5)
 
 
 def test_the_name_of_a_tool_in_a_response_is_counted():
