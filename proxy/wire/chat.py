@@ -114,7 +114,8 @@ def decode_chat(body: bytes) -> PaidRequest:
         prediction_tokens=len(request.prediction) if is_set(request.prediction) else 0,
         service_tier=request.service_tier,
         is_unsized=bool(media),
-        has_only_images=bool(images) and images == len(media),
+        # vLLM lets a request say how finely an image is cut, whatever the model does by default.
+        has_only_images=bool(images) and images == len(media) and not is_set(fields.get("mm_processor_kwargs")),
         images=images,
         image_bytes=image_bytes(parts) if images else 0,
         wants_audio="audio" in (request.modalities or ()) or is_set(fields.get("audio")),

@@ -308,6 +308,13 @@ def test_names_are_free_where_we_do_not_read():
     assert decode_chat(request_body) == decode_chat(compact(request_body))
 
 
+def test_images_that_the_request_enlarges():
+    """They have no maximum that the model's row could know."""
+    messages = [{"role": "user", "content": [TEXT, IMAGE]}]
+    assert decode_chat(body(messages=messages, mm_processor_kwargs=None)).has_only_images
+    assert not decode_chat(body(messages=messages, mm_processor_kwargs={"max_pixels": 10**9})).has_only_images
+
+
 @pytest.mark.parametrize(
     ("content", "is_media"),
     [

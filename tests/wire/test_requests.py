@@ -52,7 +52,15 @@ def test_the_least_that_a_request_must_say(endpoint):
 @pytest.mark.parametrize("endpoint", [Endpoint.COMPLETIONS, Endpoint.EMBEDDINGS])
 @pytest.mark.parametrize(
     ("prompt", "prompts"),
-    [("a", 1), (["a"], 1), (["a", "b"], 2), ([1, 2, 3], 1), ([[1], [2, 3], [4]], 3)],
+    [
+        ("a", 1),
+        (["a"], 1),
+        (["a", "b"], 2),
+        ([1, 2, 3], 1),
+        ([[1], [2, 3], [4]], 3),
+        ([1, [2, 3], "b"], 3),
+        (["a", 1], 2),
+    ],
 )
 def test_prompts_are_counted(endpoint, prompt, prompts):
     """A text and a list of tokens are one prompt, and each may fill the context."""
@@ -67,6 +75,14 @@ def test_prompts_are_counted(endpoint, prompt, prompts):
 def test_every_prompt_has_its_choices(fields, choices):
     """Those that are not shown are billed as well."""
     assert decode(Endpoint.COMPLETIONS, body(Endpoint.COMPLETIONS, prompt=["a", "b"], **fields)).choices == choices
+
+
+def test_the_best_of_several_is_not_streamed():
+    """As at OpenAI: whoever leaves such a stream would get what it does not show for nothing."""
+    with pytest.raises(BadRequest) as raised:
+        decode(Endpoint.COMPLETIONS, body(Endpoint.COMPLETIONS, stream=True, n=2, best_of=3))
+    assert raised.value.param == "best_of"
+    assert decode(Endpoint.COMPLETIONS, body(Endpoint.COMPLETIONS, stream=True, n=3, best_of=3)).choices == 3
 
 
 @pytest.mark.parametrize(
