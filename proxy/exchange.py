@@ -437,7 +437,7 @@ class Exchange:
             with _AtProvider(opened):
                 await relayed.forward(chunks)
         except UpstreamFailed as exc:
-            if not answer.is_started:
+            if not answer.is_started and not opened.is_stopped:
                 raise
             failure = exc
             if isinstance(exc, UpstreamTimeout) and answer.is_waiting:
