@@ -218,7 +218,7 @@ class StreamRelay:
                 case _:
                     forwarded += self.tail.let_go()
                     forwarded.append(event)
-                    self._first = self._first or event
+                    self._first = self._first or (b"" if kind is EventKind.OTHER else event)
                     # The openai SDK takes a comment after an id for an event without data.
                     self._may_comment = self._may_comment and b"id:" not in event
         if forwarded:

@@ -253,6 +253,17 @@ def test_what_nobody_reports_is_counted(client, endpoint, stream, behaviour, tok
     assert Decimal(charge["charged"]) == _price(charge["usage"])
 
 
+def test_usage_that_is_added_belongs_to_the_stream(client):
+    """Asked for and not sent, it comes in a chunk with the stream's id and model, whatever comes before its first."""
+    wants = {"stream_options": {"include_usage": True}}
+    answer = asked(client, stream=True, fields=wants, usage="none", event_prefix=": OPENROUTER PROCESSING\n\n")
+    chunks = [json.loads(line[6:]) for line in answer.text.splitlines() if line.startswith("data: {")]
+    assert chunks[-1]["usage"]["cost"] == charge_of(client, answer)["charged"]
+    assert [chunks[-1][name] for name in ("id", "model", "object")] == [
+        chunks[0][name] for name in ("id", "model", "object")
+    ]
+
+
 def test_reasoning_that_nobody_reports_is_counted(client):
     """What a model thinks aloud is output as well."""
     chunk = {"choices": [{"index": 0, "delta": {"reasoning_content": "x" * 20, "content": "x" * 20}}]}
