@@ -304,6 +304,8 @@ class Exchange:
         if response.status >= 300:
             raise await self._rejection(opened, response)
         try:
+            if _content_type(response.headers).startswith(b"text/html"):
+                raise UpstreamBroken("The provider answered with a web page.", provider=opened.candidate.provider)
             if _is_stream(opened.request, response.headers):
                 await self._relay_stream(opened, response, answer)
             else:
@@ -355,6 +357,8 @@ class Exchange:
     async def _relay_plain(self, opened: _Open, response: UpstreamResponse, answer: Answer) -> None:
         with _AtProvider(opened):
             body = await _read_all(response, self._limits.answer_bytes_max, opened.candidate.provider)
+        if not body:
+            raise UpstreamBroken("The provider's answer is empty.", provider=opened.candidate.provider)
         content = self._content(response, body)
         failed = failure_status(content)
         if failed is not None:
@@ -433,7 +437,7 @@ class Exchange:
             with _AtProvider(opened):
                 await relayed.forward(chunks)
         except UpstreamFailed as exc:
-            if not answer.is_started:
+            if not answer.is_started and not opened.is_stopped:
                 raise
             failure = exc
             if isinstance(exc, UpstreamTimeout) and answer.is_waiting:
@@ -770,10 +774,14 @@ def _error_event(failure: TollgateError, endpoint: Endpoint) -> bytes:
 
 def _is_stream(request: PaidRequest, headers: Headers) -> bool:
     """Whether an answer is a stream of events: it says so, or it was asked for and does not say that it is not."""
-    content_type = next((value.lower() for name, value in headers if name == b"content-type"), b"")
+    content_type = _content_type(headers)
     if content_type.startswith(b"text/event-stream"):
         return True
     return request.is_stream and b"json" not in content_type
+
+
+def _content_type(headers: Headers) -> bytes:
+    return next((value.strip().lower() for name, value in headers if name == b"content-type"), b"")
 
 
 def _is_passing(status: int) -> bool:

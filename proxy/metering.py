@@ -210,13 +210,14 @@ class _End(msgspec.Struct):
 class _Chunk(msgspec.Struct):
     """An answer, or a chunk of one, as far as its usage is concerned."""
 
-    model: str | None = None
+    model: Any = None
     choices: list[_End] | None = None
     usage: Raw = NULL  # `Raw | None` would take nothing but null
     x_groq: Raw = NULL
     error: Any = None
     type: Any = None
     code: Any = None
+    output: Raw = NULL
     service_tier: Any = None
 
     @property
@@ -249,14 +250,31 @@ class _Item(msgspec.Struct):
     summary: list[_Part] | None = None
 
 
-class _Response(msgspec.Struct):
-    """A response, as the body of an answer or inside of an event."""
+class _Ended(msgspec.Struct):
+    """A response, as far as its usage is concerned: whatever shape its output has."""
 
-    model: str | None = None
+    model: Any = None
     usage: Raw = NULL
-    error: Any = None
-    output: list[_Item] | None = None
     service_tier: Any = None
+
+
+class _Response(msgspec.Struct):
+    """A response, as far as its text is concerned."""
+
+    output: list[Raw] | None = None
+
+
+class _WholeEvent(msgspec.Struct):
+    """An event with all of a response in it."""
+
+    response: _Response
+
+
+class _EndEvent(msgspec.Struct):
+    """An event that ends a streamed response."""
+
+    type: Any = None
+    response: _Ended | None = None
 
 
 class _Opened(msgspec.Struct):
@@ -266,28 +284,32 @@ class _Opened(msgspec.Struct):
 
 
 class _ResponseEvent(msgspec.Struct):
-    """An event of a streamed response."""
+    """An event of a streamed response, as far as its text is concerned."""
 
     type: str | None = None
     delta: Any = None
     item_id: str | None = None
     output_index: Any = None
     item: _Opened | None = None
-    response: _Response | None = None
-    error: Any = None
-    message: str | None = None
+    response: _Ended | None = None
 
+
+_WHOLE_FLOAT = re.compile(rb"(?<=[0-9])\.0+(?=[\s,}])")
+"""The end of a whole number as JavaScript and Lua need not tell it from others."""
 
 _HALF = re.compile(rb"\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
 """The escape of half a character."""
+
+_NO_NUMBER = re.compile(rb"(?<=[\s,:\[])-?(?:NaN|Infinity)(?=[\s,\]}])")
+"""What Python writes for numbers that JSON does not have, such as the log probability of what cannot be."""
 
 _Shape = TypeVar("_Shape")
 
 
 def _reader(shape: type[_Shape]) -> Callable[[bytes], _Shape]:
-    """A decoder of `shape` that takes halves of characters for U+FFFD.
+    """A decoder of `shape` that takes halves of characters for U+FFFD, and what is no number for null.
 
-    Providers send them where a token ends inside of a character, and msgspec refuses all of a text that holds one.
+    Providers send the former where a token ends inside of a character, and msgspec refuses all of what holds one.
     """
     decode = msgspec.json.Decoder(shape).decode
 
@@ -295,7 +317,7 @@ def _reader(shape: type[_Shape]) -> Callable[[bytes], _Shape]:
         try:
             return decode(data)
         except UNREADABLE:
-            mended = _HALF.sub(rb"\\ufffd", data)
+            mended = _NO_NUMBER.sub(b"null", _HALF.sub(rb"\\ufffd", data))
             if mended == data:
                 raise
             return decode(mended)
@@ -303,11 +325,23 @@ def _reader(shape: type[_Shape]) -> Callable[[bytes], _Shape]:
     return read
 
 
+def _decode_usage(reported: bytes | Raw) -> _Reported:
+    """The numbers of a usage object. Raises what msgspec raises."""
+    try:
+        return _decode_reported(reported)
+    except UNREADABLE:
+        return _decode_reported(_WHOLE_FLOAT.sub(b"", bytes(reported)))
+
+
 _decode_reported = msgspec.json.Decoder(_Reported).decode
 _decode_groq = msgspec.json.Decoder(_Groq).decode
 _decode_written = _reader(_Written)
 _decode_chunk = _reader(_Chunk)
 _decode_response = _reader(_Response)
+_decode_item = _reader(_Item)
+_decode_ended = _reader(_Ended)
+_decode_end_event = _reader(_EndEvent)
+_decode_whole_event = _reader(_WholeEvent)
 _decode_response_event = _reader(_ResponseEvent)
 
 _NO_PROMPT_DETAILS = _PromptDetails()
@@ -320,6 +354,7 @@ _ERROR_VALUE = re.compile(rb'"error"\s*:\s*[^\sn]')
 """Anything but null, which some providers send with every chunk."""
 
 _DONE = b"[DONE]"
+_NOTHING = frozenset({b"null", b"[]"})
 
 _RESPONSE_END = re.compile(rb'"type"\s*:\s*"(?:response\.(?:completed|incomplete|failed|cancelled)|error)"')
 _RESPONSE_ENDS = frozenset({"response.completed", "response.incomplete", "response.cancelled"})
@@ -328,17 +363,19 @@ _Texts = dict[object, str]
 """Pieces of text by what they are pieces of, such as the content of one choice."""
 
 
-def read_usage(reported: bytes | Raw) -> Usage | None:
+def read_usage(reported: bytes | Raw, *, has_output: bool = True) -> Usage | None:
     """The usage in a usage object of OpenAI's or Anthropic's; None when it cannot be right.
 
     That is: a number that is negative, not whole or beyond 64 bits, a detail above its total, or neither prompt
-    nor completion tokens.
+    nor completion tokens. Without output, as of embeddings, the total is all prompt: Voyage reports nothing else.
     """
     try:
-        usage = _decode_reported(reported)
+        usage = _decode_usage(reported)
     except UNREADABLE:
         return None
     prompt, completion, total = usage.prompt, usage.completion, usage.total_tokens or 0
+    if not has_output:
+        prompt, completion = max(prompt or 0, total), 0
     if prompt is None:
         if completion is None:
             return None
@@ -382,7 +419,7 @@ def failure_status(body: bytes) -> int | None:
     except UNREADABLE:
         return None
     is_event = answer.type == "error"
-    if not (answer.error or is_event) or answer.choices:
+    if not (answer.error or is_event) or answer.choices or bytes(answer.output) not in _NOTHING:
         return None
     code = answer.error.get("code") if isinstance(answer.error, dict) else answer.code
     text = str(code)
@@ -405,27 +442,36 @@ def meter_plain(  # noqa: PLR0913 - what it depends on
     """
     is_response = endpoint is Endpoint.RESPONSES
     try:
-        answer = _decode_response(body) if is_response else _decode_chunk(body)
+        answer = _decode_ended(body) if is_response else _decode_chunk(body)
     except UNREADABLE:
         answer = _Chunk()
-    usage = _plausible(answer.usage, tokens_max)
+    usage = _plausible(answer.usage, tokens_max, has_output=endpoint is not Endpoint.EMBEDDINGS)
     if usage is not None and (usage.output_tokens or endpoint is Endpoint.EMBEDDINGS):
-        return Metered(usage, UsageSource.REPORTED, answer.model, service_tier=_tier(answer))
-    model, texts = _response_texts(body) if is_response else _chat_texts(body)
+        return Metered(usage, UsageSource.REPORTED, _model(answer), service_tier=_tier(answer))
+    texts = _whole_texts(body) if is_response else _chat_texts(body)[1]
     if usage is not None and not texts:
-        return Metered(usage, UsageSource.REPORTED, answer.model, service_tier=_tier(answer))
+        return Metered(usage, UsageSource.REPORTED, _model(answer), service_tier=_tier(answer))
+    # Text beside a usage without output was not reported; the prompt was.
+    prompt_tokens = 0 if usage is not None else counter.prompt(prompt)
+    counted = _counted(usage, prompt_tokens, counter.texts(texts.values()), bound)
+    if counted == usage:
+        return Metered(counted, UsageSource.REPORTED, _model(answer), service_tier=_tier(answer))
     return Metered(
-        _counted(None, counter.prompt(prompt), counter.texts(texts.values()), bound),
+        counted,
         UsageSource.COUNTED,
-        answer.model or model,
+        _model(answer),
         is_implausible=bytes(answer.usage) != b"null",
         is_empty=not texts and not (endpoint is Endpoint.EMBEDDINGS and b'"data"' in body),
         service_tier=_tier(answer),
     )
 
 
-def _tier(answer: _Chunk | _Response) -> str | None:
+def _tier(answer: _Chunk | _Ended) -> str | None:
     return answer.service_tier if isinstance(answer.service_tier, str) else None
+
+
+def _model(answer: _Chunk | _Ended) -> str | None:
+    return answer.model if isinstance(answer.model, str) else None
 
 
 class _Read(msgspec.Struct, frozen=True):
@@ -506,7 +552,7 @@ class StreamMeter:
         usage = _counted(self._usage, prompt_tokens, tokens, bound)
         return Metered(
             usage,
-            UsageSource.COUNTED,
+            UsageSource.REPORTED if usage == self._usage else UsageSource.COUNTED,
             self._model,
             self._is_implausible,
             is_empty=is_empty,
@@ -534,7 +580,7 @@ class StreamMeter:
             kind = EventKind.USAGE_ONLY
         else:
             kind = EventKind.USAGE if any(choice.finish_reason for choice in choices) else EventKind.CONTENT
-        return _Read(kind, chunk.reported, chunk.model, has_text=bool(choices), service_tier=_tier(chunk))
+        return _Read(kind, chunk.reported, _model(chunk), has_text=bool(choices), service_tier=_tier(chunk))
 
     def _texts(self, data: bytes) -> tuple[str | None, _Texts]:
         return _chat_texts(data)
@@ -552,6 +598,8 @@ class StreamMeter:
             self._kept.clear()
             self._kept_bytes = self._dropped_bytes = 0
             return read.kind
+        if usage is not None and (self._usage is None or not self._usage.output_tokens):
+            self._usage = usage  # the prompt is known; what was written is counted on top
         self._is_implausible = self._is_implausible or _is_object(read.usage)
         if read.has_text:
             self._keep(data)
@@ -559,7 +607,7 @@ class StreamMeter:
 
     def _has_text(self, data: bytes) -> bool:
         """Whether there is any text for which no usage was reported, `data` included."""
-        return bool(self._texts(data)[1]) or self._unreported_tokens(BY_BYTES) > 0
+        return bool(self._dropped_bytes) or any(self._texts(each)[1] for each in (data, *self._kept))
 
     def _keep(self, data: bytes) -> None:
         if self._kept_bytes + len(data) > self._kept_bytes_max:
@@ -585,27 +633,47 @@ class StreamMeter:
 
 
 class ResponseMeter(StreamMeter):
-    """Meters a stream of events as Responses has it: usage comes with the event that ends it."""
+    """Meters a stream of events as Responses has it: usage comes with the event that ends it.
+
+    That event has all of the text once more: it is counted where none came before it.
+    """
+
+    _end: bytes | None = None
 
     def _may_say(self, data: bytes) -> bool:
         return _RESPONSE_END.search(data) is not None
 
     def _decode(self, data: bytes) -> _Read:
-        event = _decode_response_event(data)
-        response = event.response or _Response()
+        event = _decode_end_event(data)
+        response = event.response or _Ended()
         if event.type in {"response.failed", "error"}:
             kind = EventKind.ERROR
         else:
             kind = EventKind.DONE if event.type in _RESPONSE_ENDS else EventKind.CONTENT
         has_text = kind is EventKind.CONTENT
-        return _Read(kind, response.usage, response.model, has_text=has_text, service_tier=_tier(response))
+        return _Read(kind, response.usage, _model(response), has_text=has_text, service_tier=_tier(response))
+
+    def _take(self, data: bytes) -> EventKind:
+        kind = super()._take(data)
+        if kind is not EventKind.CONTENT:
+            self._end = data
+        return kind
+
+    def _unreported_tokens(self, counter: Counter) -> int:
+        tokens = super()._unreported_tokens(counter)
+        if tokens or self._end is None:
+            return tokens
+        try:
+            return counter.texts(_response_texts(_decode_whole_event(self._end).response).values())
+        except UNREADABLE:
+            return 0  # it has no response, as an error has none
 
     def _texts(self, data: bytes) -> tuple[str | None, _Texts]:
         try:
             event = _decode_response_event(data)
         except UNREADABLE:
             return None, _unreadable(data)
-        model = None if event.response is None else event.response.model
+        model = None if event.response is None else _model(event.response)
         # The name of a tool comes with its item, all else bit by bit.
         text = event.delta
         if event.type == "response.output_item.added" and event.item is not None:
@@ -620,8 +688,8 @@ def stream_meter(endpoint: Endpoint, kept_bytes_max: int, *, tokens_max: int | N
     return kind(kept_bytes_max, tokens_max=tokens_max)
 
 
-def _plausible(reported: Raw, tokens_max: int | None) -> Usage | None:
-    usage = read_usage(reported)
+def _plausible(reported: Raw, tokens_max: int | None, *, has_output: bool = True) -> Usage | None:
+    usage = read_usage(reported, has_output=has_output)
     if usage is None or not usage.input_tokens + usage.output_tokens:
         return None
     if tokens_max is not None and usage.input_tokens + usage.output_tokens > tokens_max:
@@ -665,18 +733,26 @@ def _choice_texts(choice: _Choice) -> list[str | None]:
     return texts
 
 
-def _response_texts(body: bytes) -> tuple[str | None, _Texts]:
-    """As `_chat_texts`, of a whole response."""
+def _whole_texts(body: bytes) -> _Texts:
+    """The texts of a whole response; all of its bytes are text if it is unreadable."""
     try:
-        response = _decode_response(body)
+        return _response_texts(_decode_response(body))
     except UNREADABLE:
-        return None, _unreadable(body)
-    texts: _Texts = {}
-    for item in response.output or ():
+        return _unreadable(body)
+
+
+def _response_texts(response: _Response) -> _Texts:
+    """The texts of a response; what cannot be read of its items is text."""
+    written: list[str | None] = []
+    for raw in response.output or ():
+        try:
+            item = _decode_item(raw)
+        except UNREADABLE:
+            written += _unreadable(bytes(raw)).values()
+            continue
         parts = [*(item.content or ()), *(item.summary or ())]
-        written = [item.name, item.arguments, item.input, *(part.text or part.refusal for part in parts)]
-        texts |= {(len(texts), place): text for place, text in enumerate(written) if text}
-    return response.model, texts
+        written += (item.name, item.arguments, item.input, *(part.text or part.refusal for part in parts))
+    return {place: text for place, text in enumerate(written) if text}
 
 
 def _unreadable(data: bytes) -> _Texts:

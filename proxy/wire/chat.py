@@ -68,7 +68,12 @@ class ChatRequest(Maxima, frozen=True, kw_only=True):
     prediction: Raw = NULL  # `Raw | None` would take nothing but null
 
 
-_REFUSED: Final = {**STATE, **OUTSIDE_OF_TOKENS, "prompt": "state kept at the provider is not bounded"}
+_REFUSED: Final = {
+    **STATE,
+    **OUTSIDE_OF_TOKENS,
+    "chat_template": "the size of a prompt is that of its messages",
+    "prompt": "state kept at the provider is not bounded",
+}
 _MODALITIES = frozenset({"text", "audio"})
 _TEXT_PARTS = frozenset({"text", "refusal"})
 
@@ -109,7 +114,8 @@ def decode_chat(body: bytes) -> PaidRequest:
         prediction_tokens=len(request.prediction) if is_set(request.prediction) else 0,
         service_tier=request.service_tier,
         is_unsized=bool(media),
-        has_only_images=bool(images) and images == len(media),
+        # vLLM lets a request say how finely an image is cut, whatever the model does by default.
+        has_only_images=bool(images) and images == len(media) and not is_set(fields.get("mm_processor_kwargs")),
         images=images,
         image_bytes=image_bytes(parts) if images else 0,
         wants_audio="audio" in (request.modalities or ()) or is_set(fields.get("audio")),

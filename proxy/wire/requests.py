@@ -106,6 +106,7 @@ class Maxima(msgspec.Struct, frozen=True, kw_only=True):
 
 STATE: Final[Mapping[str, str]] = {
     "conversation": "state kept at the provider is not bounded",
+    "data_sources": "what a provider adds to a prompt is not bounded",
     "preset": "state kept at the provider is not bounded",
     "previous_response_id": "state kept at the provider is not bounded",
 }
@@ -113,13 +114,16 @@ STATE: Final[Mapping[str, str]] = {
 OUTSIDE_OF_TOKENS: Final[Mapping[str, str]] = {
     "background": "answers in the background cannot be metered",
     "candidate_count": "'n' is the number of choices",
+    "deferred": "answers in the background cannot be metered",
     "enable_search": "web search is billed outside of tokens",
+    "extra_body": "gateways put its fields in the place of those that were priced",
     "fallbacks": "only the model that was priced may answer",
     "models": "only the model that was priced may answer",
     "num_generations": "'n' is the number of choices",
     "num_return_sequences": "'n' is the number of choices",
     "plugins": "plugins are billed outside of tokens",
     "search_parameters": "web search is billed outside of tokens",
+    "web_search": "web search is billed outside of tokens",
     "web_search_options": "web search is billed outside of tokens",
 }
 """Top-level fields that make a call's cost unbounded, at OpenAI or at those who took over its API, and why."""
@@ -142,7 +146,9 @@ HARMLESS: Final = (
 )
 """Names that are often there and mean nothing that we read: known, they need not be looked at any closer."""
 
-_SWITCHED_OFF = frozenset({b"null", b"false", b"[]", b"1"})
+_SWITCHED_OFF = frozenset({b"null", b"false", b"[]"})
+_NUMBERS = frozenset({"candidate_count", "n", "num_generations", "num_return_sequences"})
+"""What a 1 switches off; of anything else, some parsers take it for true."""
 _PRICED_TOOLS = frozenset({"function", "custom"})
 _STREAM_OPTIONS = Spelling(StreamOptions.__struct_fields__, ("include_obfuscation",))
 
@@ -165,12 +171,16 @@ def check_fields(request: _Common, body: bytes, spelling: Spelling, refused: Map
     check_spelling(fields, spelling)
     if not refused.keys().isdisjoint(fields):
         for field, reason in refused.items():
-            if field in fields and bytes(fields[field]) not in _SWITCHED_OFF:
+            if field in fields and not _is_switched_off(field, bytes(fields[field])):
                 raise unsupported(field, f"'{field}' is not supported: {reason}.")
     if request.stream_options is not None:
         options = unique_fields(fields["stream_options"], "stream_options")
         check_spelling(options, _STREAM_OPTIONS, "stream_options")
     return fields
+
+
+def _is_switched_off(field: str, value: bytes) -> bool:
+    return value in _SWITCHED_OFF or (field in _NUMBERS and value == b"1")
 
 
 def check_tools(tools: Collection[Tool]) -> None:

@@ -39,6 +39,7 @@ class _Part(msgspec.Struct, frozen=True):
 
 class _Item(msgspec.Struct, frozen=True):
     type: str | None = None
+    role: str | None = None
     content: str | list[_Part] | None = None
     output: str | list[_Part] | dict[str, Raw] | None = None
 
@@ -68,7 +69,7 @@ _TOP = Spelling(
 )
 _ITEM = Spelling(
     _Item.__struct_fields__,
-    ("arguments", "call_id", "encrypted_content", "id", "name", "phase", "role", "status", "summary"),
+    ("arguments", "call_id", "encrypted_content", "id", "name", "phase", "status", "summary"),
 )
 _PART = Spelling(_Part.__struct_fields__, ("annotations", "detail", "file_data", "filename", "image_url", "text"))
 _TOOL = Spelling(Tool.__struct_fields__, ("description", "name", "parameters", "strict", "format"))
@@ -99,6 +100,7 @@ def decode_response(body: bytes) -> PaidRequest:
         check_tools(request.tools or ())
         if request.tools:
             checked_objects([fields["tools"]], _TOOL, "tools")
+        _check_instructions(fields.get("instructions"))
         items = request.input if isinstance(request.input, list) else []
         parts = _check_items(items, fields["input"]) if items else []
     except UNREADABLE as exc:
@@ -121,12 +123,18 @@ def decode_response(body: bytes) -> PaidRequest:
     )
 
 
+def _check_instructions(instructions: Raw | None) -> None:
+    if instructions is not None and memoryview(instructions)[0] not in b'"n':
+        raise unsupported("instructions", "Instructions are a text here: the items of a list may be of any size.")
+
+
 def _check_items(items: list[_Item], raw: Raw) -> list[Fields]:
     """The checks of names, and for state at the provider, in each item and each part of its content: the parts."""
     parts = [part for item in items for part in (item.content, item.output) if isinstance(part, list)]
     check_number(len(items) + sum(map(len, parts)), "input")
     for item in items:
-        if item.type == "item_reference":
+        # Without a type it is a message, or, if it is not that, a reference by its id.
+        if item.type == "item_reference" or (item.type is None and item.role is None):
             raise unsupported("input", "Items kept at the provider are not supported: send them whole.")
     members: list[Fields] = checked_objects([raw], _ITEM, "input")
     contents = [

@@ -108,6 +108,26 @@ def test_an_offer_to_upgrade_is_ignored_on_a_used_connection(served, key):
     assert b"HTTP/1.1 200 " in everything(client)
 
 
+@pytest.mark.parametrize("stream", [b"", b', "stream": true'])
+def test_an_old_client_gets_no_chunks(served, key, stream):
+    """HTTP/1.0 (nginx speaks it by default) has none: what has no length ends with the connection."""
+    body = BODY[:-1] + stream + b"}"
+    client = connected(served)
+    client.sendall(
+        b"POST /v1/chat/completions HTTP/1.0\r\nConnection: keep-alive\r\nAuthorization: Bearer %b\r\n"
+        b"Content-Length: %d\r\n\r\n%b" % (key.encode(), len(body), body)
+    )
+    head, _, answer = everything(client).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 200 ")
+    assert b"transfer-encoding" not in head
+    assert b"connection: close" in head
+    if stream:
+        assert answer.startswith(b"data: {")
+        assert answer.endswith(b"}\n\ndata: [DONE]\n\n")
+    else:
+        assert json.loads(answer)["choices"]
+
+
 def test_a_body_that_speaks_of_upgrades_is_left_alone(served, key):
     """Only a header field is renamed."""
     body = BODY.replace(b"hi", b"\\n\nUpgrade: now").replace(b"\\n\n", b"\\n")

@@ -52,7 +52,15 @@ def test_the_least_that_a_request_must_say(endpoint):
 @pytest.mark.parametrize("endpoint", [Endpoint.COMPLETIONS, Endpoint.EMBEDDINGS])
 @pytest.mark.parametrize(
     ("prompt", "prompts"),
-    [("a", 1), (["a"], 1), (["a", "b"], 2), ([1, 2, 3], 1), ([[1], [2, 3], [4]], 3)],
+    [
+        ("a", 1),
+        (["a"], 1),
+        (["a", "b"], 2),
+        ([1, 2, 3], 1),
+        ([[1], [2, 3], [4]], 3),
+        ([1, [2, 3], "b"], 3),
+        (["a", 1], 2),
+    ],
 )
 def test_prompts_are_counted(endpoint, prompt, prompts):
     """A text and a list of tokens are one prompt, and each may fill the context."""
@@ -69,6 +77,14 @@ def test_every_prompt_has_its_choices(fields, choices):
     assert decode(Endpoint.COMPLETIONS, body(Endpoint.COMPLETIONS, prompt=["a", "b"], **fields)).choices == choices
 
 
+def test_the_best_of_several_is_not_streamed():
+    """As at OpenAI: whoever leaves such a stream would get what it does not show for nothing."""
+    with pytest.raises(BadRequest) as raised:
+        decode(Endpoint.COMPLETIONS, body(Endpoint.COMPLETIONS, stream=True, n=2, best_of=3))
+    assert raised.value.param == "best_of"
+    assert decode(Endpoint.COMPLETIONS, body(Endpoint.COMPLETIONS, stream=True, n=3, best_of=3)).choices == 3
+
+
 @pytest.mark.parametrize(
     ("endpoint", "fields", "param"),
     [
@@ -83,12 +99,17 @@ def test_every_prompt_has_its_choices(fields, choices):
         (Endpoint.EMBEDDINGS, {"input_image": "AA"}, "input_image"),
         (Endpoint.EMBEDDINGS, {"Input": "x"}, "input"),
         (Endpoint.RESPONSES, {"background": True}, "background"),
+        (Endpoint.RESPONSES, {"background": 1}, "background"),
         (Endpoint.RESPONSES, {"previous_response_id": "resp_1"}, "previous_response_id"),
         (Endpoint.RESPONSES, {"conversation": {"id": "conv_1"}}, "conversation"),
         (Endpoint.RESPONSES, {"prompt": {"id": "pmpt_1"}}, "prompt"),
         (Endpoint.RESPONSES, {"tools": [{"type": "web_search"}]}, "tools"),
         (Endpoint.RESPONSES, {"tools": [{"type": "function", "Type": "web_search"}]}, "tools"),
         (Endpoint.RESPONSES, {"input": [{"type": "item_reference", "id": "msg_1"}]}, "input"),
+        (Endpoint.RESPONSES, {"input": [{"id": "msg_1"}]}, "input"),
+        (Endpoint.RESPONSES, {"input": [{"type": None, "id": "msg_1"}]}, "input"),
+        (Endpoint.RESPONSES, {"instructions": [{"type": "item_reference", "id": "msg_1"}]}, "instructions"),
+        (Endpoint.RESPONSES, {"instructions": {"id": "pmpt_1"}}, "instructions"),
         (
             Endpoint.RESPONSES,
             {"input": [{"role": "user", "content": [{"type": "input_file", "file_id": "file-1"}]}]},
@@ -109,6 +130,7 @@ def test_what_has_no_bound_is_refused(endpoint, fields, param):
     ("items", "is_unsized"),
     [
         ([{"role": "user", "content": "hi"}], False),
+        ([{"type": None, "role": "user", "content": "hi"}], False),
         ([{"type": "message", "role": "user", "content": [{"type": "input_text", "text": "hi"}]}], False),
         ([{"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"}], False),
         ([{"type": "function_call_output", "call_id": "c", "output": "42"}], False),
