@@ -99,11 +99,24 @@ class ByteCounter:
 BY_BYTES = ByteCounter()
 
 
+class _CacheCreation(msgspec.Struct):
+    """What was written to caches, by how long they last."""
+
+    ephemeral_5m_input_tokens: _Tokens | None = None
+    ephemeral_1h_input_tokens: _Tokens | None = None
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return (self.ephemeral_5m_input_tokens or 0) + (self.ephemeral_1h_input_tokens or 0)
+
+
 class _PromptDetails(msgspec.Struct):
     cached_tokens: _Tokens | None = None
     audio_tokens: _Tokens | None = None
     cache_write_tokens: _Tokens | None = None
     cache_creation_tokens: _Tokens | None = None
+    cache_creation_token_details: _CacheCreation | None = None
 
 
 class _CompletionDetails(msgspec.Struct):
@@ -130,12 +143,25 @@ class _Reported(msgspec.Struct):
     prompt_cache_hit_tokens: _Tokens | None = None
     cache_creation_input_tokens: _Tokens | None = None
     cache_read_input_tokens: _Tokens | None = None
+    cache_creation: _CacheCreation | None = None
 
     @property
     def written(self) -> int:
-        """Tokens that were written to the cache."""
+        """Tokens that were written to the cache, for however long."""
         inside = self.prompt_details
-        return inside.cache_write_tokens or inside.cache_creation_tokens or self.cache_creation_input_tokens or 0
+        return inside.cache_write_tokens or inside.cache_creation_tokens or self.written_beside or self.parts.total
+
+    @property
+    def written_beside(self) -> int:
+        """Likewise, as Anthropic's shape has them."""
+        if self.cache_creation_input_tokens is not None:
+            return self.cache_creation_input_tokens
+        return (self.cache_creation or _NO_CACHE_CREATION).total
+
+    @property
+    def parts(self) -> _CacheCreation:
+        """What was written, by how long it lasts."""
+        return self.cache_creation or self.prompt_details.cache_creation_token_details or _NO_CACHE_CREATION
 
     @property
     def cached(self) -> int:
@@ -158,8 +184,7 @@ class _Reported(msgspec.Struct):
         """All tokens of the prompt, those of the caches included."""
         if self.prompt_tokens is not None or self.input_tokens is None:
             return self.prompt_tokens
-        beside = (self.cache_read_input_tokens or 0) + (self.cache_creation_input_tokens or 0)
-        return self.input_tokens + beside
+        return self.input_tokens + (self.cache_read_input_tokens or 0) + self.written_beside
 
     @property
     def completion(self) -> int | None:
@@ -311,6 +336,7 @@ _decode_response = _reader(_Response)
 _decode_response_event = _reader(_ResponseEvent)
 
 _NO_PROMPT_DETAILS = _PromptDetails()
+_NO_CACHE_CREATION = _CacheCreation()
 _NO_COMPLETION_DETAILS = _CompletionDetails()
 
 _USAGE = b'"usage"'
@@ -349,19 +375,21 @@ def read_usage(reported: bytes | Raw) -> Usage | None:
         return None
 
     audio = usage.prompt_details.audio_tokens or 0
-    written = usage.written
+    written, for_an_hour = usage.written, usage.parts.ephemeral_1h_input_tokens or 0
     cached = usage.cached
     spoken = usage.completion_details.audio_tokens or 0
     reasoning = usage.completion_details.reasoning_tokens or 0
-    if max(audio, written, cached) > prompt or max(spoken, reasoning) > output:
+    if max(audio, written, cached) > prompt or for_an_hour > written or max(spoken, reasoning) > output:
         return None
     # A token may be in two details, such as audio that was cached: it counts once, where it is dearer.
     written = min(written, prompt - audio)
+    for_an_hour = min(for_an_hour, written)
     cached = min(cached, prompt - audio - written)
     return Usage(
         input=prompt - audio - written - cached,
         cached_input=cached,
-        cache_write=written,
+        cache_write=written - for_an_hour,
+        cache_write_1h=for_an_hour,
         audio_input=audio,
         output=output - spoken,
         audio_output=spoken,

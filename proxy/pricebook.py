@@ -260,8 +260,14 @@ def _price_of(settings: ServicePriceSettings, service_tier: str | None) -> tuple
 def _rates_of(settings: RateSettings) -> tuple[dict[str, int], bool]:
     rates, are_exact = {}, True
     for name in TOKEN_CLASSES:
-        side = settings.output if name in {"output", "audio_output"} else settings.input
         dollars = getattr(settings, name)
-        rates[name], is_exact = price_nanos_per_mtok(side if dollars is None else dollars)
+        rates[name], is_exact = price_nanos_per_mtok(_like(settings, name) if dollars is None else dollars)
         are_exact = are_exact and is_exact
     return rates, are_exact
+
+
+def _like(settings: RateSettings, name: str) -> Decimal:
+    """What a class costs that has no price: as its side does, and an hour in the cache as any other time there."""
+    if name == "cache_write_1h":
+        return Decimal(0)
+    return settings.output if name in {"output", "audio_output"} else settings.input

@@ -16,13 +16,16 @@ from proxy.units import MARKUP_BPS_WHOLE, NANOS_MAX, NANOS_PER_CREDIT, Nanos, Us
 _UNITS_PER_PRICE = 10**6
 _CHARGE_DIVISOR = _UNITS_PER_PRICE * MARKUP_BPS_WHOLE
 
-_INPUT_CLASSES: Final = ("input", "cached_input", "cache_write", "audio_input")
+_INPUT_CLASSES: Final = ("input", "cached_input", "cache_write", "cache_write_1h", "audio_input")
 _OUTPUT_CLASSES: Final = ("output", "audio_output")
 TOKEN_CLASSES: Final = (*_INPUT_CLASSES, *_OUTPUT_CLASSES)
 
 
 class Rates(msgspec.Struct, frozen=True):
-    """Nano-dollars per million tokens of each class."""
+    """Nano-dollars per million tokens of each class.
+
+    `cache_write_1h` is 0 where it is that of `cache_write`, below which it never is.
+    """
 
     input: int
     cached_input: int
@@ -30,11 +33,12 @@ class Rates(msgspec.Struct, frozen=True):
     audio_input: int
     output: int
     audio_output: int
+    cache_write_1h: int = 0
 
     @property
     def dearest_input(self) -> int:
         """The most that any input token can cost."""
-        return max(self.input, self.cached_input, self.cache_write, self.audio_input)
+        return max(self.input, self.cached_input, self.cache_write, self.cache_write_1h, self.audio_input)
 
     @property
     def dearest_output(self) -> int:
@@ -42,7 +46,7 @@ class Rates(msgspec.Struct, frozen=True):
         return max(self.output, self.audio_output)
 
 
-class LongContext(Rates, frozen=True):
+class LongContext(Rates, frozen=True, kw_only=True, omit_defaults=True):
     """The rates of all tokens of a call that has more than `above_tokens` of input, of every class together."""
 
     above_tokens: int
@@ -157,6 +161,7 @@ def output_tokens_affordable(
 
 def _provider_total(usage: Usage, price: Price) -> int:
     rates = price.at(usage.input_tokens) if price.long_context else price
+    rare = usage.cache_write_1h * max(rates.cache_write, rates.cache_write_1h) if usage.cache_write_1h else 0
     return (
         usage.input * rates.input
         + usage.cached_input * rates.cached_input
@@ -166,6 +171,7 @@ def _provider_total(usage: Usage, price: Price) -> int:
         + usage.audio_output * rates.audio_output
         + usage.images * price.image
         + usage.requests * price.request
+        + rare
     )
 
 

@@ -187,6 +187,8 @@ class RateSettings(_Section, frozen=True):
     output: Decimal
     cached_input: Decimal | None = None
     cache_write: Decimal | None = None
+    cache_write_1h: Decimal | None = None
+    """For an hour; none: what `cache_write` costs."""
     audio_input: Decimal | None = None
     audio_output: Decimal | None = None
 

@@ -70,6 +70,42 @@ def result(meter, prompt_bytes=40, bound=ROOMY):
         (REPORTED | {"prompt_cache_hit_tokens": 8}, Usage(input=2, cached_input=8, output=5)),
         (REPORTED | {"cache_creation_input_tokens": 8}, Usage(input=2, cache_write=8, output=5)),
         (REPORTED | {"prompt_tokens_details": {"cache_creation_tokens": 8}}, Usage(input=2, cache_write=8, output=5)),
+        (
+            REPORTED | {"cache_creation_input_tokens": 8, "cache_creation": {"ephemeral_1h_input_tokens": 3}},
+            Usage(input=2, cache_write=5, cache_write_1h=3, output=5),
+        ),
+        (
+            {
+                "input_tokens": 1,
+                "output_tokens": 5,
+                "cache_read_input_tokens": 10,
+                "cache_creation_input_tokens": 100,
+                "cache_creation": {"ephemeral_5m_input_tokens": 40, "ephemeral_1h_input_tokens": 60},
+            },
+            Usage(input=1, cached_input=10, cache_write=40, cache_write_1h=60, output=5),
+        ),
+        (
+            {
+                "input_tokens": 1,
+                "output_tokens": 5,
+                "cache_creation": {"ephemeral_5m_input_tokens": 40, "ephemeral_1h_input_tokens": 60},
+            },
+            Usage(input=1, cache_write=40, cache_write_1h=60, output=5),
+        ),
+        (
+            REPORTED
+            | {
+                "prompt_tokens_details": {
+                    "cache_creation_tokens": 8,
+                    "cache_creation_token_details": {"ephemeral_5m_input_tokens": 0, "ephemeral_1h_input_tokens": 8},
+                }
+            },
+            Usage(input=2, cache_write_1h=8, output=5),
+        ),
+        (
+            REPORTED | {"prompt_tokens_details": {"cache_creation_token_details": {"ephemeral_1h_input_tokens": 8}}},
+            Usage(input=2, cache_write_1h=8, output=5),
+        ),
         (REPORTED | {"cost": 0.1, "new": {"x": []}}, Usage(input=10, output=5)),
         (
             {"prompt_tokens": INT64_MAX - 1, "completion_tokens": 1, "total_tokens": INT64_MAX},
@@ -122,6 +158,7 @@ IMPLAUSIBLE = [
     REPORTED | {"prompt_tokens_details": {"cached_tokens": -1}},
     REPORTED | {"prompt_tokens_details": {"audio_tokens": 11}},
     REPORTED | {"prompt_tokens_details": {"cache_write_tokens": 11}},
+    REPORTED | {"cache_creation_input_tokens": 2, "cache_creation": {"ephemeral_1h_input_tokens": 3}},
     REPORTED | {"completion_tokens_details": {"reasoning_tokens": 6}},
     REPORTED | {"completion_tokens_details": {"audio_tokens": 6}},
     REPORTED | {"completion_tokens_details": []},

@@ -29,17 +29,17 @@ from proxy.units import NANOS_MAX, Usage
 
 rates = st.integers(0, 10**14)
 tokens = st.integers(0, 2_000_000)
-steps = st.builds(LongContext, *[rates] * 6, above_tokens=tokens)
+steps = st.builds(LongContext, *[rates] * 7, above_tokens=tokens)
 raw_prices = st.builds(
     Price,
-    *[rates] * 6,
+    *[rates] * 7,
     image=st.integers(0, 10**15),
     request=st.integers(0, 10**15),
     long_context=st.lists(steps, max_size=3, unique_by=lambda step: step.above_tokens).map(tuple),
 )
 prices = raw_prices.map(lambda price: stepped(price)[0])
 images = st.integers(0, 50)
-usages = st.builds(Usage, *[tokens] * 6)
+usages = st.builds(Usage, *[tokens] * 6, cache_write_1h=tokens)
 markups = st.integers(0, 1_000_000)
 
 
@@ -62,7 +62,9 @@ def test_cost_is_rounded_up_once(usage, price, bps, images):
     """The cost is the exact product, rounded up to the next nano-credit and no further."""
     usage = billed(usage, price, images)
     reached = [price, *(step for step in price.long_context if usage.input_tokens > step.above_tokens)]
-    total = sum(getattr(usage, name) * getattr(reached[-1], name) for name in TOKEN_CLASSES)
+    rates = {name: getattr(reached[-1], name) for name in TOKEN_CLASSES}
+    rates["cache_write_1h"] = max(rates["cache_write_1h"], rates["cache_write"])
+    total = sum(getattr(usage, name) * rate for name, rate in rates.items())
     exact = Fraction(total + usage.images * price.image + usage.requests * price.request, 10**6)
     assert provider_cost(usage, price) == ceil(exact)
     assert cost(usage, price, bps) == ceil(exact * (10_000 + bps) / 10_000)
@@ -81,6 +83,17 @@ def test_the_dearest_usage_costs_its_bound(input_tokens, output_tokens, price, b
     usage = dearest_usage(input_tokens, output_tokens, price, images=images)
     assert (usage.input_tokens, usage.output_tokens) == (input_tokens, output_tokens)
     assert cost(usage, price, bps) == bound(input_tokens, output_tokens, price, bps, images=images)
+
+
+def test_an_hour_in_the_cache_has_its_price():
+    """Where there is none it is that of any other time there; in the bound it counts only where it is the dearest."""
+    price = Price(input=4, cached_input=1, cache_write=5, audio_input=4, output=9, audio_output=9)
+    usage = Usage(cache_write_1h=10**6, cache_write=10**6)
+    assert provider_cost(usage, price) == 10
+    assert bound(10**6, 0, price, 0) == 5
+    dearer = msgspec.structs.replace(price, cache_write_1h=8)
+    assert provider_cost(usage, dearer) == 13
+    assert bound(10**6, 0, dearer, 0) == 8
 
 
 @given(st.integers(0, 10**15), tokens, prices, markups, images)

@@ -73,6 +73,7 @@ class Hypothesis(msgspec.Struct, forbid_unknown_fields=True):
     input_tokens: Tokens = 0
     cached_input_tokens: Tokens = 0
     cache_write_tokens: Tokens = 0
+    cache_write_1h_tokens: Tokens = 0
     audio_input_tokens: Tokens = 0
     output_tokens: Tokens = 0
     audio_output_tokens: Tokens = 0
@@ -253,6 +254,7 @@ def _quote(catalog: Catalog, user_id: str | None, data: Hypothesis, candidate: C
         input=data.input_tokens,
         cached_input=data.cached_input_tokens,
         cache_write=data.cache_write_tokens,
+        cache_write_1h=data.cache_write_1h_tokens,
         audio_input=data.audio_input_tokens,
         output=data.output_tokens,
         audio_output=data.audio_output_tokens,

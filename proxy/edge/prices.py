@@ -9,7 +9,10 @@ _PER_MILLION = 10**6
 
 
 def shown_price(price: Price) -> dict[str, Any]:
-    """`price` for people and programs; what is billed beside tokens is left out where it is free."""
+    """`price` for people and programs; what is billed beside tokens is left out where it is free.
+
+    So are caches of an hour that cost what others do.
+    """
     shown: dict[str, Any] = {**_rates(price)}
     for name in ("image", "request"):
         nanos = getattr(price, name)
@@ -23,4 +26,7 @@ def shown_price(price: Price) -> dict[str, Any]:
 
 
 def _rates(rates: Rates) -> dict[str, str]:
-    return {name: format_credits(getattr(rates, name)) for name in TOKEN_CLASSES}
+    shown = {name: format_credits(getattr(rates, name)) for name in TOKEN_CLASSES}
+    if not rates.cache_write_1h:
+        del shown["cache_write_1h"]
+    return shown
