@@ -23,6 +23,7 @@ from proxy.deadline import Deadline, within
 from proxy.errors import (
     InsufficientCredits,
     LedgerFault,
+    ModelNotAllowed,
     NotCovered,
     TollgateError,
     Unavailable,
@@ -218,6 +219,16 @@ class Exchange:
             catalog.user_markups.get(call.caller.user_id),
             wants_audio=request.wants_audio,
         )
+        try:
+            return await self._hold(call, request, offered, started)
+        except ModelNotAllowed as exc:
+            allowed = tuple(offer for offer in offered if offer.candidate.target in exc.allowed)
+            if not allowed:
+                raise
+            return await self._hold(call, request, allowed, started)
+
+    async def _hold(self, call: Call, request: PaidRequest, offered: tuple[Offer, ...], started: float) -> _Open:
+        """Estimate and reserve, for whoever of `offered` will serve. Raises what `Ledger.reserve` does."""
         if request.is_unsized and any(offer.candidate.is_local for offer in offered):
             await check_media(call.body)
         estimated = estimate(request, len(call.body), offered)

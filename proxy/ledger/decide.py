@@ -276,7 +276,10 @@ class Reserved(msgspec.Struct, frozen=True, gc=False):
 
 
 class Refused(msgspec.Struct, frozen=True, kw_only=True, gc=False):
-    """Nothing is held. Amounts are those of the wallet, or of the key for `KEY_LIMIT`; `retry_after_s` for rates."""
+    """Nothing is held. Amounts are those of the wallet, or of the key for `KEY_LIMIT`; `retry_after_s` for rates.
+
+    `allowed` are those of the operation's models that the caller may use, for `MODEL_NOT_ALLOWED`.
+    """
 
     reason: Refusal
     required: Nanos = 0
@@ -284,6 +287,7 @@ class Refused(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     reserved: Nanos = 0
     is_temporary: bool = False
     retry_after_s: int = 0
+    allowed: tuple[str, ...] = ()
 
 
 class Settled(msgspec.Struct, frozen=True, kw_only=True, gc=False):
@@ -444,7 +448,8 @@ class _Decider:
             return Refused(reason=Refusal.INVALID_KEY)
         allowances = (user.allowed_models, key.allowed_models if key is not None else None)
         if not all(allows(patterns, model) for patterns in allowances for model in operation.models):
-            return Refused(reason=Refusal.MODEL_NOT_ALLOWED)
+            allowed = [model for model in operation.models if all(allows(patterns, model) for patterns in allowances)]
+            return Refused(reason=Refusal.MODEL_NOT_ALLOWED, allowed=tuple(allowed))
         return None
 
     def refuse_rate(self, operation: Reserve, user: User, wallet: Wallet, key: Key | None) -> Refused | None:
