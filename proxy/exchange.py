@@ -50,7 +50,7 @@ from proxy.ledger.ledger import Ledger
 from proxy.metering import BY_BYTES, Metered, StreamMeter, UsageSource, failure_status, meter_plain, stream_meter
 from proxy.pricing import Price, billed, cost, dearest_usage, provider_cost, tokens_payable_max
 from proxy.relay import Head, StreamRelay
-from proxy.routing import Candidate, Health, Offer, candidates, offers, retry_after_s
+from proxy.routing import Candidate, Health, Offer, candidates, offers, retry_after_s, terms
 from proxy.units import Usage, format_credits
 from proxy.upstream import Headers, Provider, ProviderCall, UpstreamResponse
 from proxy.upstream.media import check_media
@@ -270,6 +270,7 @@ class Exchange:
                 is_stream=request.is_stream,
                 token_version=call.caller.token_version,
                 client_request_id=call.client_request_id,
+                offers=msgspec.json.encode(terms(offered)).decode(),
             )
         )
         return reserved.amount

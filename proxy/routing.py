@@ -94,6 +94,20 @@ class Offer(msgspec.Struct, frozen=True):
     markup_bps: int
 
 
+class Terms(msgspec.Struct, frozen=True):
+    """What a reservation keeps of an offer: at what it was made, whatever changes until the call ends."""
+
+    provider: str
+    model: str
+    price: Price
+    markup_bps: int
+
+
+def terms(offered: Sequence[Offer]) -> list[Terms]:
+    """The terms of each of `offered`."""
+    return [Terms(offer.candidate.provider, offer.candidate.model, offer.price, offer.markup_bps) for offer in offered]
+
+
 Models = Mapping[str, tuple[Candidate, ...]]
 """Every name a client may ask for, with who may serve it, the preferred one first."""
 

@@ -401,6 +401,11 @@ def test_the_default_markup_is_changed_at_once(served, key, admin, default_marku
         next(lines)
         assert admin.put("/api/v1/admin/markup", json={"percent": "20.25"}).json() == {"percent": "20.25"}
         assert percent_charged(served, key) == "20.25"
+        open_call = charge_of(served, key, answer)
+        assert (open_call["state"], open_call["markup_percent"]) == ("open", None)
+        [offer] = open_call["offers"]
+        assert (offer["provider"], offer["model"], offer["markup_percent"]) == ("steady", "m", "15")
+        assert offer["prices"]["output"] == "4", "the dearest service tier's, as none was named"
         for _ in lines:
             pass
     assert charge_of(served, key, answer)["markup_percent"] == "15"

@@ -185,7 +185,8 @@ class Reserve(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """Hold credits for the call `id`: at least `at_least`, at most `at_most`, else nothing.
 
     `window_tokens` is what it counts against tokens a minute until it is settled, `models` everything that may
-    serve it (`provider/model`), `token_version` that of the JWT that came with it, None with an API key.
+    serve it (`provider/model`), `token_version` that of the JWT that came with it, None with an API key. `offers` is
+    kept for the record: JSON, a list of `routing.Terms`.
     """
 
     id: str
@@ -200,6 +201,7 @@ class Reserve(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     is_stream: bool
     token_version: int | None = None
     client_request_id: str | None = None
+    offers: str | None = None
 
 
 class Settle(msgspec.Struct, frozen=True, kw_only=True, gc=False):
