@@ -43,12 +43,13 @@ from proxy.estimate import (
     maximum_taken,
     output_tokens_max,
     plausible_tokens_max,
+    tool_uses_max,
 )
 from proxy.identity.keys import Caller
 from proxy.ledger.decide import Receipt, Release, Reserve, Settle, Settled
 from proxy.ledger.ledger import Ledger
 from proxy.metering import BY_BYTES, Metered, StreamMeter, UsageSource, failure_status, meter_plain, stream_meter
-from proxy.pricing import Price, billed, cost, dearest_usage, provider_cost, tokens_payable_max
+from proxy.pricing import TOOL_CLASSES, Price, billed, cost, dearest_usage, provider_cost, tokens_payable_max
 from proxy.relay import Head, StreamRelay
 from proxy.routing import Candidate, Health, Offer, candidates, offers, retry_after_s, terms
 from proxy.units import Usage, format_credits
@@ -218,6 +219,8 @@ class Exchange:
             request.service_tier,
             catalog.user_markups.get(call.caller.user_id),
             wants_audio=request.wants_audio,
+            tools=request.tools,
+            tool_calls_max=request.tool_calls_max,
         )
         try:
             return await self._hold(call, request, offered, started)
@@ -434,7 +437,12 @@ class Exchange:
 
     async def _relay_stream(self, opened: _Open, response: UpstreamResponse, answer: Answer) -> None:
         """Forward events as they come; hold back the end until the charge is durable."""
-        meter = stream_meter(opened.call.endpoint, METERED_BYTES_MAX, tokens_max=_plausible_max(opened))
+        meter = stream_meter(
+            opened.call.endpoint,
+            METERED_BYTES_MAX,
+            tokens_max=_plausible_max(opened),
+            counts_tools=bool(opened.request.tools),
+        )
         relayed = self._stream_relay(opened, response, answer, meter)
         encoding = relay.content_encoding(response.headers)
         chunks = response.chunks()
@@ -617,6 +625,8 @@ def _provider_call(opened: _Open) -> ProviderCall:
             changes["stream_options"] = asking_for_usage(body)
     if request.must_unstore:
         changes["store"] = b"false"
+    if request.endpoint is Endpoint.RESPONSES and request.tools and request.tool_calls_max is None:
+        changes["max_tool_calls"] = str(tool_uses_max(request, candidate)).encode()
     changes |= _maximum_changes(opened)
     return ProviderCall(
         path=request.endpoint,
@@ -711,13 +721,24 @@ def _bound(opened: _Open) -> Usage:
     if maximum is None:
         maximum = output_tokens_max(opened.request, candidate)
     output = (maximum + estimated.prediction_tokens) * estimated.choices
-    return Usage(input=input_bound(estimated, candidate), output=output)
+    usage = Usage(input=input_bound(estimated, candidate), output=output)
+    if not estimated.tools:
+        return usage
+    uses = dearest_usage(0, 0, opened.offer.price, tools=estimated.tools, tool_uses=tool_uses_max(estimated, candidate))
+    return msgspec.structs.replace(usage, **{name: getattr(uses, name) for name in TOOL_CLASSES})
 
 
 def _assumed(opened: _Open) -> Metered:
     """The whole reservation: nobody knows what was used."""
     bound = _bound(opened)
-    usage = dearest_usage(bound.input, bound.output, opened.offer.price, images=opened.estimated.images)
+    usage = dearest_usage(
+        bound.input,
+        bound.output,
+        opened.offer.price,
+        images=opened.estimated.images,
+        tools=opened.estimated.tools,
+        tool_uses=bound.tool_uses,
+    )
     return Metered(usage, UsageSource.ASSUMED)
 
 

@@ -7,6 +7,8 @@
 * `total_tokens` above prompt and completion means output that was hidden. It is billed, so it counts as output.
 * `reasoning_tokens` are output already; some providers leave them out of `completion_tokens`, and then the total
   above has them.
+* Uses of tools that the provider runs are the items of a response, and of a chat what the usage says of them; where
+  nothing does, they are as many as the call may make.
 
 What is counted is never more than what was reserved for.
 """
@@ -19,6 +21,7 @@ from typing import Annotated, Any, Protocol, TypeVar
 import msgspec
 from msgspec import Meta, Raw
 
+from proxy.pricing import TOOL_CLASSES
 from proxy.units import Usage
 from proxy.wire.objects import NULL, UNREADABLE
 from proxy.wire.requests import Endpoint
@@ -122,6 +125,18 @@ class _PromptDetails(msgspec.Struct):
 class _CompletionDetails(msgspec.Struct):
     reasoning_tokens: _Tokens | None = None
     audio_tokens: _Tokens | None = None
+
+
+class _ServerToolUse(msgspec.Struct):
+    web_search_requests: _Tokens | None = None
+
+
+class _Searches(msgspec.Struct):
+    """How often the web was searched, as Anthropic and OpenRouter, Perplexity, and LiteLLM say in a usage object."""
+
+    server_tool_use: _ServerToolUse | None = None
+    num_search_queries: _Tokens | None = None
+    prompt_tokens_details: _ServerToolUse | None = None
 
 
 class _Reported(msgspec.Struct):
@@ -264,7 +279,15 @@ class _Part(msgspec.Struct):
     refusal: str | None = None
 
 
-class _Item(msgspec.Struct):
+class _Use(msgspec.Struct):
+    """An item of a response's output, as far as it is a use of a tool that the provider runs."""
+
+    type: Any = None
+    action: Any = None
+    container_id: Any = None
+
+
+class _Item(_Use):
     """An item of a response's output."""
 
     name: str | None = None
@@ -284,7 +307,7 @@ class _Response(msgspec.Struct):
     service_tier: Any = None
 
 
-class _Opened(msgspec.Struct):
+class _Opened(_Use):
     """An item whose text is still to come."""
 
     name: Any = None
@@ -329,6 +352,7 @@ def _reader(shape: type[_Shape]) -> Callable[[bytes], _Shape]:
 
 
 _decode_reported = msgspec.json.Decoder(_Reported).decode
+_decode_searches = msgspec.json.Decoder(_Searches).decode
 _decode_groq = msgspec.json.Decoder(_Groq).decode
 _decode_written = _reader(_Written)
 _decode_chunk = _reader(_Chunk)
@@ -346,6 +370,7 @@ _ERROR_VALUE = re.compile(rb'"error"\s*:\s*[^\sn]')
 """Anything but null, which some providers send with every chunk."""
 
 _DONE = b"[DONE]"
+_ITEM = b"response.output_item."
 
 _RESPONSE_END = re.compile(rb'"type"\s*:\s*"(?:response\.(?:completed|incomplete|failed|cancelled)|error)"')
 _RESPONSE_ENDS = frozenset({"response.completed", "response.incomplete", "response.cancelled"})
@@ -417,6 +442,55 @@ def failure_status(body: bytes) -> int | None:
     return int(text) if len(text) == 3 and text.isdecimal() and 400 <= int(text) <= 599 else 502
 
 
+_TOOL_ITEMS = {
+    "web_search_call": "web_search",
+    "file_search_call": "file_search",
+    "code_interpreter_call": "code_interpreter",
+}
+"""Items that are uses of tools that the provider runs, and what those are priced as."""
+
+
+def _uses(items: Iterable[_Use]) -> dict[str, int]:
+    """How often each tool was used in a response, by what it is priced as.
+
+    Of a web search only the search itself is billed, not the opening of a page that it found; of a code interpreter
+    each container, however often it is used.
+    """
+    uses: dict[str, int] = {}
+    containers: set[str] = set()
+    for item in items:
+        name = _TOOL_ITEMS.get(item.type) if isinstance(item.type, str) else None
+        if name is None or (isinstance(item.action, dict) and item.action.get("type", "search") != "search"):
+            continue
+        if name == "code_interpreter" and isinstance(item.container_id, str):
+            if item.container_id in containers:
+                continue
+            containers.add(item.container_id)
+        uses[name] = uses.get(name, 0) + 1
+    return uses
+
+
+def _searches(reported: Raw) -> dict[str, int] | None:
+    """How often the web was searched for a chat, as its usage object says; None where it does not."""
+    try:
+        said = _decode_searches(reported)
+    except UNREADABLE:
+        return None
+    places = (said.server_tool_use, said.prompt_tokens_details)
+    counts = [said.num_search_queries, *(place.web_search_requests for place in places if place is not None)]
+    known = [count for count in counts if count is not None]
+    return {"web_search": max(known)} if known else None
+
+
+def _with_uses(usage: Usage, uses: dict[str, int] | None, bound: Usage) -> Usage:
+    """`usage` with the `uses` of tools: with those of `bound` where nobody knows."""
+    if not bound.tool_uses:
+        return usage
+    if uses is None:
+        uses = {name: getattr(bound, name) for name in TOOL_CLASSES}
+    return msgspec.structs.replace(usage, **uses)
+
+
 def meter_plain(  # noqa: PLR0913 - what it depends on
     endpoint: Endpoint,
     body: bytes,
@@ -437,19 +511,29 @@ def meter_plain(  # noqa: PLR0913 - what it depends on
     except UNREADABLE:
         answer = _Chunk()
     usage = _plausible(answer.usage, tokens_max)
+    uses = _answer_uses(answer) if bound.tool_uses else None
     if usage is not None and (usage.output_tokens or endpoint is Endpoint.EMBEDDINGS):
+        usage = _with_uses(usage, uses, bound)
         return Metered(usage, UsageSource.REPORTED, answer.model, service_tier=_tier(answer))
     model, texts = _response_texts(body) if is_response else _chat_texts(body)
     if usage is not None and not texts:
+        usage = _with_uses(usage, uses, bound)
         return Metered(usage, UsageSource.REPORTED, answer.model, service_tier=_tier(answer))
     return Metered(
-        _counted(None, counter.prompt(prompt), counter.texts(texts.values()), bound),
+        _counted(None, counter.prompt(prompt), counter.texts(texts.values()), bound, uses),
         UsageSource.COUNTED,
         answer.model or model,
         is_implausible=bytes(answer.usage) != b"null",
         is_empty=not texts and not (endpoint is Endpoint.EMBEDDINGS and b'"data"' in body),
         service_tier=_tier(answer),
     )
+
+
+def _answer_uses(answer: "_Chunk | _Response") -> dict[str, int] | None:
+    """The uses of tools that a whole answer, or the end of a stream, reports; None where it does not."""
+    if isinstance(answer, _Response):
+        return None if answer.output is None else _uses(answer.output)
+    return _searches(answer.reported)
 
 
 def _tier(answer: _Chunk | _Response) -> str | None:
@@ -464,6 +548,7 @@ class _Read(msgspec.Struct, frozen=True):
     model: str | None = None
     has_text: bool = False
     service_tier: str | None = None
+    uses: dict[str, int] | None = None
 
 
 class StreamMeter:
@@ -475,11 +560,15 @@ class StreamMeter:
 
     Usage that is followed by more text (some providers report at the start, or with every chunk, and may break in
     between) is charged with that text on top. So events are forgotten once there is usage for them.
+
+    With `counts_tools` the uses of tools that the provider runs are told as well.
     """
 
-    def __init__(self, kept_bytes_max: int, *, tokens_max: int | None = None) -> None:
+    def __init__(self, kept_bytes_max: int, *, tokens_max: int | None = None, counts_tools: bool = False) -> None:
         self._kept_bytes_max = kept_bytes_max
         self._tokens_max = tokens_max
+        self._counts_tools = counts_tools
+        self._uses: dict[str, int] | None = None
         self._kept: list[bytes] = []
         self._kept_bytes = 0
         self._dropped_bytes = 0
@@ -523,7 +612,7 @@ class StreamMeter:
         tokens = 0 if self.is_reported else self._unreported_tokens(counter)
         if self._usage is not None and not tokens:
             return Metered(
-                self._usage,
+                _with_uses(self._usage, self._uses, bound),
                 UsageSource.REPORTED,
                 self._model,
                 self._is_implausible,
@@ -531,7 +620,8 @@ class StreamMeter:
             )
         is_empty = self._usage is None and not tokens
         prompt_tokens = 0 if self._usage is not None else counter.prompt(prompt)
-        usage = _counted(self._usage, prompt_tokens, tokens, bound)
+        uses = self._uses if self._usage is not None else self._unreported_uses()
+        usage = _counted(self._usage, prompt_tokens, tokens, bound, uses)
         return Metered(
             usage,
             UsageSource.COUNTED,
@@ -562,7 +652,8 @@ class StreamMeter:
             kind = EventKind.USAGE_ONLY
         else:
             kind = EventKind.USAGE if any(choice.finish_reason for choice in choices) else EventKind.CONTENT
-        return _Read(kind, chunk.reported, chunk.model, has_text=bool(choices), service_tier=_tier(chunk))
+        uses = _answer_uses(chunk) if self._counts_tools else None
+        return _Read(kind, chunk.reported, chunk.model, bool(choices), _tier(chunk), uses)
 
     def _texts(self, data: bytes) -> tuple[str | None, _Texts]:
         return _chat_texts(data)
@@ -577,6 +668,7 @@ class StreamMeter:
         usage = _plausible(read.usage, self._tokens_max)
         if usage is not None and (usage.output_tokens or not self._has_text(data)):
             self._usage, self._model = usage, read.model or self._model
+            self._uses = read.uses
             self._kept.clear()
             self._kept_bytes = self._dropped_bytes = 0
             return read.kind
@@ -595,6 +687,10 @@ class StreamMeter:
             return
         self._kept.append(data)
         self._kept_bytes += len(data)
+
+    def _unreported_uses(self) -> dict[str, int] | None:
+        """The uses of tools in a stream that reported no usage; None where nobody knows."""
+        return None
 
     def _unreported_tokens(self, counter: Counter) -> int:
         """The tokens of the text for which there is no usage."""
@@ -625,8 +721,24 @@ class ResponseMeter(StreamMeter):
             kind = EventKind.ERROR
         else:
             kind = EventKind.DONE if event.type in _RESPONSE_ENDS else EventKind.CONTENT
-        has_text = kind is EventKind.CONTENT
-        return _Read(kind, response.usage, response.model, has_text=has_text, service_tier=_tier(response))
+        uses = _answer_uses(response) if self._counts_tools else None
+        return _Read(kind, response.usage, response.model, kind is EventKind.CONTENT, _tier(response), uses)
+
+    def _unreported_uses(self) -> dict[str, int] | None:
+        if self._dropped_bytes:
+            return None
+        items: dict[str, _Use] = {}
+        for data in self._kept if self._counts_tools else ():
+            if _ITEM not in data:
+                continue
+            try:
+                event = _decode_response_event(data)
+            except UNREADABLE:
+                return None
+            if event.item is not None:
+                # The same item comes once more when it is done, with what was done.
+                items[str(event.output_index)] = event.item
+        return _uses(items.values())
 
     def _texts(self, data: bytes) -> tuple[str | None, _Texts]:
         try:
@@ -642,10 +754,12 @@ class ResponseMeter(StreamMeter):
         return model, {(event.type, event.item_id, str(event.output_index)): text} if is_text else {}
 
 
-def stream_meter(endpoint: Endpoint, kept_bytes_max: int, *, tokens_max: int | None = None) -> StreamMeter:
+def stream_meter(
+    endpoint: Endpoint, kept_bytes_max: int, *, tokens_max: int | None = None, counts_tools: bool = False
+) -> StreamMeter:
     """A meter for the streams of `endpoint`."""
     kind = ResponseMeter if endpoint is Endpoint.RESPONSES else StreamMeter
-    return kind(kept_bytes_max, tokens_max=tokens_max)
+    return kind(kept_bytes_max, tokens_max=tokens_max, counts_tools=counts_tools)
 
 
 def _plausible(reported: Raw, tokens_max: int | None) -> Usage | None:
@@ -657,12 +771,17 @@ def _plausible(reported: Raw, tokens_max: int | None) -> Usage | None:
     return usage
 
 
-def _counted(reported: Usage | None, prompt_tokens: int, output_tokens: int, bound: Usage) -> Usage:
+def _counted(
+    reported: Usage | None, prompt_tokens: int, output_tokens: int, bound: Usage, uses: dict[str, int] | None
+) -> Usage:
     """A count of so many tokens on top of what was `reported`, or of the whole call where nothing was."""
     if reported is None:
-        return Usage(input=min(prompt_tokens, bound.input_tokens), output=min(output_tokens, bound.output_tokens))
-    room = max(0, bound.output_tokens - reported.output_tokens)
-    return msgspec.structs.replace(reported, output=reported.output + min(output_tokens, room))
+        usage = Usage(input=min(prompt_tokens, bound.input_tokens), output=min(output_tokens, bound.output_tokens))
+    else:
+        room = max(0, bound.output_tokens - reported.output_tokens)
+        usage = msgspec.structs.replace(reported, output=reported.output + min(output_tokens, room))
+    is_bounded = uses is not None and sum(uses.values()) <= bound.tool_uses
+    return _with_uses(usage, uses if is_bounded else None, bound)
 
 
 def _chat_texts(data: bytes) -> tuple[str | None, _Texts]:
