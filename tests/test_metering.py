@@ -72,6 +72,42 @@ def result(meter, prompt_bytes=40, bound=ROOMY):
         (REPORTED | {"prompt_cache_hit_tokens": 8}, Usage(input=2, cached_input=8, output=5)),
         (REPORTED | {"cache_creation_input_tokens": 8}, Usage(input=2, cache_write=8, output=5)),
         (REPORTED | {"prompt_tokens_details": {"cache_creation_tokens": 8}}, Usage(input=2, cache_write=8, output=5)),
+        (
+            REPORTED | {"cache_creation_input_tokens": 8, "cache_creation": {"ephemeral_1h_input_tokens": 3}},
+            Usage(input=2, cache_write=5, cache_write_1h=3, output=5),
+        ),
+        (
+            {
+                "input_tokens": 1,
+                "output_tokens": 5,
+                "cache_read_input_tokens": 10,
+                "cache_creation_input_tokens": 100,
+                "cache_creation": {"ephemeral_5m_input_tokens": 40, "ephemeral_1h_input_tokens": 60},
+            },
+            Usage(input=1, cached_input=10, cache_write=40, cache_write_1h=60, output=5),
+        ),
+        (
+            {
+                "input_tokens": 1,
+                "output_tokens": 5,
+                "cache_creation": {"ephemeral_5m_input_tokens": 40, "ephemeral_1h_input_tokens": 60},
+            },
+            Usage(input=1, cache_write=40, cache_write_1h=60, output=5),
+        ),
+        (
+            REPORTED
+            | {
+                "prompt_tokens_details": {
+                    "cache_creation_tokens": 8,
+                    "cache_creation_token_details": {"ephemeral_5m_input_tokens": 0, "ephemeral_1h_input_tokens": 8},
+                }
+            },
+            Usage(input=2, cache_write_1h=8, output=5),
+        ),
+        (
+            REPORTED | {"prompt_tokens_details": {"cache_creation_token_details": {"ephemeral_1h_input_tokens": 8}}},
+            Usage(input=2, cache_write_1h=8, output=5),
+        ),
         (REPORTED | {"cost": 0.1, "new": {"x": []}}, Usage(input=10, output=5)),
         (
             {"prompt_tokens": INT64_MAX - 1, "completion_tokens": 1, "total_tokens": INT64_MAX},
@@ -118,6 +154,69 @@ def test_overlapping_details():
     assert read_usage(reported) == Usage(audio_input=6, cache_write=3, cached_input=1, output=5)
 
 
+def response_event(kind, **fields) -> bytes:
+    return b"data: " + json.dumps({"type": kind, **fields}).encode() + b"\n\n"
+
+
+TOOLS_BOUND = Usage(input=1000, output=1000, web_search=4)
+SEARCHED = {"type": "web_search_call", "action": {"type": "search"}}
+
+
+@pytest.mark.parametrize(
+    ("items", "uses"),
+    [
+        ([], 0),
+        ([SEARCHED] * 3, 3),
+        ([{"type": "web_search_call"}, {"type": "web_search_call", "action": None}], 2),
+        ([{"type": "web_search_call", "action": {"type": "find_in_page"}}, SEARCHED], 1),
+        ([{"type": ["web_search_call"]}, {"type": None}, {}], 0),
+        (None, 4),
+    ],
+)
+def test_uses_of_tools_in_a_response(items, uses):
+    """Searches count, whatever else there is; an answer without any items tells nothing, so the bound counts."""
+    answer = {"usage": {"input_tokens": 10, "output_tokens": 5}} | ({} if items is None else {"output": items})
+    body = json.dumps(answer).encode()
+    metered = meter_plain(Endpoint.RESPONSES, body, prompt=b"", bound=TOOLS_BOUND)
+    assert metered.usage == Usage(input=10, output=5, web_search=uses)
+    unasked = meter_plain(Endpoint.RESPONSES, body, prompt=b"", bound=Usage(input=1000, output=1000))
+    assert unasked.usage.tool_uses == 0, "nobody asked for tools, so none were held for"
+
+
+@pytest.mark.parametrize(
+    ("events", "kept_bytes_max", "uses"),
+    [
+        ([("added", 0, "in_progress"), ("added", 1, "in_progress")], 10_000, 2),
+        ([("added", 0, "in_progress"), ("done", 0, "search"), ("done", 1, "open_page")], 10_000, 1),
+        ([("done", number, "search") for number in range(5)], 10_000, 4),
+        ([("done", number, "search") for number in range(2)], 100, 4),
+    ],
+)
+def test_uses_of_tools_in_a_response_that_breaks(events, kept_bytes_max, uses):
+    """Each item once, as it was said last; never more than what was held, and that where not all events are known."""
+    meter = stream_meter(Endpoint.RESPONSES, kept_bytes_max, counts_tools=True)
+    for kind, index, action in events:
+        item = {"type": "web_search_call", "action": None if action == "in_progress" else {"type": action}}
+        meter.feed(response_event(f"response.output_item.{kind}", output_index=index, item=item))
+    meter.feed(response_event("response.output_text.delta", delta="word"))
+    metered = meter.result(prompt=b"", bound=TOOLS_BOUND)
+    assert (metered.source, metered.usage.web_search) == (UsageSource.COUNTED, uses)
+
+
+def test_a_response_that_breaks_and_cannot_be_read_has_used_all_its_tools():
+    """An item that nobody can read may be any."""
+    meter = stream_meter(Endpoint.RESPONSES, 10_000, counts_tools=True)
+    meter.feed(b'data: {"type":"response.output_item.done","item":7}\n\n')
+    assert meter.result(prompt=b"", bound=TOOLS_BOUND).usage.web_search == 4
+
+
+@pytest.mark.parametrize("usage", ['{"num_search_queries":-1}', "null", "7"])
+def test_searches_that_cannot_be_are_no_report(usage):
+    """The bound counts."""
+    body = b'{"choices":[{"message":{"content":"x"}}],"usage":' + usage.encode() + b"}"
+    assert meter_plain(Endpoint.CHAT, body, prompt=b"", bound=TOOLS_BOUND).usage.web_search == 4
+
+
 IMPLAUSIBLE = [
     {},
     {"total_tokens": 15},
@@ -135,6 +234,7 @@ IMPLAUSIBLE = [
     REPORTED | {"prompt_tokens_details": {"cached_tokens": -1}},
     REPORTED | {"prompt_tokens_details": {"audio_tokens": 11}},
     REPORTED | {"prompt_tokens_details": {"cache_write_tokens": 11}},
+    REPORTED | {"cache_creation_input_tokens": 2, "cache_creation": {"ephemeral_1h_input_tokens": 3}},
     REPORTED | {"completion_tokens_details": {"reasoning_tokens": 6}},
     REPORTED | {"completion_tokens_details": {"audio_tokens": 6}},
     REPORTED | {"completion_tokens_details": []},

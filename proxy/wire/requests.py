@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Iterable, Mapping
 from enum import StrEnum
+from types import MappingProxyType
 from typing import Annotated, Final, Protocol
 
 import msgspec
@@ -18,6 +19,9 @@ TOKENS_MAX = 2**53 - 1
 
 ITEMS_MAX = 20_000
 """Messages, parts or tools in one request: each costs time to be looked at, and no conversation has so many."""
+
+TOOL_CALLS_MAX = 10_000
+"""Uses of the provider's tools in one call."""
 
 FIELDS_MAX = 1_000
 """Fields at the top of a request."""
@@ -43,8 +47,9 @@ class PaidRequest(msgspec.Struct, frozen=True, kw_only=True):
     outputs for all `prompts` together. `prediction_tokens` bounds what may be billed of each choice on top of the
     maximum, `thinking_tokens` is the budget for reasoning inside of it. `is_unsized` says that some of the prompt is no
     text in the body; `images` counts the images in it, which have `image_bytes` of the body, and `has_only_images` says
-    that they are all of it. `wants_audio` says that the answer may be spoken, `must_unstore` that the provider would
-    keep it unless it is told not to.
+    that they are all of it. `tools` are those that the provider runs, by what they are priced as, with what the request
+    calls them; `tool_calls_max` bounds the uses of all of them together. `wants_audio` says that the answer may be
+    spoken, `must_unstore` that the provider would keep it unless it is told not to.
     """
 
     endpoint: Endpoint
@@ -63,6 +68,8 @@ class PaidRequest(msgspec.Struct, frozen=True, kw_only=True):
     wants_audio: bool = False
     images: int = 0
     image_bytes: int = 0
+    tools: dict[str, str] = {}
+    tool_calls_max: int | None = None
     must_unstore: bool = False
 
     @property
@@ -171,7 +178,7 @@ def check_fields(request: _Common, body: bytes, spelling: Spelling, refused: Map
     check_spelling(fields, spelling)
     if not refused.keys().isdisjoint(fields):
         for field, reason in refused.items():
-            if field in fields and not _is_switched_off(field, bytes(fields[field])):
+            if is_switched_on(fields.get(field), is_number=field in _NUMBERS):
                 raise unsupported(field, f"'{field}' is not supported: {reason}.")
     if request.stream_options is not None:
         options = unique_fields(fields["stream_options"], "stream_options")
@@ -179,18 +186,29 @@ def check_fields(request: _Common, body: bytes, spelling: Spelling, refused: Map
     return fields
 
 
-def _is_switched_off(field: str, value: bytes) -> bool:
-    return value in _SWITCHED_OFF or (field in _NUMBERS and value == b"1")
+def is_switched_on(value: Raw | None, *, is_number: bool = False) -> bool:
+    """Whether a field is there and asks for something; one that says how many does not with 1."""
+    if value is None:
+        return False
+    said = bytes(value)
+    return said not in _SWITCHED_OFF and not (is_number and said == b"1")
 
 
-def check_tools(tools: Collection[Tool]) -> None:
-    """Raises `BadRequest` for tools that the provider runs itself, and bills for."""
+def check_tools(tools: Collection[Tool], hosted: Mapping[str, str] = MappingProxyType({})) -> dict[str, str]:
+    """Those of `tools` that the provider runs itself, by what they are priced as (see `PaidRequest.tools`).
+
+    `hosted` says that of each type that can have a price. Raises `BadRequest` for all others that are billed.
+    """
     check_number(len(tools), "tools")
+    found = {}
     for tool in tools:
-        if tool.type not in _PRICED_TOOLS:
+        if tool.type in hosted:
+            found[hosted[tool.type]] = tool.type
+        elif tool.type not in _PRICED_TOOLS:
             raise unsupported(
                 "tools", f"Tools of type '{tool.type}' are billed outside of tokens, and not priced here."
             )
+    return found
 
 
 def check_number(items: int, param: str) -> None:

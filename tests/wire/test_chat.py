@@ -173,7 +173,6 @@ def test_any_json(fields, parts, tools):
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
-        ({"web_search_options": {}}, "web_search_options"),
         ({"search_parameters": {"mode": "auto"}}, "search_parameters"),
         ({"plugins": [{"id": "web"}]}, "plugins"),
         ({"previous_response_id": "resp_1"}, "previous_response_id"),
