@@ -1,4 +1,4 @@
-"""what calls add up to by day."""
+"""what calls add up to by day, and what was booked by hand."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -43,6 +43,15 @@ def upgrade() -> None:
         op.execute("ALTER TABLE usage_days SET (fillfactor = 70)")
     _fill()
     op.create_index("ix_usage_days_day", "usage_days", ["day"], unique=False)
+    # Finds what is rare in a long journal, and is not written by charges.
+    op.create_index(
+        "ix_credit_transactions_by_hand",
+        "credit_transactions",
+        ["wallet_id", "seq"],
+        unique=False,
+        postgresql_where=sa.text("type <> 'deduction'"),
+        sqlite_where=sa.text("type <> 'deduction'"),
+    )
 
 
 def _fill() -> None:
@@ -84,4 +93,5 @@ def _sum_bounded(figure: str) -> str:
 
 def downgrade() -> None:
     """Take this revision back: the sums are lost, and are made anew from the calls when it is applied again."""
+    op.drop_index("ix_credit_transactions_by_hand", "credit_transactions")
     op.drop_table("usage_days")

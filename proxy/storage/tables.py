@@ -186,6 +186,13 @@ credit_transactions = sa.Table(
         postgresql_where=sa.text("type = 'deduction'"),
         sqlite_where=sa.text("type = 'deduction'"),
     ),
+    sa.Index(
+        "ix_credit_transactions_by_hand",
+        "wallet_id",
+        "seq",
+        postgresql_where=sa.text("type <> 'deduction'"),
+        sqlite_where=sa.text("type <> 'deduction'"),
+    ),
 )
 
 usage_days = sa.Table(

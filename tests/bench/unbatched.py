@@ -2,8 +2,8 @@
 
 Each of these locks the wallet, checks the caller, the limits and what is available, writes the reservation or the
 deduction, and moves the counters of wallet, key and day, as the ledger does; `tollgate audit` passes on what they
-leave. They are written for speed, with as few statements as they can do with, and lack what the benchmark does not ask of
-them: limits by period, instances that were fenced, late settles, and an answer for an operation that is sent again.
+leave. They are written for speed, with as few statements as they can do with, and lack what the benchmark does not ask
+of them: limits by period, instances that were fenced, late settles, and an answer for an operation that is sent again.
 """
 
 import asyncio
