@@ -28,6 +28,8 @@ _DISORDER = 3600 * MICROS_PER_SECOND
 
 _DEDUCTION = "deduction"
 _FOREVER: Micros = 2**63 - 1
+_LAST_ID = "req_~"
+"""After every id of a call."""
 
 
 class Filter(msgspec.Struct, frozen=True, kw_only=True):
@@ -127,13 +129,20 @@ async def _seq_at(connection: AsyncConnection, wallet_id: str, last: int, instan
 
 
 async def read_page(  # noqa: PLR0913 - whose, which of them, and how many from where on
-    connection: AsyncConnection, wallet_id: str, wanted: Filter, within: Span, *, limit: int, before: int | None = None
+    connection: AsyncConnection,
+    wallet_id: str,
+    wanted: Filter,
+    within: Span,
+    *,
+    limit: int,
+    before: int | None = None,
+    scanned_max: int = SCANNED_MAX,
 ) -> Page:
     """The newest `limit` transactions of a filter in the span that was found for it, numbered below `before`."""
     end = within.end if before is None else min(before, within.end)
     first, is_cut = within.first, False
     if wanted.is_of_calls or wanted.type == _DEDUCTION:
-        first = max(within.first, end - SCANNED_MAX)
+        first = max(within.first, end - scanned_max)
         is_cut = first > within.first
     await _by_index(connection)
     rows = (await connection.execute(_query(wallet_id, wanted, Span(first, end)).limit(limit + 1))).all()
@@ -179,9 +188,12 @@ def _query(wallet_id: str, wanted: Filter, within: Span) -> sa.Select[Any]:
 
 
 async def _by_index(connection: AsyncConnection) -> None:
-    """Have PostgreSQL find rows by their keys for the rest of this transaction, whatever it thinks of their number."""
+    """Have PostgreSQL walk the indexes for the rest of this transaction, whatever it thinks of the number of rows.
+
+    A page needs few of the rows that are wanted, and they lie in the index in the order that is wanted.
+    """
     if connection.dialect.name == "postgresql":
-        plans = ("enable_seqscan", "enable_hashjoin", "enable_mergejoin")
+        plans = ("enable_seqscan", "enable_bitmapscan", "enable_hashjoin", "enable_mergejoin")
         await connection.execute(sa.select(*(sa.func.set_config(plan, "off", True) for plan in plans)))  # noqa: FBT003
 
 
@@ -193,11 +205,15 @@ async def read_calls(
 ) -> list[Any]:
     """At most `limit` rows of `reservations`, newest first, with ids below `before`: ids sort by their making."""
     table = reservations
-    query = sa.select(table).where(table.c.wallet_id == wallet_id)
-    if before is not None:
-        query = query.where(table.c.id < before)
+    place = sa.tuple_(table.c.wallet_id, table.c.id)
+    # As pairs, so that only their own index has them in order: in that of ids alone are everybody's between them.
+    query = (
+        sa.select(table)
+        .where(place > sa.tuple_(wallet_id, ""), place < sa.tuple_(wallet_id, _LAST_ID if before is None else before))
+        .order_by(table.c.wallet_id.desc(), table.c.id.desc())
+    )
     await _by_index(connection)
-    return list((await connection.execute(query.order_by(table.c.id.desc()).limit(limit))).all())
+    return list((await connection.execute(query.limit(limit))).all())
 
 
 # ---- cursors

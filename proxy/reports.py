@@ -161,7 +161,7 @@ def parse_range(first: str | None, last: str | None, now: Micros, *, months: boo
     elif months:
         begin = _months_before(end)
     else:
-        begin = end - DAYS_DEFAULT + 1
+        begin = max(end - DAYS_DEFAULT + 1, day_of_date(date.min))
     if begin > end:
         raise BadRequest("The range ends before it begins.", param="from", code="invalid_value")
     if end - begin >= DAYS_MAX:

@@ -259,7 +259,7 @@ def _filter(
     everything = Filter()
     since = everything.since if first is None else DayRange(day := reports.parse_day(first, "from"), day).since
     until = everything.until if last is None else DayRange(day := reports.parse_day(last, "to"), day).until
-    if since >= until:
+    if first is not None and since >= until:
         raise BadRequest("The range ends before it begins.", param="from", code="invalid_value")
     return Filter(type=type_, since=since, until=until, key_id=key, model=model)
 

@@ -8,7 +8,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from proxy.ledger.rollup import FIGURE_MAX, PERHAPS_BILLED, bounded
 from proxy.pricing import Price, cost, provider_cost
-from proxy.storage.database import database_now, reading
+from proxy.storage.database import database_now, patient, reading
 from proxy.units import MICROS_PER_DAY, MICROS_PER_SECOND, Usage
 
 ROWS_MAX = 20
@@ -244,7 +244,7 @@ async def audit(engine: AsyncEngine) -> Report:
     Raises `Unavailable` when the database is out of reach.
     """
     report = Report(violations=[], notes=[], totals=Totals())
-    async with reading(engine, is_snapshot=True) as connection:
+    async with patient(engine) as patient_engine, reading(patient_engine, is_snapshot=True) as connection:
         for check in CHECKS:
             await _run(connection, check, report.violations)
         await _run(connection, LIMITS, report.notes)
