@@ -20,7 +20,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from proxy import __version__
 from proxy.catalog import Catalog, Loader, seed
 from proxy.edge import accounts as account_routes
-from proxy.edge import admin, health, inference, llm
+from proxy.edge import admin, admin_credits, admin_records, admin_users, health, inference, llm
 from proxy.edge import credits as credit_routes
 from proxy.edge import keys as key_routes
 from proxy.edge.addresses import Addresses
@@ -149,6 +149,7 @@ def routed(tollgate: Tollgate) -> Litestar:
     """Every route, behind authentication."""
     server = tollgate.configuration.settings.server
     addresses = Addresses(server.trusted_proxies)
+    auditor = admin_records.Auditor(tollgate.engine)
     return Litestar(
         route_handlers=[
             *_paid_handlers(tollgate),
@@ -168,6 +169,9 @@ def routed(tollgate: Tollgate) -> Litestar:
             key_routes.drop_key,
             llm.router,
             admin.router,
+            admin_users.router,
+            admin_credits.router,
+            admin_records.router,
             health.live,
             health.ready,
         ],
@@ -179,6 +183,7 @@ def routed(tollgate: Tollgate) -> Litestar:
             "catalog": Provide(lambda: tollgate.catalog, sync_to_thread=False),
             "accounts": Provide(lambda: tollgate.accounts, sync_to_thread=False),
             "addresses": Provide(lambda: addresses, sync_to_thread=False),
+            "auditor": Provide(lambda: auditor, sync_to_thread=False),
             "refresh": Provide(lambda: tollgate.refresh_catalog, sync_to_thread=False),
         },
         cors_config=_cors(server.cors_origins),

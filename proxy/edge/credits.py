@@ -82,6 +82,14 @@ class Charge(msgspec.Struct):
 CallerRequest = Request[Caller, Any, Any]
 
 
+def check_page(limit: int, cursor: str | None, prefix: str) -> None:
+    """Raises `BadRequest` unless a page may have `limit` items, and `cursor` is an id with this prefix or None."""
+    if not 1 <= limit <= PAGE_MAX:
+        raise BadRequest(f"A page has from 1 to {PAGE_MAX} items.", param="limit", code="invalid_value")
+    if cursor is not None and not is_id(cursor, prefix):
+        raise BadRequest("This cursor was not given out here.", param="cursor", code="invalid_cursor")
+
+
 async def read_balance(connection: AsyncConnection, wallet_id: str) -> Balance:
     """The balance of `wallet_id`. Raises `NotFound` when there is no such wallet."""
     row = (await connection.execute(sa.select(wallets).where(wallets.c.id == wallet_id))).one_or_none()

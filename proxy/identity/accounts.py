@@ -33,6 +33,9 @@ from proxy.settings import OWN_ISSUER
 from proxy.storage.database import reading, writing
 from proxy.units import Micros, Nanos
 
+STARTING_CREDITS_KEY = "starting-credits"
+"""The idempotency key of what an account begins with."""
+
 
 class Login(msgspec.Struct, frozen=True):
     """A token, and for how long it is good."""
@@ -68,7 +71,7 @@ class Accounts:
         self._by_account = by_account
         self._registration_open = registration_open
         self._starting_credits = starting_credits
-        self._passwords = Passwords()
+        self.passwords = Passwords()
 
     # ---- passwords
 
@@ -83,7 +86,7 @@ class Accounts:
             raise Forbidden("Registration is closed here. Ask the operator for an account.", code="registration_closed")
         normal = normalise_email(email)
         check_password(password, normal, normal.partition("@")[0], check_name(full_name))
-        password_hash = await self._passwords.hash(password)
+        password_hash = await self.passwords.hash(password)
         async with writing(self._engine) as connection:
             user = await create_user(
                 connection,
@@ -112,7 +115,7 @@ class Accounts:
             async with reading(self._engine) as connection:
                 found = await find_password(connection, normal)
         user, password_hash = found or (None, None)
-        if not await self._passwords.is_right(password, password_hash) or user is None:
+        if not await self.passwords.is_right(password, password_hash) or user is None:
             raise WrongPassword
         self._by_account.give_back(account)
         if not user.is_active:
@@ -133,12 +136,12 @@ class Accounts:
         if password_hash is None:
             raise Forbidden("This account has no password.", code="no_password")
         self._by_account.take(user.id)
-        if not await self._passwords.is_right(current, password_hash):
+        if not await self.passwords.is_right(current, password_hash):
             raise WrongPassword
         self._by_account.give_back(user.id)
         related = (user.email, (user.email or "").partition("@")[0], user.full_name)
         check_password(password, *related, param="new_password")
-        replacement = await self._passwords.hash(password)
+        replacement = await self.passwords.hash(password)
         async with writing(self._engine) as connection:
             version = await replace_password(connection, user, replacement)
         return self._login(tokens, user.id, version)
@@ -231,7 +234,7 @@ class Accounts:
                 type=CreditType.TOPUP,
                 amount=user.starting_credits,
                 description="starting credits",
-                idempotency_key="starting-credits",
+                idempotency_key=STARTING_CREDITS_KEY,
             )
         )
         async with writing(self._engine) as connection:
