@@ -1,4 +1,4 @@
-"""What admins do over HTTP, end to end: one server on SQLite, two on one PostgreSQL, and a real provider on a socket."""
+"""What admins do over HTTP, end to end: one server on SQLite, two on one PostgreSQL, a provider on a socket."""
 
 import json
 import threading
@@ -309,11 +309,11 @@ def test_limits_on_a_user_hold_for_the_very_next_call(admin, servers, customer):
             ({"requests_per_minute": None, "concurrent_calls_max": 0}, (429, "rate_limit_exceeded")),
         ):
             for client in clients:
-                admin.patch(f"{USERS}/{customer['id']}", json={name: None for name in limit})
+                admin.patch(f"{USERS}/{customer['id']}", json=dict.fromkeys(limit))
                 charged(client)
                 admin.patch(f"{USERS}/{customer['id']}", json=limit)
                 assert code(client.post("/v1/chat/completions", json=CALL)) == refusal
-            admin.patch(f"{USERS}/{customer['id']}", json={name: None for name in limit})
+            admin.patch(f"{USERS}/{customer['id']}", json=dict.fromkeys(limit))
 
 
 def test_rank_is_given_and_taken(admin, servers):
@@ -508,7 +508,7 @@ def test_a_refund_is_of_a_charge_of_this_wallet_and_never_more_than_it(admin, se
 def test_an_idempotency_key_books_once(admin, elsewhere, servers, customer):
     """The same again is the first answer again, on whatever server; other values are a conflict."""
     with servers[0].client(key_of(admin, customer)) as client:
-        request_id, charge = charged(client)
+        request_id, _ = charged(client)
     for number, (type_, amount, more) in enumerate(
         (("topup", "1", {}), ("adjustment", "-1", {}), ("refund", None, {"request_id": request_id}))
     ):
@@ -596,6 +596,111 @@ def test_an_adjustment_cannot_take_what_calls_hold(admin, elsewhere, servers, up
             assert Decimal(found["balance"]) >= Decimal(found["reserved"]) >= 0
     assert outcomes <= {(200, 201), (200, 400), (402, 201)}
     assert code(book(admin, user, "adjustment", "-1000")) == (400, "below_reserved")
+
+
+# ---- settings
+
+
+def set_to(admin, name, value):
+    return admin.put(f"/api/v1/admin/config/{name}", json={"value": value})
+
+
+def settings_of(admin) -> dict[str, dict]:
+    return {item["name"]: item for item in admin.get("/api/v1/admin/config").json()["items"]}
+
+
+def test_settings_are_typed_and_described(admin):
+    """Each with its value, what the configuration says, its type and what it does."""
+    found = settings_of(admin)
+    assert {name: (item["default"], item["type"]) for name, item in found.items()} == {
+        "markup_percent": ("15", "percent"),
+        "registration_open": (True, "boolean"),
+        "starting_credits": ("0", "credits"),
+        "give_to_strangers": (False, "boolean"),
+        "expose": ("priced", "choice"),
+    }
+    assert all(len(item["description"]) > 20 for item in found.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("markup_percent", "x"),
+        ("markup_percent", "-1"),
+        ("markup_percent", "1e999999999"),
+        ("markup_percent", True),
+        ("registration_open", "yes"),
+        ("registration_open", 1),
+        ("starting_credits", "-1"),
+        ("starting_credits", 0.5),
+        ("starting_credits", False),
+        ("starting_credits", "NaN"),
+        ("give_to_strangers", "true"),
+        ("expose", "all"),
+        ("expose", True),
+    ],
+)
+def test_values_that_a_setting_cannot_have(admin, name, value):
+    """Refused, and nothing changes."""
+    before = settings_of(admin)
+    answer = set_to(admin, name, value)
+    assert (code(answer), answer.json()["error"]["param"]) == ((400, "invalid_value"), "value")
+    assert settings_of(admin) == before
+
+
+@pytest.mark.parametrize("name", ["jwt_secret", "catalog_version", "x", "%00"])
+def test_settings_that_are_none(admin, name):
+    """Not found, whatever else is in that table."""
+    assert code(set_to(admin, name, "1")) == (404, "not_found")
+    for body in ({}, {"value": None}, {"value": []}, {"value": "1", "more": 1}):
+        assert admin.put(f"/api/v1/admin/config/{name}", json=body).status_code == 400
+
+
+def test_settings_act_everywhere_within_a_second(admin, servers, boss, customer):
+    """Registration, what newcomers get, what is on offer and the markup, on each server; each change is on record."""
+    with ExitStack() as stack:
+        strangers = [stack.enter_context(server.client(None)) for server in servers]
+        clients = stack.enter_context(clients_of(servers, key_of(admin, customer)))
+
+        def registered(http) -> str:
+            answer = http.post("/register", json={"email": fresh_email(), "password": PASSWORD})
+            return answer.json().get("credits_balance") or code(answer)[1]
+
+        assert [registered(http) for http in strangers] == ["0"] * len(servers)
+        assert set_to(admin, "registration_open", False).status_code == 200
+        assert registered(strangers[0]) == "registration_closed", "here at once"
+        assert soon(lambda: registered(strangers[-1]) == "registration_closed")
+        assert set_to(admin, "starting_credits", "0.25").json()["value"] == "0.25"
+        assert code(set_to(admin, "registration_open", True)) == (409, "gives_to_strangers")
+        assert set_to(admin, "give_to_strangers", True).status_code == 200
+        assert set_to(admin, "registration_open", True).status_code == 200
+        assert code(set_to(admin, "give_to_strangers", False)) == (409, "gives_to_strangers")
+        assert soon(lambda: registered(strangers[-1]) == "0.25")
+        assert set_to(admin, "expose", "listed").status_code == 200
+        for client in clients:
+            assert soon(lambda client=client: client.get("/v1/models/demo-chat").status_code == 404)
+            charged(client)
+        for name, value in (("expose", "priced"), ("starting_credits", 0), ("give_to_strangers", False)):
+            assert set_to(admin, name, value).status_code == 200
+        for percent in ("33", "15"):
+            assert set_to(admin, "markup_percent", percent).status_code == 200
+            assert admin.get("/api/v1/admin/markup").json() == {"percent": percent}
+    events = events_of(admin, actor=boss[0], action="config.set", subject="markup_percent", limit=2)
+    assert [(event["before"], event["after"]) for event in events] == [("33", "15"), ("15", "33")]
+    assert settings_of(admin)["expose"]["updated_at"] is not None
+
+
+def test_two_admins_make_no_unsafe_setting_together(admin, elsewhere):
+    """Each of two changes is safe, and not both: one is refused, however close they come."""
+    for _ in range(3):
+        assert set_to(admin, "starting_credits", "0").status_code == 200
+        assert set_to(admin, "registration_open", False).status_code == 200
+        answers = at_once(
+            lambda: set_to(admin, "starting_credits", "1"), lambda: set_to(elsewhere, "registration_open", True)
+        )
+        assert sorted(answer.status_code for answer in answers) == [200, 409]
+    assert set_to(admin, "starting_credits", "0").status_code == 200
+    assert set_to(admin, "registration_open", True).status_code == 200
 
 
 # ---- the record

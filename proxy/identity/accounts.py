@@ -44,11 +44,18 @@ class Login(msgspec.Struct, frozen=True):
     expires_in_s: int
 
 
+class Welcome(msgspec.Struct, frozen=True):
+    """What strangers find: whether they may register, and what every new account gets, in nano-credits."""
+
+    registration_open: bool
+    starting_credits: Nanos
+
+
 class Accounts:
     """What can be done with accounts from outside.
 
     `tokens` is None where nobody can log in, since no secret is configured. `by_address` and `by_account` count
-    attempts; `starting_credits` are nano-credits.
+    attempts; `welcome` is asked for each newcomer.
     """
 
     def __init__(  # noqa: PLR0913 - all that it works with is handed in
@@ -60,8 +67,7 @@ class Accounts:
         issuers: Issuers,
         by_address: Attempts,
         by_account: Attempts,
-        registration_open: bool,
-        starting_credits: Nanos,
+        welcome: Callable[[], Welcome],
     ) -> None:
         self._engine = engine
         self._ledger = ledger
@@ -69,8 +75,7 @@ class Accounts:
         self._issuers = issuers
         self._by_address = by_address
         self._by_account = by_account
-        self._registration_open = registration_open
-        self._starting_credits = starting_credits
+        self._welcome = welcome
         self.passwords = Passwords()
 
     # ---- passwords
@@ -82,7 +87,7 @@ class Accounts:
         `Conflict` for an address that has an account.
         """
         self._by_address.take(address)
-        if not self._registration_open:
+        if not self._welcome().registration_open:
             raise Forbidden("Registration is closed here. Ask the operator for an account.", code="registration_closed")
         normal = normalise_email(email)
         check_password(password, normal, normal.partition("@")[0], check_name(full_name))
@@ -93,7 +98,7 @@ class Accounts:
                 normal,
                 password_hash=password_hash,
                 full_name=full_name,
-                starting_credits=self._starting_credits,
+                starting_credits=self._welcome().starting_credits,
             )
         await self._book_promised(user)
         return user
@@ -205,7 +210,7 @@ class Accounts:
                     email,
                     full_name=full_name,
                     email_verified=email is not None,
-                    starting_credits=self._starting_credits,
+                    starting_credits=self._welcome().starting_credits,
                 )
                 await add_identity(connection, user.id, external.issuer, external.subject)
                 return user
