@@ -44,7 +44,7 @@ class Setting(msgspec.Struct, frozen=True):
 
 
 def _percent(value: Any) -> str:
-    if isinstance(value, bool) or not isinstance(value, str | int | float | Decimal):
+    if isinstance(value, bool) or not isinstance(value, str | int | Decimal):
         raise AmountError('must be a percentage, such as "15"')
     try:
         return format_percent(parse_percent(Decimal(str(value))))

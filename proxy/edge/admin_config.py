@@ -46,7 +46,7 @@ class SettingList(msgspec.Struct):
 class NewValue(msgspec.Struct, forbid_unknown_fields=True):
     """What the setting is to be from now on."""
 
-    value: Annotated[str, Meta(examples=["0.25"])] | int | float | bool
+    value: Annotated[str | int | bool, Meta(examples=["0.25"])]
 
 
 @get("/", summary="The settings", responses=documented())

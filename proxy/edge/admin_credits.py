@@ -5,7 +5,9 @@ from typing import Annotated, Any, Literal
 import msgspec
 from litestar import Request, Router, post
 from litestar.di import NamedDependency
-from litestar.params import FromPath, HeaderParameter, JSONBody
+from litestar.enums import RequestEncodingType
+from litestar.openapi.spec import Example
+from litestar.params import Body, FromPath, HeaderParameter
 from msgspec import Meta
 from sqlalchemy.ext.asyncio import AsyncEngine
 
@@ -40,9 +42,9 @@ class CreditOrder(msgspec.Struct, forbid_unknown_fields=True):
     """
 
     type: Literal["topup", "refund", "adjustment"]
-    amount: Annotated[str, Meta(examples=["2.5"])] | int | None = None
+    amount: Annotated[str | int | None, Meta(examples=["2.5"])] = None
     description: Annotated[str, Meta(max_length=DESCRIPTION_CHARACTERS_MAX, examples=["invoice 2026-117"])] = ""
-    request_id: Annotated[str, Meta(examples=[None])] | None = None
+    request_id: str | None = None
 
 
 class CreditBooked(msgspec.Struct):
@@ -50,6 +52,13 @@ class CreditBooked(msgspec.Struct):
 
     transaction: TransactionItem
     balance: Annotated[str, Meta(examples=["12.5"])]
+
+
+_EXAMPLES = [
+    Example(summary="A top-up", value={"type": "topup", "amount": "2.5", "description": "invoice 2026-117"}),
+    Example(summary="All of a charge", value={"type": "refund", "request_id": "req_" + "0" * 32}),
+    Example(summary="An adjustment", value={"type": "adjustment", "amount": "-1", "description": "counted twice"}),
+]
 
 
 @post(
@@ -63,7 +72,7 @@ async def book_credits(  # noqa: PLR0913, PLR0917 - what the framework hands to 
     engine: NamedDependency[AsyncEngine],
     ledger: NamedDependency[Ledger],
     user_id: FromPath[str],
-    data: JSONBody[CreditOrder],
+    data: Annotated[CreditOrder, Body(media_type=RequestEncodingType.JSON, examples=_EXAMPLES)],
     idempotency_key: Annotated[
         str | None,
         HeaderParameter(
