@@ -1,5 +1,6 @@
 """What admins do over HTTP, end to end: one server on SQLite, two on one PostgreSQL, a provider on a socket."""
 
+import http.client
 import json
 import threading
 import time
@@ -265,6 +266,7 @@ def test_who_is_not_there_is_not_found(admin, user_id):
         admin.get(path),
         admin.patch(path, json={}),
         admin.delete(path),
+        admin.put(f"{path}/password", json={"password": PASSWORD}),
         admin.get(f"{path}/keys"),
         admin.post(f"{path}/keys", json={}),
         admin.patch(f"{path}/keys/key_{'0' * 32}", json={}),
@@ -272,6 +274,29 @@ def test_who_is_not_there_is_not_found(admin, user_id):
         admin.post(f"{path}/credits", json={"type": "topup", "amount": "1"}),
     ):
         assert code(answer) == (404, "not_found"), answer.request.method
+
+
+def test_an_address_is_taken_once_however_many_try(admin, elsewhere):
+    """At the same moment: one is made, the other told so."""
+    email = fresh_email()
+    answers = at_once(*(lambda http=http: http.post(USERS, json={"email": email}) for http in (admin, elsewhere)))
+    assert sorted(answer.status_code for answer in answers) == [201, 409]
+
+
+def test_an_admin_sets_a_password(admin, servers):
+    """Who had none can log in by it; who was logged in is not any more; it is on record that it was set."""
+    user = made_by(admin)
+    path = f"{USERS}/{user['id']}/password"
+    assert admin.put(path, json={"password": PASSWORD}).status_code == 204
+    token = admin.post("/login", json={"email": user["email"], "password": PASSWORD}).json()["access_token"]
+    weak = admin.put(path, json={"password": user["email"]})
+    assert (code(weak), weak.json()["error"]["param"]) == ((400, "weak_password"), "password")
+    with clients_of(servers, token) as clients:
+        assert [client.get("/me").status_code for client in clients] == [200] * len(servers)
+        assert admin.put(path, json={"password": f"{PASSWORD}!"}).status_code == 204
+        assert [client.get("/me").status_code for client in clients] == [401] * len(servers)
+    (event, _) = events_of(admin, subject=user["id"], action="user.password")
+    assert (event["before"], event["after"]) == (None, None)
 
 
 # ---- rank and access
@@ -540,6 +565,23 @@ def test_idempotency_keys_that_nobody_should_send(admin, customer, values):
     assert wallet(admin, customer)["balance"] == "10"
 
 
+def test_a_header_that_holds_a_nul(servers, boss, customer):
+    """Is no HTTP: nothing is booked."""
+    address = servers[0].base_url.removeprefix("http://").removesuffix("/v1")
+    connection = http.client.HTTPConnection(address, timeout=10)
+    headers = {
+        "Authorization": boss[1][0].headers["authorization"],
+        "Content-Type": "application/json",
+        "Idempotency-Key": "a\0b",
+    }
+    body = json.dumps({"type": "topup", "amount": "1"})
+    connection.request("POST", f"{USERS}/{customer['id']}/credits", body, headers)
+    answer = connection.getresponse()
+    assert (answer.status, json.loads(answer.read())["error"]["type"]) == (400, "invalid_request_error")
+    connection.close()
+    assert wallet(boss[1][0], customer)["balance"] == "10"
+
+
 def test_the_same_top_up_twice_at_the_same_moment(admin, elsewhere, customer):
     """By two admins' hands, on two servers where there are two: booked once, and answered twice."""
     for number in range(5):
@@ -573,7 +615,7 @@ def test_a_refund_that_races_another_of_the_same_charge(admin, elsewhere, server
     assert wallet(admin, customer)["balance"] == "10"
 
 
-def test_an_adjustment_cannot_take_what_calls_hold(admin, elsewhere, servers, upstream):
+def test_an_adjustment_cannot_take_what_calls_hold(admin, elsewhere, servers):
     """Whether the call or the adjustment comes first, the balance covers what is reserved, and each is told so."""
     user = made_by(admin)
     book(admin, user, amount="0.02")
@@ -582,8 +624,9 @@ def test_an_adjustment_cannot_take_what_calls_hold(admin, elsewhere, servers, up
     outcomes = set()
     with clients_of(servers, key) as clients:
         for _ in range(6):
-            balance = wallet(admin, user)["balance"]
-            book(admin, user, "adjustment", str(Decimal("0.02") - Decimal(balance))) if balance != "0.02" else None
+            missing = Decimal("0.02") - Decimal(wallet(admin, user)["balance"])
+            if missing:
+                assert book(admin, user, "adjustment", str(missing)).status_code == 201
             call, adjusted = at_once(
                 lambda: clients[0].post("/v1/chat/completions", json=body),
                 lambda: book(elsewhere, user, "adjustment", "-0.015"),

@@ -3,7 +3,7 @@
 from typing import Annotated, Any
 
 import msgspec
-from litestar import Request, Router, delete, get, patch, post
+from litestar import Request, Router, delete, get, patch, post, put
 from litestar.di import NamedDependency
 from litestar.params import FromPath, FromQuery, JSONBody
 from msgspec import Meta
@@ -67,6 +67,12 @@ class UserChanged(msgspec.Struct, forbid_unknown_fields=True):
     tokens_per_minute: Rate | msgspec.UnsetType | None = msgspec.UNSET
     concurrent_calls_max: Rate | msgspec.UnsetType | None = msgspec.UNSET
     allowed_models: Models | msgspec.UnsetType | None = msgspec.UNSET
+
+
+class NewPassword(msgspec.Struct, forbid_unknown_fields=True):
+    """The password that is to be."""
+
+    password: str
 
 
 class WalletItem(msgspec.Struct):
@@ -163,6 +169,26 @@ async def deactivate_user(request: AdminRequest, engine: NamedDependency[AsyncEn
     await users_by_admins.change(engine, request.user.user_id, user_id, {"is_active": False})
 
 
+@put(
+    "/{user_id:str}/password",
+    status_code=204,
+    summary="Set a user's password",
+    request_max_body_size=BODY_BYTES_MAX,
+    responses=_ERRORS,
+)
+async def set_user_password(
+    request: AdminRequest,
+    engine: NamedDependency[AsyncEngine],
+    accounts: NamedDependency[Accounts],
+    user_id: FromPath[str],
+    data: JSONBody[NewPassword],
+) -> None:
+    """Let a user log in by another password. Every token issued before is void at once."""
+    async with reading(engine) as connection:
+        found = await read_user(connection, user_id)
+    await users_by_admins.set_password(engine, accounts.passwords, request.user.user_id, found, data.password)
+
+
 async def _read(engine: AsyncEngine, user_id: str) -> UserItem:
     async with reading(engine) as connection:
         return _item(await read_standing(connection, user_id))
@@ -246,6 +272,7 @@ router = Router(
         user,
         alter_user,
         deactivate_user,
+        set_user_password,
         user_keys,
         make_user_key,
         alter_user_key,
