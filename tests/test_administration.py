@@ -615,7 +615,21 @@ def test_a_refund_that_races_another_of_the_same_charge(admin, elsewhere, server
     assert wallet(admin, customer)["balance"] == "10"
 
 
-def test_an_adjustment_cannot_take_what_calls_hold(admin, elsewhere, servers):
+def test_what_an_open_call_holds_cannot_be_adjusted_away(admin, elsewhere, servers, customer):
+    """All that is available can, and not a nano-credit more."""
+    body = {"model": MODEL, "messages": [{"role": "user", "content": '!fake {"delay_s": 1.5}'}]}
+    with servers[0].client(key_of(admin, customer)) as client, ThreadPoolExecutor() as threads:
+        call = threads.submit(client.post, "/v1/chat/completions", json=body)
+        assert soon(lambda: wallet(admin, customer)["reserved"] != "0")
+        available = Decimal(wallet(admin, customer)["available"])
+        more = str(-available - Decimal("0.000000001"))
+        assert code(book(elsewhere, customer, "adjustment", more)) == (400, "below_reserved")
+        assert book(elsewhere, customer, "adjustment", str(-available)).status_code == 201
+        assert wallet(admin, customer)["available"] == "0"
+        assert call.result(20).status_code == 200
+
+
+def test_an_adjustment_and_a_call_at_the_same_moment(admin, elsewhere, servers):
     """Whether the call or the adjustment comes first, the balance covers what is reserved, and each is told so."""
     user = made_by(admin)
     book(admin, user, amount="0.02")
