@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from decimal import Decimal
 from typing import Literal
@@ -20,7 +20,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from proxy import __version__
 from proxy.catalog import Catalog, Loader, seed
 from proxy.edge import accounts as account_routes
-from proxy.edge import admin, health, inference, llm, reports
+from proxy.edge import admin, admin_config, admin_credits, admin_records, admin_users, health, inference, llm, reports
 from proxy.edge import credits as credit_routes
 from proxy.edge import keys as key_routes
 from proxy.edge.addresses import Addresses
@@ -29,7 +29,7 @@ from proxy.edge.authentication import Authentication, authenticated
 from proxy.edge.errors import respond
 from proxy.errors import Unavailable, UpstreamFailed
 from proxy.exchange import Exchange, ExchangeLimits
-from proxy.identity.accounts import Accounts
+from proxy.identity.accounts import Accounts, Welcome
 from proxy.identity.attempts import Attempts
 from proxy.identity.issuers import Fetch, Issuers
 from proxy.identity.last_used import LastUsed
@@ -39,7 +39,7 @@ from proxy.ledger.recovery import Lease
 from proxy.ledger.store import PostgresStore, SqliteStore, Store
 from proxy.settings import Configuration, PriceSettings
 from proxy.storage import database
-from proxy.units import SECONDS_PER_DAY, parse_credits
+from proxy.units import SECONDS_PER_DAY
 from proxy.upstream import Provider
 from proxy.upstream.client import CONNECTIONS_MAX, HttpClient, Timeouts
 from proxy.upstream.demo import (
@@ -111,7 +111,7 @@ class Tollgate:
             self.exchange = Exchange(self.ledger, providers, lambda: self.catalog, _limits(self.configuration))
             client = http_client(self.configuration.settings.server.http_client)
             stack.push_async_callback(client.aclose)
-            self.accounts = _accounts(self.configuration, self.engine, self.ledger, client)
+            self.accounts = _accounts(self.configuration, self.engine, self.ledger, client, self._welcome)
             self.authentication = Authentication(self.engine, self.accounts, self.last_used)
             stack.push_async_callback(self.last_used.write)
             writing = asyncio.create_task(self.last_used.keep_writing(), name="last_used")
@@ -126,6 +126,10 @@ class Tollgate:
     def _providers(self) -> dict[str, Provider]:
         """All that could serve: which of them do is the catalogue's to say."""
         return {name: _provider(name, self.configuration) for name in self.configuration.providers}
+
+    def _welcome(self) -> Welcome:
+        policy = self.catalog.policy
+        return Welcome(policy.registration_open, policy.credits_given)
 
     async def refresh_catalog(self) -> None:
         """Look whether the catalogue has changed. Raises `Unavailable`."""
@@ -149,6 +153,7 @@ def routed(tollgate: Tollgate) -> Litestar:
     """Every route, behind authentication."""
     server = tollgate.configuration.settings.server
     addresses = Addresses(server.trusted_proxies)
+    auditor = admin_records.Auditor(tollgate.engine)
     return Litestar(
         route_handlers=[
             *_paid_handlers(tollgate),
@@ -172,6 +177,10 @@ def routed(tollgate: Tollgate) -> Litestar:
             admin.router,
             reports.router,
             reports.overview,
+            admin_users.router,
+            admin_credits.router,
+            admin_config.router,
+            admin_records.router,
             health.live,
             health.ready,
         ],
@@ -183,6 +192,8 @@ def routed(tollgate: Tollgate) -> Litestar:
             "catalog": Provide(lambda: tollgate.catalog, sync_to_thread=False),
             "accounts": Provide(lambda: tollgate.accounts, sync_to_thread=False),
             "addresses": Provide(lambda: addresses, sync_to_thread=False),
+            "settings": Provide(lambda: tollgate.configuration.settings, sync_to_thread=False),
+            "auditor": Provide(lambda: auditor, sync_to_thread=False),
             "refresh": Provide(lambda: tollgate.refresh_catalog, sync_to_thread=False),
         },
         cors_config=_cors(server.cors_origins),
@@ -266,7 +277,13 @@ def _cors(origins: list[str]) -> CORSConfig | None:
     return CORSConfig(allow_origins=origins, expose_headers=_EXPOSED_HEADERS) if origins else None
 
 
-def _accounts(configuration: Configuration, engine: AsyncEngine, ledger: Ledger, client: HttpClient) -> Accounts:
+def _accounts(
+    configuration: Configuration,
+    engine: AsyncEngine,
+    ledger: Ledger,
+    client: HttpClient,
+    welcome: Callable[[], Welcome],
+) -> Accounts:
     auth = configuration.settings.auth
     secret = auth.jwt_secret
     if secret is None and configuration.is_embedded:
@@ -281,8 +298,7 @@ def _accounts(configuration: Configuration, engine: AsyncEngine, ledger: Ledger,
         issuers=Issuers(auth.issuers, _fetch(client), clock),
         by_address=Attempts(auth.address_attempts_per_minute, 60, clock),
         by_account=Attempts(auth.account_failures_per_hour, 3600, clock),
-        registration_open=auth.registration_open,
-        starting_credits=parse_credits(str(configuration.settings.credits.starting_credits)),
+        welcome=welcome,
     )
 
 

@@ -13,6 +13,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from proxy import pricebook
+from proxy.policy import MARKUP_PERCENT, SETTINGS, Policy, policy_of
 from proxy.pricebook import ADMIN, LIST, Entry, Targets, entry_of, is_payable
 from proxy.pricing import Markup, MarkupKind, MarkupRules, dearest_price
 from proxy.routing import Candidate, Models
@@ -20,11 +21,8 @@ from proxy.settings import CandidateSettings, Configuration, PriceSettings, Prov
 from proxy.storage.database import database_now, reading
 from proxy.storage.tables import markup_rules, system_config
 from proxy.storage.tables import providers as provider_rows
-from proxy.units import Micros, new_id, now_micros, parse_percent
+from proxy.units import Micros, new_id, now_micros
 from proxy.wire.media import host_of, is_private_name
-
-MARKUP_PERCENT = "markup_percent"
-"""The row of `system_config` that holds the default rule."""
 
 VERSION = "catalog_version"
 """The row of `system_config` that is another one after each change of prices, rules or providers."""
@@ -43,12 +41,13 @@ class ProviderState(msgspec.Struct, frozen=True):
 class Catalog(msgspec.Struct, frozen=True):
     """What may be sold just now, and at what price.
 
-    `rules` are for previews and people: each candidate has its markup, and `user_markups` are those of users who have
-    a rule of their own. `stamp` is what the snapshot was made of, `changes_at` when a price becomes valid by itself.
-    `remarks` tell the operator what is not on offer, and why.
+    `policy` holds the settings that operators change. `rules` are for previews and people: each candidate has its
+    markup, and `user_markups` are those of users who have a rule of their own. `stamp` is what the snapshot was made
+    of, `changes_at` when a price becomes valid by itself. `remarks` tell the operator what is not on offer, and why.
     """
 
     models: Models
+    policy: Policy
     rules: MarkupRules
     providers: Mapping[str, ProviderState]
     stamp: Mapping[str, object]
@@ -89,31 +88,21 @@ class Loader:
             now = await database_now(connection)
             if known is not None and known.stamp == stamp and (known.changes_at is None or now < known.changes_at):
                 return known
-            rules = await self._rules(connection, stamp)
+            policy, remarks = policy_of(self._configuration.settings, stamp)
+            rules = await _rules(connection, policy)
             providers = await self._providers(connection)
             names = {*providers, *(self._list_name(name) for name in providers)}
             book = await pricebook.current(connection, now, names)
             changes_at = await pricebook.next_change_at(connection, now)
-        remarks = list(self._remarks)
+        remarks = [*self._remarks, *remarks]
         return Catalog(
-            models=self._models(book, providers, rules, remarks),
+            models=self._models(book, providers, policy, rules, remarks),
+            policy=policy,
             rules=rules,
             providers=providers,
             stamp=stamp,
             changes_at=changes_at,
             remarks=tuple(remarks),
-        )
-
-    async def _rules(self, connection: AsyncConnection, stamp: Mapping[str, object]) -> MarkupRules:
-        percent = stamp.get(MARKUP_PERCENT, self._configuration.settings.credits.markup_percent)
-        found: dict[str, dict[str, int]] = {}
-        for row in await connection.execute(sa.select(markup_rules)):
-            found.setdefault(row.kind, {})[row.subject] = row.markup_bps
-        return MarkupRules(
-            default_bps=parse_percent(Decimal(str(percent))),
-            users=found.get(MarkupKind.USER, {}),
-            models=found.get(MarkupKind.MODEL, {}),
-            providers=found.get(MarkupKind.PROVIDER, {}),
         )
 
     async def _providers(self, connection: AsyncConnection) -> dict[str, ProviderState]:
@@ -137,6 +126,7 @@ class Loader:
         self,
         book: Mapping[str, Targets],
         providers: Mapping[str, ProviderState],
+        policy: Policy,
         rules: MarkupRules,
         remarks: list[str],
     ) -> Models:
@@ -150,15 +140,15 @@ class Loader:
                     offered[f"{name}/{model}"] = _candidate(settings.providers[name], state, model, entry)
                 elif fault is not None and ((name, model) in self._configured or (name, model) in book[ADMIN]):
                     remarks.append(f"{name}/{model}: {fault}, so it is not on offer")
-        models = self._named(offered)
+        models = self._named(offered, policy)
         return {name: _marked_up(name, found, rules) for name, found in models.items() if found}
 
-    def _named(self, offered: Mapping[str, Candidate]) -> dict[str, list[Candidate]]:
+    def _named(self, offered: Mapping[str, Candidate], policy: Policy) -> dict[str, list[Candidate]]:
         """Those that are `offered`: aliases as configured, and unless only those count all by full and by bare name."""
         settings = self._configuration.settings
         models: dict[str, list[Candidate]] = {}
         # Of several providers with a model of the same bare name, the one that the configuration names first.
-        if settings.routing.expose == "priced":
+        if policy.expose == "priced":
             for candidate in offered.values():
                 if candidate.model not in offered:
                     others = models.setdefault(candidate.model, [])
@@ -181,6 +171,18 @@ class Loader:
                 if of == name:
                     entries[model] = entry.completed(entries.get(model))
         return entries
+
+
+async def _rules(connection: AsyncConnection, policy: Policy) -> MarkupRules:
+    found: dict[str, dict[str, int]] = {}
+    for row in await connection.execute(sa.select(markup_rules)):
+        found.setdefault(row.kind, {})[row.subject] = row.markup_bps
+    return MarkupRules(
+        default_bps=policy.markup_bps,
+        users=found.get(MarkupKind.USER, {}),
+        models=found.get(MarkupKind.MODEL, {}),
+        providers=found.get(MarkupKind.PROVIDER, {}),
+    )
 
 
 def _fault(entry: Entry) -> str | None:
@@ -238,7 +240,7 @@ def _is_local(settings: ProviderSettings) -> bool:
 
 async def _stamp(connection: AsyncConnection) -> dict[str, object]:
     rows = await connection.execute(
-        sa.select(system_config.c.key, system_config.c.value).where(system_config.c.key.in_((MARKUP_PERCENT, VERSION)))
+        sa.select(system_config.c.key, system_config.c.value).where(system_config.c.key.in_((*SETTINGS, VERSION)))
     )
     return {row.key: row.value for row in rows}
 
@@ -260,7 +262,7 @@ async def put_config(connection: AsyncConnection, key: str, value: object, descr
     )
 
 
-MARKUP_DESCRIPTION = "The operator's markup on the provider's cost, in percent, where no rule says otherwise."
+MARKUP_DESCRIPTION = SETTINGS[MARKUP_PERCENT].description
 
 
 async def seed(connection: AsyncConnection, percent: Decimal) -> None:

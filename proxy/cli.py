@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from datetime import datetime
 
+    from proxy.identity.users import User
     from proxy.ledger.ledger import Ledger
     from proxy.pricelist import Converted
 
@@ -135,22 +136,22 @@ def users_create(  # noqa: PLR0913 - one parameter an option
     email: str, password: str | None, issuer: str | None, subject: str | None, *, admin: bool, as_json: bool
 ) -> None:
     """Add a user with an empty wallet."""
-    from proxy.identity.passwords import Passwords, check_password  # noqa: PLC0415
-    from proxy.identity.users import add_identity, create_user  # noqa: PLC0415
-    from proxy.storage.database import writing  # noqa: PLC0415
+    from proxy.administration import COMMAND_LINE  # noqa: PLC0415
+    from proxy.administration.users import create  # noqa: PLC0415
+    from proxy.identity.passwords import Passwords  # noqa: PLC0415
 
     if (issuer is None) != (subject is None):
         raise click.UsageError("--issuer and --subject go together")
 
     async def work(books: "_Books") -> None:
-        password_hash = None
-        if password is not None:
-            check_password(password, email)
-            password_hash = await Passwords().hash(password)
-        async with writing(books.engine) as connection:
-            user = await create_user(connection, email, password_hash=password_hash, is_admin=admin)
-            if issuer is not None and subject is not None:
-                await add_identity(connection, user.id, issuer, subject)
+        user = await create(
+            books.engine,
+            Passwords(),
+            COMMAND_LINE,
+            {"email": email, "is_admin": admin},
+            password=password,
+            identity=(issuer, subject) if issuer is not None and subject is not None else None,
+        )
         _show(
             {"id": user.id, "email": user.email, "is_admin": user.is_admin},
             f"Created {user.email} ({user.id}).",
@@ -166,16 +167,13 @@ def users_create(  # noqa: PLR0913 - one parameter an option
 @json_option
 def users_password(email: str, password: str, *, as_json: bool) -> None:
     """Set a user's password; whoever is logged in has to do so again."""
-    from proxy.identity.passwords import Passwords, check_password  # noqa: PLC0415
-    from proxy.identity.users import find_user, replace_password  # noqa: PLC0415
-    from proxy.storage.database import writing  # noqa: PLC0415
+    from proxy.administration import COMMAND_LINE  # noqa: PLC0415
+    from proxy.administration.users import set_password  # noqa: PLC0415
+    from proxy.identity.passwords import Passwords  # noqa: PLC0415
 
     async def work(books: "_Books") -> None:
-        check_password(password, email)
-        password_hash = await Passwords().hash(password)
-        async with writing(books.engine) as connection:
-            user = await find_user(connection, email)
-            await replace_password(connection, user, password_hash)
+        user = await books.user(email)
+        await set_password(books.engine, Passwords(), COMMAND_LINE, user, password)
         _show({"id": user.id, "email": user.email}, f"{user.shown_name} has another password.", as_json=as_json)
 
     _with_books(work)
@@ -217,9 +215,9 @@ def keys_create(  # noqa: PLR0913 - one parameter an option
     as_json: bool,
 ) -> None:
     """Make an API key and print it, this once."""
-    from proxy.identity.keys import KeyTerms, Scope, create_key  # noqa: PLC0415
-    from proxy.identity.users import find_user  # noqa: PLC0415
-    from proxy.storage.database import writing  # noqa: PLC0415
+    from proxy.administration import COMMAND_LINE  # noqa: PLC0415
+    from proxy.administration.keys import create  # noqa: PLC0415
+    from proxy.identity.keys import KeyTerms, Scope  # noqa: PLC0415
     from proxy.units import AmountError, micros_of, parse_credits  # noqa: PLC0415
 
     try:
@@ -239,9 +237,8 @@ def keys_create(  # noqa: PLR0913 - one parameter an option
     )
 
     async def work(books: "_Books") -> None:
-        async with writing(books.engine) as connection:
-            user = await find_user(connection, email)
-            made = await create_key(connection, user, terms)
+        user = await books.user(email)
+        made, _ = await create(books.engine, COMMAND_LINE, user.id, terms)
         _show(
             {"key": made.secret, "id": made.id, "email": user.email, "name": name, "scope": scope},
             made.secret,
@@ -283,15 +280,12 @@ def keys_list(email: str, *, as_json: bool) -> None:
 @json_option
 def keys_revoke(email: str, key_id: str, *, as_json: bool) -> None:
     """Close a key for good: its very next call is refused."""
-    from proxy.identity.keys import read_key, revoke_key  # noqa: PLC0415
-    from proxy.identity.users import find_user  # noqa: PLC0415
-    from proxy.storage.database import writing  # noqa: PLC0415
+    from proxy.administration import COMMAND_LINE  # noqa: PLC0415
+    from proxy.administration.keys import revoke  # noqa: PLC0415
 
     async def work(books: "_Books") -> None:
-        async with writing(books.engine) as connection:
-            user = await find_user(connection, email)
-            key = await read_key(connection, user.id, key_id)
-            await revoke_key(connection, key)
+        user = await books.user(email)
+        key = await revoke(books.engine, COMMAND_LINE, user.id, key_id)
         _show({"id": key.id, "email": user.email, "is_active": False}, f"Revoked {key.prefix}….", as_json=as_json)
 
     _with_books(work)
@@ -310,9 +304,9 @@ def credits() -> None:  # noqa: A001 - the command's name
 @json_option
 def credits_grant(email: str, amount: str, description: str, idempotency_key: str | None, *, as_json: bool) -> None:
     """Top up a user's wallet."""
-    from proxy.identity.users import find_user  # noqa: PLC0415
-    from proxy.ledger.decide import Credit, CreditType  # noqa: PLC0415
-    from proxy.storage.database import reading  # noqa: PLC0415
+    from proxy.administration import COMMAND_LINE  # noqa: PLC0415
+    from proxy.administration.credits import Order, book  # noqa: PLC0415
+    from proxy.ledger.decide import CreditType  # noqa: PLC0415
     from proxy.units import AmountError, format_credits, new_id, parse_credits  # noqa: PLC0415
 
     try:
@@ -322,24 +316,16 @@ def credits_grant(email: str, amount: str, description: str, idempotency_key: st
     if nanos <= 0:
         raise click.BadParameter("must be above zero", param_hint="--amount")
     sent_key = idempotency_key or new_id("idem")
+    order = Order(type=CreditType.TOPUP, amount=nanos, description=description, idempotency_key=sent_key)
 
     async def work(books: "_Books") -> None:
-        async with reading(books.engine) as connection:
-            user = await find_user(connection, email)
+        user = await books.user(email)
         async with books.ledger() as ledger, _naming(sent_key):
-            credited = await ledger.credit(
-                Credit(
-                    wallet_id=user.wallet_id,
-                    type=CreditType.TOPUP,
-                    amount=nanos,
-                    description=description,
-                    idempotency_key=sent_key,
-                )
-            )
-        balance = format_credits(credited.transaction.balance_after)
+            booked = await book(books.engine, ledger, COMMAND_LINE, user.id, order)
+        balance = format_credits(booked.entry.balance_after)
         _show(
-            {"email": user.email, "amount": format_credits(nanos), "balance": balance, "replayed": credited.is_replay},
-            f"{user.email} has {balance} credits" + (" (booked before)." if credited.is_replay else "."),
+            {"email": user.email, "amount": format_credits(nanos), "balance": balance, "replayed": booked.is_replay},
+            f"{user.email} has {balance} credits" + (" (booked before)." if booked.is_replay else "."),
             as_json=as_json,
         )
 
@@ -644,6 +630,7 @@ def spare_the_collector() -> None:
 
 async def _first_start(engine: Any, ledger: "Ledger") -> str | None:
     """Make the first admin and its key; None when there are users already."""
+    from proxy.administration.credits import FIRST_START_KEY  # noqa: PLC0415
     from proxy.identity.keys import KeyTerms, create_key  # noqa: PLC0415
     from proxy.identity.users import create_user, has_users  # noqa: PLC0415
     from proxy.ledger.decide import Credit, CreditType  # noqa: PLC0415
@@ -661,7 +648,7 @@ async def _first_start(engine: Any, ledger: "Ledger") -> str | None:
             type=CreditType.TOPUP,
             amount=parse_credits(FIRST_CREDITS),
             description="first start",
-            idempotency_key="first-start",
+            idempotency_key=FIRST_START_KEY,
         )
     )
     return key.secret
@@ -723,6 +710,14 @@ class _Books:
 
         self.configuration = configuration
         self.engine = connect(configuration.database_url, pooled=False)
+
+    async def user(self, email: str) -> "User":
+        """The user with this address or id. Raises `NotFound`."""
+        from proxy.identity.users import find_user  # noqa: PLC0415
+        from proxy.storage.database import reading  # noqa: PLC0415
+
+        async with reading(self.engine) as connection:
+            return await find_user(connection, email)
 
     @asynccontextmanager
     async def ledger(self) -> "AsyncIterator[Ledger]":

@@ -82,6 +82,7 @@ async def test_every_route_is_public_by_name_or_asks_who_is_there(on_sqlite):
     paths = {path for _, path, _ in found}
     assert paths >= PUBLIC
     assert {"/v1/chat/completions", "/v1/models", "/me", "/api/v1/keys/x"} <= paths
+    assert {"/api/v1/admin/users/x/credits", "/api/v1/admin/users/x/keys/x", "/api/v1/admin/events"} <= paths
     async with client_of(app) as http:
         for method, path, options in found:
             answer = await http.request(method, path)

@@ -14,8 +14,9 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from proxy import pricebook
-from proxy.catalog import MARKUP_DESCRIPTION, MARKUP_PERCENT, ProviderState, put_config, touch
+from proxy.catalog import MARKUP_DESCRIPTION, ProviderState, put_config, touch
 from proxy.errors import BadRequest, Conflict, NotFound
+from proxy.policy import MARKUP_PERCENT
 from proxy.pricebook import ADMIN, LIST, Change, Entry, PriceList, Row
 from proxy.pricing import MarkupKind
 from proxy.storage.database import database_now, reading, writing
@@ -77,10 +78,10 @@ async def set_default_markup(engine: AsyncEngine, actor: str, percent: Any) -> s
     """Make `percent` the default rule; returns it as it is stored. Raises `BadRequest`."""
     after = format_percent(bps_of(percent))
     async with writing(engine) as connection:
+        await touch(connection)  # first, as whoever sets this as one of the settings does
         before = await default_percent(connection)
         await put_config(connection, MARKUP_PERCENT, after, MARKUP_DESCRIPTION)
         await record(connection, actor, "markup.set", MarkupKind.DEFAULT, before, after)
-        await touch(connection)
     return after
 
 
