@@ -223,6 +223,7 @@ def _candidate(settings: ProviderSettings, state: ProviderState, model: str, ent
         service_prices=entry.service_prices,
         dearest_price=dearest_price((entry.price, *entry.service_prices.values())) if entry.service_prices else None,
         is_local=state.is_local,
+        resolves_media=settings.resolves_media,
     )
 
 
