@@ -74,7 +74,7 @@ class Tollgate:
         self.configuration = configuration
         self.engine: AsyncEngine = database.connect(configuration.database_url)
         self.catalog: Catalog
-        self._loader = Loader(configuration, self.engine, _built_in_prices(configuration))
+        self._loader = catalog_loader(configuration, self.engine)
         self.ledger: Ledger
         self.exchange: Exchange
         self.accounts: Accounts
@@ -365,6 +365,11 @@ def _provider(name: str, configuration: Configuration) -> Provider:
         Timeouts(connect_s=settings.connect_s, first_byte_s=settings.first_byte_s, idle_s=settings.idle_s),
         headers=configuration.headers[name],
     )
+
+
+def catalog_loader(configuration: Configuration, engine: AsyncEngine) -> Loader:
+    """What makes the catalogue of `configuration`."""
+    return Loader(configuration, engine, _built_in_prices(configuration))
 
 
 def _built_in_prices(configuration: Configuration) -> dict[str, PriceSettings]:

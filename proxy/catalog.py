@@ -140,8 +140,18 @@ class Loader:
                     offered[f"{name}/{model}"] = _candidate(settings.providers[name], state, model, entry)
                 elif fault is not None and ((name, model) in self._configured or (name, model) in book[ADMIN]):
                     remarks.append(f"{name}/{model}: {fault}, so it is not on offer")
+        remarks += self._missing(offered, providers)
         models = self._named(offered, policy)
         return {name: _marked_up(name, found, rules) for name, found in models.items() if found}
+
+    def _missing(self, offered: Mapping[str, Candidate], providers: Mapping[str, ProviderState]) -> list[str]:
+        """The candidates of the configuration's names that serve nothing although their provider is enabled."""
+        return [
+            f'models."{alias}": {each.target} has no price, or no bound, so it serves nothing'
+            for alias, settings in self._configuration.settings.models.items()
+            for each, _ in _prioritized(settings.candidates)
+            if each.target not in offered and providers[each.target.partition("/")[0]].is_enabled
+        ]
 
     def _named(self, offered: Mapping[str, Candidate], policy: Policy) -> dict[str, list[Candidate]]:
         """Those that are `offered`: aliases as configured, and unless only those count all by full and by bare name."""
@@ -225,6 +235,7 @@ def _candidate(settings: ProviderSettings, state: ProviderState, model: str, ent
         service_prices=entry.service_prices,
         dearest_price=dearest_price((entry.price, *entry.service_prices.values())) if entry.service_prices else None,
         is_local=state.is_local,
+        resolves_media=settings.resolves_media,
     )
 
 

@@ -237,8 +237,9 @@ class Exchange:
 
     async def _hold(self, call: Call, request: PaidRequest, offered: tuple[Offer, ...], started: float) -> _Open:
         """Estimate and reserve, for whoever of `offered` will serve. Raises what `Ledger.reserve` does."""
-        if request.is_unsized and any(offer.candidate.is_local for offer in offered):
-            await check_media(call.body)
+        local = [offer.candidate for offer in offered if offer.candidate.is_local] if request.is_unsized else ()
+        if local:
+            await check_media(call.body, resolves=all(candidate.resolves_media for candidate in local))
         estimated = estimate(request, len(call.body), offered)
         try:
             reserved = await self._reserve(call, request, estimated, offered)

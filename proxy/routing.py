@@ -42,7 +42,8 @@ class Candidate(msgspec.Struct, frozen=True):
     that name no maximum of their own, None where such calls may use none. `service_prices` are those of the service
     tiers beside the standard one, by name, and `dearest_price` costs at least as much as any of them. `markup_bps` is
     for callers without a rule of their own. Of the candidates of a name the lowest `priority` comes first, and among
-    equals as many calls go to each as its `weight` says. `is_local` for a provider in the operator's own network.
+    equals as many calls go to each as its `weight` says. `is_local` for a provider in the operator's own network,
+    which fetches media from names only if it `resolves_media`.
     """
 
     provider: str
@@ -62,6 +63,7 @@ class Candidate(msgspec.Struct, frozen=True):
     priority: int = 0
     weight: int = 1
     is_local: bool = False
+    resolves_media: bool = False
 
     @property
     def target(self) -> str:

@@ -160,6 +160,11 @@ class ProviderSettings(_Section, frozen=True):
     is_local: bool | None = None
     """Whether it stands in the operator's own network, and must not fetch media from there for clients; none: if its
     address says so."""
+    resolves_media: bool = False
+    """Whether a local provider may fetch media from names on the public internet, not only from addresses there.
+
+    Names are looked up here and once more by the provider: whoever owns one may answer it with a private address then.
+    """
     connect_s: Seconds = 5
     first_byte_s: Seconds = 300
     idle_s: Seconds = 120

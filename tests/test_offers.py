@@ -363,7 +363,13 @@ def test_images_are_held_at_their_maximum_and_billed_by_number(served, key):
 
 @pytest.mark.parametrize(
     "url",
-    ["http://169.254.169.254/latest/meta-data", "http://localhost:8080/x.png", "file:///etc/passwd", "http://[::1]/"],
+    [
+        "http://169.254.169.254/latest/meta-data",
+        "http://localhost:8080/x.png",
+        "file:///etc/passwd",
+        "http://[::1]/",
+        "https://example.com/x.png",
+    ],
 )
 def test_a_local_provider_fetches_nothing_from_its_network(served, key, upstream, url):
     """The providers here are on the loopback interface: 400, and no call."""
