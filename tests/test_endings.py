@@ -131,12 +131,17 @@ class Leaver:
         self.socket.connect((url.hostname, url.port))
         payload = json.dumps(body).encode()
         self.client_id = f"leaver-{time.monotonic_ns()}"
-        self.socket.sendall(
+        self.request = (
             f"POST /v1/{endpoint} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {key}\r\n"
             f"X-Client-Request-Id: {self.client_id}\r\nContent-Length: {len(payload)}\r\n\r\n".encode()
             + payload
         )
         self.read = b""
+        self.ask()
+
+    def ask(self) -> None:
+        """Send the request, be it once more."""
+        self.socket.sendall(self.request)
 
     def read_until(self, text: bytes) -> None:
         while text not in self.read:
@@ -259,6 +264,18 @@ def test_leaving_a_stream_of_which_only_usage_has_come_costs_that(served, key):
     charge = awaited()
     assert paid(charge) == ("settled", "client_left", "reported")
     assert charge["usage"] == {"input": 50}
+
+
+def test_leaving_with_requests_in_line_is_leaving(served, key):
+    """The one that is being answered is charged, those behind it never begin, and nothing of it is an error."""
+    client = Leaver(served, key, Endpoint.CHAT, request(Endpoint.CHAT, "counted", stream=True, stall="mid"))
+    client.ask()
+    client.read_until(b"The")
+    client.leave()
+    charge = served.ended(key, client.request_id, within_s=1.5)
+    assert paid(charge) == ("settled", "client_left", "counted")
+    assert Decimal(served.balance(key)["reserved"]) == 0
+    assert "ASGI" not in served.log()
 
 
 def test_leaving_an_idle_stream_that_cannot_be_counted_costs_the_reservation(served, key):
