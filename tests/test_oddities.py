@@ -169,6 +169,14 @@ def test_what_is_no_answer_costs_nothing(client, endpoint, stream, behaviour):
     assert (charge["state"], charge["charged"]) == ("released", "0")
 
 
+@pytest.mark.parametrize("octets", [b"[" * 100_000, b'{"error": {"message": "\xff"}}', b'{"error": 1e999}', b"{}"])
+def test_an_error_that_cannot_be_read(client, octets):
+    """It is an error of ours in its place, of the same status."""
+    answer = asked(client, status=400, raw_base64=base64.b64encode(octets).decode())
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "provider_error")
+    assert charge_of(client, answer)["state"] == "released"
+
+
 def test_an_error_that_is_encoded_is_read(client):
     """Encoded in spite of our request, it is still the provider's own."""
     packed = base64.b64encode(gzip.compress(b'{"error": {"message": "no", "code": "odd"}}')).decode()
