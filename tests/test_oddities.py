@@ -230,6 +230,14 @@ def test_every_member_of_an_encoding_is_relayed(client):
     assert charge_of(client, answer)["usage"] == {"input": 9, "output": 4}
 
 
+@pytest.mark.parametrize("encoding", ["identity", "none", ""])
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_is_said_to_have_no_encoding_has_none(client, upstream, stream, encoding):
+    """Servers have several ways to say so."""
+    answer = asked(client, stream=stream, tokens=12, extra_headers={"content-encoding": encoding})
+    check_usage(client, answer, upstream, output=12)
+
+
 def test_an_encoding_that_is_cut_off_is_a_stream_that_broke(client):
     """Its last bytes are missing, so nobody can say that it was whole."""
     packed = base64.b64encode(gzip.compress(SAID.encode() * 20)[:-9]).decode()
