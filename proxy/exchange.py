@@ -380,8 +380,6 @@ class Exchange:
     async def _relay_plain(self, opened: _Open, response: UpstreamResponse, answer: Answer) -> None:
         with _AtProvider(opened):
             body = await _read_all(response, self._limits.answer_bytes_max, opened.candidate.provider)
-        if not body:
-            raise UpstreamBroken("The provider's answer is empty.", provider=opened.candidate.provider)
         content = self._content(response, body)
         failed = failure_status(content)
         if failed is not None:

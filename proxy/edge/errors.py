@@ -12,6 +12,7 @@ from litestar.openapi import ResponseSpec
 
 from proxy import errors
 from proxy.units import format_credits
+from proxy.wire.objects import UNREADABLE
 
 log = structlog.get_logger(__name__)
 
@@ -218,5 +219,5 @@ def _passed_status(status: int) -> int:
 def _is_openai_error(error: errors.UpstreamRejected) -> bool:
     try:
         return isinstance(msgspec.json.decode(error.body)["error"], dict)
-    except (msgspec.DecodeError, KeyError, TypeError):
+    except (*UNREADABLE, KeyError, TypeError):
         return False
