@@ -27,6 +27,7 @@ from proxy.edge.addresses import Addresses
 from proxy.edge.answer import BodyLimits, identify
 from proxy.edge.authentication import Authentication, authenticated
 from proxy.edge.errors import respond
+from proxy.edge.invoke import Simple
 from proxy.errors import Unavailable, UpstreamFailed
 from proxy.exchange import Exchange, ExchangeLimits
 from proxy.identity.accounts import Accounts
@@ -191,9 +192,13 @@ def routed(tollgate: Tollgate) -> Litestar:
 
 
 def _paid_handlers(tollgate: Tollgate) -> list[ASGIRouteHandler]:
-    configuration = tollgate.configuration
-    stall_s = configuration.settings.server.stall_s
-    return inference.paid_handlers(tollgate.exchange, _body_limits(configuration), stall_s=stall_s)
+    server = tollgate.configuration.settings.server
+    limits = _body_limits(tollgate.configuration)
+    simple = Simple(tollgate.exchange, lambda: tollgate.catalog, tollgate.engine, limits, server.answer_bytes_max)
+    return [
+        *inference.paid_handlers(tollgate.exchange, limits, stall_s=server.stall_s),
+        *simple.handlers(stall_s=server.stall_s),
+    ]
 
 
 def identified(app: ASGIApp) -> ASGIApp:

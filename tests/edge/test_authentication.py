@@ -12,6 +12,7 @@ from proxy.app import Tollgate, identified, routed
 from proxy.edge import authentication as module
 from proxy.edge.authentication import CHECKED_BY_LEDGER, NEEDS, PUBLIC, Authentication, authenticated, needs
 from proxy.edge.errors import respond
+from proxy.edge.invoke import INVOKE_PATH, TEST_PATH
 from proxy.errors import Unauthenticated, Unavailable
 from proxy.identity.keys import KeyTerms, Scope, create_key
 from proxy.identity.users import create_user
@@ -380,7 +381,7 @@ async def test_unknown_keys_are_not_remembered(tollgate, door, monkeypatch):
 async def test_only_what_the_ledger_checks_again_is_served_from_memory(on_sqlite):
     """The paid paths, and no other."""
     found = {path for _, path, options in doors(routed(on_sqlite)) if CHECKED_BY_LEDGER in options}
-    assert found == {f"/v1/{endpoint}" for endpoint in Endpoint}
+    assert found == {*(f"/v1/{endpoint}" for endpoint in Endpoint), INVOKE_PATH, TEST_PATH}
 
 
 @pytest.fixture(autouse=True)
