@@ -86,7 +86,7 @@ async def test_every_body_has_an_example_that_fits_it(document):
     checked = 0
     for path, method, operation in operations(document):
         for kind, media in media_of(operation):
-            assert "example" in media, (path, method, kind)
+            assert media["example"] is not None, (path, method, kind)
             faults = [fault.message for fault in resolved(document, media["schema"]).iter_errors(media["example"])]
             assert not faults, (path, method, kind)
             checked += 1

@@ -1,14 +1,17 @@
 """What describes our own routes is true: schemathesis calls them after it, in every way it can think of."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from proxy import __version__
 from proxy.wire.requests import Endpoint
 from tests.fakes.provider import run_in_thread
 from tests.serving import CONFIG, MODEL, serving
+from tests.skips import needs
 
 METHODS = {"get", "post", "put", "patch", "delete"}
 EXAMPLES = ("gpt-4o-mini", "gpt-3.5-turbo-instruct", "text-embedding-3-small")
@@ -80,3 +83,30 @@ def test_a_wrong_method_is_told_the_right_ones(served, key, path):
         answer = client.request("PATCH", path)
     assert (answer.status_code, answer.json()["error"]["code"]) == (405, "method_not_allowed")
     assert answer.headers["allow"]
+
+
+@needs("node")
+@pytest.mark.parametrize(
+    ("operation", "filled", "read"),
+    [
+        ("POST /api/v1/llm/invoke", ['{"prompt": "Hello!", "stream": true}'], ['{"type":"delta"', '{"type":"done"']),
+        ("GET /v1/models/{model_id}", [MODEL], ["200 OK", f'"id": "{MODEL}"', "x-request-id: req_"]),
+        ("GET /api/v1/credits/transactions", ["1000", ""], ["400 Bad Request", '"param": "limit"']),
+        ("POST /v1/chat/completions", [], ["200 OK", "x-credits-charged: 0.0", '"finish_reason": "stop"']),
+    ],
+)
+def test_the_page_shows_every_operation_and_tries_it(served, key, operation, filled, read):
+    """With the body that is there already, or with what a person fills in; what comes is shown as it comes."""
+    root = served.base_url.removesuffix("/v1")
+    page = Path(__file__).with_name("page.mjs")
+    done = subprocess.run(
+        ["node", page, root, key, operation, *filled], capture_output=True, text=True, check=False, timeout=30
+    )
+    assert done.returncode == 0, done.stderr
+    shown = json.loads(done.stdout)
+    assert all(text in shown["output"] for text in read), shown["output"]
+    assert shown["about"].startswith(f"Version {__version__}")
+    with served.client(None) as client:
+        paths = client.get("/schema/openapi.json").json()["paths"]
+    documented = {f"{method.upper()} {path}" for path, item in paths.items() for method in METHODS & item.keys()}
+    assert set(shown["operations"]) == documented

@@ -10,6 +10,7 @@ import pytest
 
 from proxy.edge.invoke import INVOKE_PATH, TEST_PATH
 from tests.fakes.provider import run_in_thread
+from tests.scripted import ERROR, scripted_provider
 from tests.serving import CONFIG, MODEL, serving
 from tests.test_endings import Leaver, awaited_charge, paid
 
@@ -42,6 +43,16 @@ output = "1"
 max_output_tokens = 10
 context_tokens = 1000
 
+[providers.scripted]
+kind = "openai"
+base_url = "SCRIPTED"
+
+[prices."scripted/m"]
+input = "1"
+output = "1"
+max_output_tokens = 10
+context_tokens = 1000
+
 [providers.idle]
 kind = "openai"
 base_url = "{{base_url}}"
@@ -59,8 +70,20 @@ def upstream():
         yield provider
 
 
+@pytest.fixture(scope="module")
+def scripted():
+    """A provider that answers by script, whatever it is asked."""
+    with scripted_provider() as script_and_url:
+        yield script_and_url
+
+
+@pytest.fixture(scope="module")
+def script(scripted):
+    return scripted[0]
+
+
 @pytest.fixture(scope="module", params=["sqlite", "postgresql"])
-def served(request, tmp_path_factory, upstream):
+def served(request, tmp_path_factory, upstream, scripted):
     """A running server on a database of each kind, audited when the tests are through with it."""
     folder = tmp_path_factory.mktemp("simple")
     url = "sqlite+aiosqlite:///served.db"
@@ -69,7 +92,8 @@ def served(request, tmp_path_factory, upstream):
         name = f"simple_{folder.name}"
         postgres.create_database(name)
         url = postgres.url(name)
-    with serving(folder, url, upstream.base_url, configuration=CONFIGURATION) as server:
+    configuration = CONFIGURATION.replace("SCRIPTED", scripted[1])
+    with serving(folder, url, upstream.base_url, configuration=configuration) as server:
         yield server
         report = server.command("audit")
         assert report["clean"], report
@@ -415,7 +439,7 @@ def test_the_providers_that_serve_are_public_with_their_models(served):
     """Those that are disabled are for admins to see; the models are what `provider` and `model` take."""
     with served.client(None) as http:
         items = {item["name"]: item for item in http.get("/api/v1/llm/providers").json()["items"]}
-    assert list(items) == ["fake", "demo", "spare", "gone"]
+    assert list(items) == ["fake", "demo", "spare", "gone", "scripted"]
     assert items["spare"] == {"name": "spare", "enabled": True, "models": ["counted", "other"]}
 
 
@@ -428,7 +452,29 @@ def test_a_provider_is_tried_at_the_callers_cost(served, http, key):
         check_books(served, key, tested)
 
 
-def test_a_provider_that_fails_is_said_to(served, http, key, upstream):
+@pytest.mark.parametrize(
+    ("status", "body", "code"),
+    [
+        (401, ERROR, "provider_refused_operator"),
+        (500, ERROR, None),
+        (404, b"<html>", "provider_error"),
+        (200, b"<html>Welcome!</html>", "provider_broke_off"),
+        (200, b"{}", "provider_broke_off"),
+        (0, b"", "provider_broke_off"),
+    ],
+)
+def test_a_provider_that_answers_with_something_else_is_not_well(served, http, key, script, status, body, code):
+    """Whatever it is; what came as an answer is charged, and errors are not."""
+    script.answers_with(status, body)
+    tested = http.post(TEST_PATH, json={"provider": "scripted"}).json()
+    assert (tested["ok"], tested["error"]["code"], tested["model"]) == (False, code, "m")
+    assert served.charge(key, tested["request_id"])["charged"] == tested["credits_charged"]
+    assert (tested["credits_charged"] == "0") == (b"Welcome" not in body)
+    script.answers_with(200, b'{"choices":[{"message":{"content":"ok"}}]}')
+    assert http.post(TEST_PATH, json={"provider": "scripted"}).json()["ok"]
+
+
+def test_a_provider_that_fails_is_said_to(served, http, key):
     """With its error, and at no cost."""
     tested = http.post(TEST_PATH, json={"provider": "gone"}).json()
     assert (tested["ok"], tested["error"]["code"], tested["credits_charged"]) == (False, "provider_unreachable", "0")

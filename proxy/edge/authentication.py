@@ -163,7 +163,7 @@ def authenticated(app: ASGIApp, authentication: Authentication) -> ASGIApp:
                 _refuse_credentials(scope["query_string"])
             caller = await authentication.caller(scope["headers"], from_memory=CHECKED_BY_LEDGER in options)
             # What the framework answers to OPTIONS by itself is nobody's, whatever its router says.
-            _check_scope(caller, None if scope["method"] == "OPTIONS" else options.get(NEEDS))
+            _check_scope(caller, None if scope.get("method") == "OPTIONS" else options.get(NEEDS))
             scope["user"] = caller
         await app(scope, receive, send)
 

@@ -147,7 +147,7 @@ class PagePlugin(OpenAPIRenderPlugin):
         }
         self._headers = {
             "content-security-policy": (
-                f"default-src 'none'; connect-src 'self'; script-src 'sha256-{hashes[b'script']}'; "
+                f"default-src 'none'; connect-src 'self'; img-src data:; script-src 'sha256-{hashes[b'script']}'; "
                 f"style-src 'sha256-{hashes[b'style']}'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
             ),
             "vary": "Accept",
