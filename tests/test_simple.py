@@ -484,18 +484,18 @@ def test_a_provider_that_fails_is_said_to(served, http, key):
 
 
 @pytest.mark.parametrize(
-    ("body", "code"),
+    ("body", "status", "code"),
     [
-        ("{}", "missing_required_parameter"),
-        ('{"provider": 1}', "invalid_type"),
-        ('{"provider": "fake", "x": 1}', "invalid_value"),
-        (json.dumps({"provider": "f" * 70_000}), "request_too_large"),
+        ("{}", 400, "missing_required_parameter"),
+        ('{"provider": 1}', 400, "invalid_type"),
+        ('{"provider": "fake", "x": 1}', 400, "invalid_value"),
+        (json.dumps({"provider": "f" * 70_000}), 413, "request_too_large"),
     ],
 )
-def test_what_is_no_test(http, body, code):
+def test_what_is_no_test(http, body, status, code):
     """It is refused with its reason."""
     answer = http.post(TEST_PATH, content=body)
-    assert (answer.status_code, answer.json()["error"]["code"]) == (400, code)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
 
 
 @pytest.mark.parametrize("path", [INVOKE_PATH, TEST_PATH])

@@ -26,7 +26,7 @@ from proxy.edge.credits import read_balance
 from proxy.edge.errors import answer_to
 from proxy.edge.inference import client_request_id, refuse
 from proxy.edge.protocol import CONNECTION
-from proxy.errors import BadRequest, ProviderNotFound, Unavailable, UpstreamBroken, UpstreamFailed
+from proxy.errors import BadRequest, BodyTooLarge, ProviderNotFound, Unavailable, UpstreamBroken, UpstreamFailed
 from proxy.exchange import Call, Exchange
 from proxy.identity.keys import Scope as KeyScope
 from proxy.ledger.decide import Receipt, Settled
@@ -370,7 +370,7 @@ class Simple:
     async def test(self, scope: HTTPScope, body: bytes, answer: AsgiAnswer) -> None:
         """Try one provider by a tiny call."""
         if len(body) > _TEST_BYTES_MAX:
-            raise BadRequest("That is no request to test a provider.", code="request_too_large")
+            raise BodyTooLarge(_TEST_BYTES_MAX)
         try:
             request = msgspec.json.decode(body, type=TestRequest)
         except UNREADABLE as exc:

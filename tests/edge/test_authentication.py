@@ -106,6 +106,15 @@ async def test_routes_for_admins_refuse_everybody_else(on_sqlite):
                     assert (await http.request(method, path)).status_code == 403, (method, path, name)
 
 
+async def test_the_framework_answers_nobody_by_itself(on_sqlite):
+    """Not even admins hear from it, on a path for them, half of what it may be asked; paid paths say it all."""
+    app = routed(on_sqlite)
+    async with client_of(app, (await people(on_sqlite))["admin admin"]) as http:
+        for method, path, options in doors(app):
+            if method == "OPTIONS" and path not in PUBLIC:
+                assert (await http.request(method, path)).status_code == 403, (path, options)
+
+
 async def test_what_manages_an_account_needs_more_than_a_key_for_calls(on_sqlite):
     """All of one's own account and keys, by whatever method; calls, models and receipts need no more."""
     for method, path, options in doors(routed(on_sqlite)):
