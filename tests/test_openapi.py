@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -26,26 +27,45 @@ def upstream():
         yield provider
 
 
-@pytest.fixture(scope="module")
-def served(tmp_path_factory, upstream):
-    folder = tmp_path_factory.mktemp("openapi")
+@contextmanager
+def opened(folder, upstream):
+    """A running server, and the key of an admin with credits: to it no route is closed."""
     with serving(folder, "sqlite+aiosqlite:///served.db", upstream.base_url, configuration=CONFIGURATION) as server:
-        yield server
+        server.command("users", "create", "--email", "documented@example.com", "--admin")
+        server.command("credits", "grant", "--email", "documented@example.com", "--amount", "1000")
+        made = server.command("keys", "create", "--email", "documented@example.com", "--scope", "admin")
+        yield server, made["key"]
 
 
 @pytest.fixture(scope="module")
-def key(served):
-    """An admin's: to it no route is closed."""
-    served.command("users", "create", "--email", "documented@example.com", "--admin")
-    served.command("credits", "grant", "--email", "documented@example.com", "--amount", "1000")
-    return served.command("keys", "create", "--email", "documented@example.com", "--scope", "admin")["key"]
+def served_and_key(tmp_path_factory, upstream):
+    with opened(tmp_path_factory.mktemp("served"), upstream) as server_and_key:
+        yield server_and_key
 
 
-def test_every_answer_is_one_of_the_document(served, upstream, key, tmp_path):
+@pytest.fixture
+def served(served_and_key):
+    return served_and_key[0]
+
+
+@pytest.fixture
+def key(served_and_key):
+    return served_and_key[1]
+
+
+@pytest.fixture
+def shaken(tmp_path, upstream):
+    """A server of its own, for one who may do anything to it, and does."""
+    with opened(tmp_path, upstream) as server_and_key:
+        yield server_and_key
+
+
+def test_every_answer_is_one_of_the_document(shaken, upstream, tmp_path):
     """No failure of the server, no status, type or shape that the document does not have, and no way around the key.
 
     The paid calls are among them: a provider is asked, answers are streamed, and the books are in order afterwards.
     """
+    served, key = shaken
     with served.client(key) as client:
         body = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}]}
         assert client.post("/v1/chat/completions", json=body).status_code == 200
