@@ -87,6 +87,7 @@ class Invoked(Charged, frozen=True, kw_only=True):
     content: str | None
     reasoning: str | UnsetType = UNSET
     refusal: str | UnsetType = UNSET
+    annotations: list[Any] | UnsetType = UNSET
     tool_calls: list[Any] | UnsetType = UNSET
     finish_reason: str | None
 

@@ -51,13 +51,14 @@ class Invocation(msgspec.Struct, frozen=True):
 class Said(msgspec.Struct, frozen=True, kw_only=True):
     """What a model said, or a piece of it; what it did not say is left out.
 
-    `reasoning` is what it thought, where the provider shows it; `tool_calls` are as OpenAI has them, in pieces in a
-    stream.
+    `reasoning` is what it thought, where the provider shows it; `annotations` (such as the sources of a web search) and
+    `tool_calls` are as OpenAI has them, the latter in pieces in a stream.
     """
 
     content: str | UnsetType = UNSET
     reasoning: str | UnsetType = UNSET
     refusal: str | UnsetType = UNSET
+    annotations: list[Any] | UnsetType = UNSET
     tool_calls: list[Any] | UnsetType = UNSET
 
     @property
@@ -79,6 +80,7 @@ class _Message(msgspec.Struct, frozen=True):
     refusal: Any = None
     reasoning_content: Any = None
     reasoning: Any = None
+    annotations: Any = None
     tool_calls: Any = None
 
 
@@ -184,8 +186,13 @@ def _said(message: _Message) -> Said:
         content=_text(message.content) or UNSET,
         reasoning=_text(message.reasoning_content) or _text(message.reasoning) or UNSET,
         refusal=_text(message.refusal) or UNSET,
-        tool_calls=message.tool_calls or UNSET if isinstance(message.tool_calls, list) else UNSET,
+        annotations=_list(message.annotations),
+        tool_calls=_list(message.tool_calls),
     )
+
+
+def _list(value: Any) -> list[Any] | UnsetType:
+    return value if isinstance(value, list) and value else UNSET
 
 
 def _text(content: Any) -> str:

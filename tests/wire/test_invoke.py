@@ -74,6 +74,7 @@ def completion(message, *, part="message", reason="stop"):
     return json.dumps({"choices": [{part: message, "finish_reason": reason}]}).encode()
 
 
+SOURCES = [{"type": "url_citation", "url_citation": {"url": "https://example.test/"}}]
 CALLS = [{"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}]
 
 
@@ -85,7 +86,8 @@ CALLS = [{"id": "1", "type": "function", "function": {"name": "f", "arguments": 
         ({"content": [{"type": "text", "text": "h"}, {"type": "x"}, {"text": "i"}]}, Said(content="hi")),
         ({"content": None, "refusal": "no"}, Said(refusal="no")),
         ({"content": None, "tool_calls": CALLS}, Said(tool_calls=CALLS)),
-        ({"content": "", "reasoning_content": "hm"}, Said(reasoning="hm")),
+        ({"content": "hi", "annotations": SOURCES}, Said(content="hi", annotations=SOURCES)),
+        ({"content": "", "annotations": [], "reasoning_content": "hm"}, Said(reasoning="hm")),
         ({"content": "hi", "reasoning": "hm"}, Said(content="hi", reasoning="hm")),
         ({"content": {"odd": 1}, "tool_calls": {"odd": 1}, "refusal": 7}, Said()),
         ({}, Said()),
