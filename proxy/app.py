@@ -13,7 +13,6 @@ from litestar.config.cors import CORSConfig
 from litestar.di import Provide
 from litestar.handlers import ASGIRouteHandler
 from litestar.openapi import OpenAPIConfig
-from litestar.openapi.plugins import JsonRenderPlugin
 from litestar.types import ASGIApp, Message, Receive, Scope, Send
 from sqlalchemy.ext.asyncio import AsyncEngine
 
@@ -26,7 +25,9 @@ from proxy.edge import keys as key_routes
 from proxy.edge.addresses import Addresses
 from proxy.edge.answer import BodyLimits, identify
 from proxy.edge.authentication import Authentication, authenticated
+from proxy.edge.document import DocumentPlugin, PagePlugin
 from proxy.edge.errors import respond
+from proxy.edge.invoke import Simple
 from proxy.errors import Unavailable, UpstreamFailed
 from proxy.exchange import Exchange, ExchangeLimits
 from proxy.identity.accounts import Accounts, Welcome
@@ -197,18 +198,32 @@ def routed(tollgate: Tollgate) -> Litestar:
             "refresh": Provide(lambda: tollgate.refresh_catalog, sync_to_thread=False),
         },
         cors_config=_cors(server.cors_origins),
-        openapi_config=OpenAPIConfig(
-            title="Tollgate", version=__version__, path="/schema", render_plugins=[JsonRenderPlugin()]
-        ),
+        openapi_config=_openapi(),
         logging_config=None,
         debug=False,
     )
 
 
+def _openapi() -> OpenAPIConfig:
+    document = DocumentPlugin()
+    return OpenAPIConfig(
+        title="Tollgate",
+        version=__version__,
+        description="OpenAI's API on prepaid credits. Amounts are decimal strings of credits; 1 credit is 1 USD.",
+        path="/schema",
+        use_handler_docstrings=True,
+        render_plugins=[PagePlugin(document), document],
+    )
+
+
 def _paid_handlers(tollgate: Tollgate) -> list[ASGIRouteHandler]:
-    configuration = tollgate.configuration
-    stall_s = configuration.settings.server.stall_s
-    return inference.paid_handlers(tollgate.exchange, _body_limits(configuration), stall_s=stall_s)
+    server = tollgate.configuration.settings.server
+    limits = _body_limits(tollgate.configuration)
+    simple = Simple(tollgate.exchange, lambda: tollgate.catalog, tollgate.engine, limits, server.answer_bytes_max)
+    return [
+        *inference.paid_handlers(tollgate.exchange, limits, stall_s=server.stall_s),
+        *simple.handlers(stall_s=server.stall_s),
+    ]
 
 
 def identified(app: ASGIApp) -> ASGIApp:

@@ -17,7 +17,7 @@ from proxy.policy import MARKUP_PERCENT, SETTINGS, Policy, policy_of
 from proxy.pricebook import ADMIN, LIST, Entry, Targets, entry_of, is_payable
 from proxy.pricing import Markup, MarkupKind, MarkupRules, dearest_price
 from proxy.routing import Candidate, Models
-from proxy.settings import CandidateSettings, Configuration, PriceSettings, ProviderSettings
+from proxy.settings import CandidateSettings, Configuration, PriceSettings, ProviderSettings, Settings
 from proxy.storage.database import database_now, reading
 from proxy.storage.tables import markup_rules, system_config
 from proxy.storage.tables import providers as provider_rows
@@ -41,9 +41,11 @@ class ProviderState(msgspec.Struct, frozen=True):
 class Catalog(msgspec.Struct, frozen=True):
     """What may be sold just now, and at what price.
 
-    `policy` holds the settings that operators change. `rules` are for previews and people: each candidate has its
-    markup, and `user_markups` are those of users who have a rule of their own. `stamp` is what the snapshot was made
-    of, `changes_at` when a price becomes valid by itself. `remarks` tell the operator what is not on offer, and why.
+    `policy` holds the settings that operators change. `default_models` are the names that serve simple calls which name
+    none, by the provider that they name; None is for those that name neither. `rules` are for previews and people: each
+    candidate has its markup, and `user_markups` are those of users who have a rule of their own. `stamp` is what the
+    snapshot was made of, `changes_at` when a price becomes valid by itself. `remarks` tell the operator what is not on
+    offer, and why.
     """
 
     models: Models
@@ -52,6 +54,7 @@ class Catalog(msgspec.Struct, frozen=True):
     providers: Mapping[str, ProviderState]
     stamp: Mapping[str, object]
     changes_at: Micros | None
+    default_models: Mapping[str | None, str] = {}
     remarks: tuple[str, ...] = ()
 
     @property
@@ -95,9 +98,11 @@ class Loader:
             book = await pricebook.current(connection, now, names)
             changes_at = await pricebook.next_change_at(connection, now)
         remarks = [*self._remarks, *remarks]
+        models = self._models(book, providers, policy, rules, remarks)
         return Catalog(
-            models=self._models(book, providers, policy, rules, remarks),
+            models=models,
             policy=policy,
+            default_models=_default_models(self._configuration.settings, models, remarks),
             rules=rules,
             providers=providers,
             stamp=stamp,
@@ -193,6 +198,31 @@ async def _rules(connection: AsyncConnection, policy: Policy) -> MarkupRules:
         models=found.get(MarkupKind.MODEL, {}),
         providers=found.get(MarkupKind.PROVIDER, {}),
     )
+
+
+def _default_models(settings: Settings, models: Models, remarks: list[str]) -> dict[str | None, str]:
+    """For each provider its `default_model`; else the first of `[models]` that it serves, or the only one there is.
+
+    For calls that name no provider: `routing.default_model`, else the first of `[models]`, else the first provider's.
+    What is configured and not on offer is passed over, with a remark.
+    """
+    defaults: dict[str | None, str] = {}
+    for provider, said in settings.providers.items():
+        names = [name for name, found in models.items() if any(each.provider == provider for each in found)]
+        wish = said.default_model
+        wishes = [] if wish is None else [f"{provider}/{wish}", wish]
+        if names and wishes and not set(wishes).intersection(names):
+            remarks.append(f"providers.{provider}.default_model: it does not offer {wish!r}")
+        targets = {each.target for name in names for each in models[name] if each.provider == provider}
+        only = names[:1] if len(targets) == 1 else []
+        found_default = next((name for name in (*wishes, *settings.models, *only) if name in names), None)
+        if found_default is not None:
+            defaults[provider] = found_default
+    wish = settings.routing.default_model
+    if wish is not None and wish not in models:
+        remarks.append(f"routing.default_model: {wish!r} is not on offer")
+    overall = next((name for name in (wish, *settings.models, *defaults.values()) if name in models), None)
+    return defaults if overall is None else {None: overall, **defaults}
 
 
 def _fault(entry: Entry) -> str | None:

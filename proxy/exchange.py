@@ -91,7 +91,11 @@ _CHUNKED = frozenset({Endpoint.CHAT, Endpoint.COMPLETIONS})
 
 
 class Call(msgspec.Struct, frozen=True):
-    """One paid call as it came in."""
+    """One paid call as it came in.
+
+    Only `provider` may serve it, where one is named. `on_settled` gets the charge as soon as it is durable, before the
+    end of the answer; never where nothing is charged.
+    """
 
     endpoint: Endpoint
     request_id: str
@@ -99,6 +103,8 @@ class Call(msgspec.Struct, frozen=True):
     caller: Caller
     headers: Headers
     body: bytes
+    provider: str | None = None
+    on_settled: Callable[[Receipt, Settled], None] | None = None
 
 
 class Answer(relay.Answer, Protocol):
@@ -218,7 +224,7 @@ class Exchange:
         """The hook before the provider is called: route, price, estimate, reserve."""
         started = _now()
         catalog = self._catalog()
-        found = candidates(catalog.models, request.model)
+        found = candidates(catalog.models, request.model, call.provider)
         offered = offers(
             found,
             request.service_tier,
@@ -572,6 +578,8 @@ class Exchange:
         except LedgerFault:
             opened.is_closed = False  # what cannot be settled is released
             raise
+        if opened.call.on_settled is not None:
+            opened.call.on_settled(receipt, settled)
         log.info(
             "call",
             request_id=opened.call.request_id,

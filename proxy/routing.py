@@ -120,11 +120,13 @@ Models = Mapping[str, tuple[Candidate, ...]]
 """Every name a client may ask for, with who may serve it, the preferred one first."""
 
 
-def candidates(models: Models, model: str) -> tuple[Candidate, ...]:
-    """Who may serve `model`, the preferred one first. Raises `ModelNotFound` when nobody does."""
-    found = models.get(model)
+def candidates(models: Models, model: str, provider: str | None = None) -> tuple[Candidate, ...]:
+    """Who may serve `model`, the preferred one first, or only `provider`. Raises `ModelNotFound` when nobody does."""
+    found = models.get(model, ())
+    if provider is not None:
+        found = tuple(candidate for candidate in found if candidate.provider == provider)
     if not found:
-        raise ModelNotFound(model)
+        raise ModelNotFound(model, provider)
     return found
 
 

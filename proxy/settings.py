@@ -130,6 +130,8 @@ class RoutingSettings(_Section, frozen=True):
 
     expose: Literal["listed", "priced"] = "priced"
     """What may be asked for: every model with a price, or only the names that `[models]` lists."""
+    default_model: str | None = None
+    """The name that serves a simple call which names neither model nor provider."""
     may_pay_twice: bool = False
     """Whether a call is sent to the next candidate although the last one may have done, and billed, the work."""
 
@@ -155,6 +157,8 @@ class ProviderSettings(_Section, frozen=True):
     """Likewise, with the names of the environment variables that hold their values, such as `api-key`."""
     connections_max: PositiveInt = 1000
     """Calls at once."""
+    default_model: str | None = None
+    """The one of its models that serves a simple call which names the provider and no model."""
     price_list: str | None = None
     """The name under which the price book knows it, if that is not its own."""
     is_local: bool | None = None

@@ -130,9 +130,10 @@ class Leaver:
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer_bytes)
         self.socket.connect((url.hostname, url.port))
         payload = body if isinstance(body, bytes) else json.dumps(body).encode()
+        path = endpoint if endpoint.startswith("/") else f"/v1/{endpoint}"
         self.client_id = f"leaver-{time.monotonic_ns()}"
         self.request = (
-            f"POST /v1/{endpoint} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {key}\r\n"
+            f"POST {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {key}\r\n"
             f"X-Client-Request-Id: {self.client_id}\r\nContent-Length: {len(payload)}\r\n\r\n".encode()
             + payload
         )

@@ -32,6 +32,7 @@ TABLE: dict[type[errors.TollgateError], tuple[int, str, str | None]] = {
     errors.ModelNotAllowed: (403, "permission_error", None),
     errors.NotFound: (404, "invalid_request_error", None),
     errors.ModelNotFound: (404, "invalid_request_error", None),
+    errors.ProviderNotFound: (404, "invalid_request_error", None),
     errors.Conflict: (409, "invalid_request_error", None),
     errors.RateLimited: (429, "rate_limit_error", "rate_limit_exceeded"),
     errors.UpstreamUnreachable: (502, "upstream_error", "provider_unreachable"),
