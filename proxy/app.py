@@ -80,6 +80,11 @@ class Tollgate:
         self.accounts: Accounts
         self.authentication: Authentication
         self.last_used = LastUsed(self.engine)
+        self.is_stopping = False
+
+    def stop(self) -> None:
+        """Turn readiness red: the server is about to end."""
+        self.is_stopping = True
 
     @asynccontextmanager
     async def open(self) -> AsyncIterator[None]:
@@ -179,6 +184,7 @@ def routed(tollgate: Tollgate) -> Litestar:
             "catalog": Provide(lambda: tollgate.catalog, sync_to_thread=False),
             "accounts": Provide(lambda: tollgate.accounts, sync_to_thread=False),
             "addresses": Provide(lambda: addresses, sync_to_thread=False),
+            "is_stopping": Provide(lambda: tollgate.is_stopping, sync_to_thread=False),
             "refresh": Provide(lambda: tollgate.refresh_catalog, sync_to_thread=False),
         },
         cors_config=_cors(server.cors_origins),

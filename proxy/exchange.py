@@ -130,6 +130,8 @@ class _Open(msgspec.Struct):
     first_byte: float | None = None
     is_closed: bool = False
     is_client_gone: bool = False
+    is_ended: bool = False
+    """Whether the server stops and could not wait for it any longer."""
     is_stopped: bool = False
     """Whether its provider was stopped because the client had left."""
     provider_time: Deadline | None = None
@@ -149,6 +151,13 @@ class _Open(msgspec.Struct):
         self.is_client_gone = True
         if self.provider_time is not None and self.is_countable:
             self.is_stopped = True
+            self.provider_time.end_now()
+
+    def end(self) -> None:
+        """The server stops: the time for providers is over."""
+        self.is_ended = True
+        self.deadline = 0.0
+        if self.provider_time is not None:
             self.provider_time.end_now()
 
     @property
@@ -181,6 +190,7 @@ class Exchange:
         self._catalog = catalog
         self._limits = limits
         self._background: set[asyncio.Task[object]] = set()
+        self._calls: dict[asyncio.Task[object] | None, _Open] = {}
         self._counting = asyncio.Semaphore(COUNTS_AT_ONCE_MAX)
         self._health = Health()
         self._draw = random.Random().random  # noqa: S311 - it spreads calls, and guards nothing
@@ -194,16 +204,34 @@ class Exchange:
         check_nesting(call.body, self._limits.nesting_max)
         request = decode(call.endpoint, call.body)
         opened = await self._preflight(call, request)
+        task = asyncio.current_task()
+        self._calls[task] = opened
         answer.on_gone(opened.leave)
         try:
             await self._try_each(opened, answer)
         except UpstreamTimeout:
-            if opened.is_client_gone and not opened.is_closed:
+            if opened.is_client_gone and not opened.is_closed and not opened.is_ended:
                 await self._settle(opened, _assumed(opened), "client_left")
             raise
         finally:
-            if not opened.is_closed:
-                await self._release(opened)
+            try:
+                if not opened.is_closed:
+                    await self._release(opened)
+            finally:
+                del self._calls[task]
+
+    async def end_calls(self, wait_s: float) -> None:
+        """End every call that is at its provider, since the server stops: each as it would at its own time limit.
+
+        Returns when they have ended, after `wait_s` seconds at the latest. What waits for its charge, and nothing else,
+        is left alone.
+        """
+        at_provider = [(task, opened) for task, opened in self._calls.items() if opened.provider_time is not None]
+        for opened in self._calls.values():
+            opened.end()
+        ending = [task for task, _ in at_provider if task is not None]
+        if ending:
+            await asyncio.wait(ending, timeout=wait_s)
 
     # ---- before the provider is called
 
@@ -329,7 +357,7 @@ class Exchange:
         if isinstance(failure, UpstreamRejected) and not _is_passing(failure.status):
             self._health.succeeded(candidate.target)
             return
-        if opened.is_client_gone:
+        if opened.is_client_gone or opened.is_ended:
             return
         wish = failure.retry_after if isinstance(failure, UpstreamRejected) else None
         self._health.failed(candidate.target, _now(), retry_after_s(wish, time.time()))
@@ -487,7 +515,8 @@ class Exchange:
     async def _metered_stream(self, opened: _Open, meter: StreamMeter, failure: TollgateError | None) -> Metered:
         if meter.is_implausible:
             log.error("usage_implausible", request_id=opened.call.request_id, provider=opened.candidate.provider)
-        is_silent = isinstance(failure, UpstreamTimeout) and opened.is_client_gone and not opened.is_stopped
+        is_over = isinstance(failure, UpstreamTimeout) and not opened.is_stopped and not opened.is_ended
+        is_silent = is_over and opened.is_client_gone
         is_spoken = opened.request.wants_audio and meter.holds(_AUDIO)
         if (is_silent or is_spoken) and not meter.is_reported:
             return _assumed(opened)  # nobody can count what was not shown, or spoken
@@ -502,7 +531,7 @@ class Exchange:
         if opened.is_client_gone or (is_whole and not metered.is_empty):
             return await self._settle(opened, metered, _outcome(opened))
         if metered.usage.output_tokens:
-            return await self._settle(opened, metered, "provider_broke")
+            return await self._settle(opened, metered, "server_stopped" if opened.is_ended else "provider_broke")
         await self._release(opened)
         return None
 
@@ -742,7 +771,8 @@ class _AtProvider(Deadline):
         try:
             super().__exit__(kind, exc, trace)
         except TimeoutError as timeout:
-            message = "The call took longer than it may."
+            is_ended = self._opened.is_ended
+            message = "The server is stopping." if is_ended else "The call took longer than it may."
             raise UpstreamTimeout(message, provider=self._opened.candidate.provider) from timeout
 
 

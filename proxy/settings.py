@@ -57,8 +57,15 @@ class ServerSettings(_Section, frozen=True):
     """How long a stream may be silent before its client gets a comment, lest somebody in between cut it off."""
     stall_s: Seconds = 60
     """How long a client may take nothing of what is sent to it, before it counts as gone."""
+    workers: Annotated[int, msgspec.Meta(ge=1, le=64)] = 1
+    """How many processes serve the port; on SQLite one."""
+    notice_s: Annotated[float, msgspec.Meta(ge=0)] = 0
+    """How long after SIGTERM calls are still taken, with readiness red already.
+
+    For a load balancer in front to take note; longer than it keeps idle connections.
+    """
     drain_s: PositiveInt = 30
-    """How long calls in flight may go on after SIGTERM."""
+    """How long calls in flight may go on after that."""
     trusted_proxies: list[str] = []
     """The networks of the proxies in front of us: only what comes from them may say in `X-Forwarded-For` for whom."""
     cors_origins: list[str] = []
@@ -261,7 +268,12 @@ class Configuration(msgspec.Struct, frozen=True):
 
 
 def load(
-    environ: Mapping[str, str], *, config: str | None = None, host: str | None = None, port: int | None = None
+    environ: Mapping[str, str],
+    *,
+    config: str | None = None,
+    host: str | None = None,
+    port: int | None = None,
+    workers: int | None = None,
 ) -> Configuration:
     """Read the file that `config`, `TOLLGATE_CONFIG` or the current folder names, then the environment and flags.
 
@@ -272,6 +284,7 @@ def load(
     for section, key, value in (
         ("server", "host", host),
         ("server", "port", port),
+        ("server", "workers", workers),
         ("database", "url", environ.get("TOLLGATE_DATABASE_URL")),
         ("auth", "jwt_secret", environ.get("TOLLGATE_JWT_SECRET")),
     ):
@@ -289,10 +302,16 @@ def load(
         for name, provider in settings.providers.items()
         if name in enabled or not _fault_of(provider, environ)
     }
+    database_url = _absolute(settings.database.url, data_dir)
+    if settings.server.workers > 1 and database_url.startswith(_SQLITE):
+        raise SettingsError(
+            f"{path}: server.workers: SQLite takes one process, not {settings.server.workers};"
+            " name a PostgreSQL in database.url (TOLLGATE_DATABASE_URL) for more"
+        )
     return Configuration(
         settings=settings,
         data_dir=data_dir,
-        database_url=_absolute(settings.database.url, data_dir),
+        database_url=database_url,
         providers=providers,
         enabled=frozenset(enabled),
         api_keys={name: environ[provider.api_key_env] for name, provider in providers.items() if provider.api_key_env},

@@ -18,8 +18,12 @@ def live() -> dict[str, str]:
 
 
 @get("/health/ready", summary="Calls can be served", responses=documented(503, is_public=True))
-async def ready(engine: NamedDependency[AsyncEngine], ledger: NamedDependency[Ledger]) -> dict[str, str]:
+async def ready(
+    engine: NamedDependency[AsyncEngine], ledger: NamedDependency[Ledger], is_stopping: NamedDependency[bool]
+) -> dict[str, str]:
     """Answer 503 while the database is out of reach, or takes no charges: send no calls here then."""
+    if is_stopping:
+        raise Unavailable("This server is stopping.", retry_after_s=1)
     if ledger.is_lost:
         raise Unavailable("The ledger is out of reach just now.", retry_after_s=2)
     async with reading(engine) as connection:
