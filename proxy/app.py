@@ -15,7 +15,7 @@ from litestar.handlers import ASGIRouteHandler
 from litestar.openapi import OpenAPIConfig
 from litestar.openapi.plugins import JsonRenderPlugin
 from litestar.types import ASGIApp, Message, Receive, Scope, Send
-from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from proxy import __version__
 from proxy.catalog import Catalog, Loader, seed
@@ -230,12 +230,17 @@ async def prepare(configuration: Configuration) -> None:
 
     Raises `SettingsError` when an embedded database is served or migrated by another process.
     """
-    engine = database.connect(configuration.database_url)
+    engine = database.connect(configuration.database_url, pooled=False, is_patient=True)
+
+    async def seeded(connection: AsyncConnection) -> None:
+        await seed(connection, configuration.settings.credits.markup_percent)
+
     try:
         if await database.revision(engine) != database.SCHEMA_HEAD:
-            await database.migrate(engine)
-        async with database.writing(engine) as connection:
-            await seed(connection, configuration.settings.credits.markup_percent)
+            await database.migrate(engine, then=seeded)
+        else:
+            async with database.writing(engine) as connection:
+                await seeded(connection)
     finally:
         await engine.dispose()
 
