@@ -27,8 +27,10 @@ from proxy.edge.addresses import Addresses
 from proxy.edge.answer import BodyLimits, identify
 from proxy.edge.authentication import Authentication, authenticated
 from proxy.edge.errors import respond
+from proxy.edge.health import Exposition, Readiness
 from proxy.errors import Unavailable, UpstreamFailed
 from proxy.exchange import Exchange, ExchangeLimits
+from proxy.gauges import REFRESH_S, Gauges
 from proxy.identity.accounts import Accounts
 from proxy.identity.attempts import Attempts
 from proxy.identity.issuers import Fetch, Issuers
@@ -37,6 +39,7 @@ from proxy.identity.tokens import Tokens, kept_secret
 from proxy.ledger.ledger import Ledger
 from proxy.ledger.recovery import Lease
 from proxy.ledger.store import PostgresStore, SqliteStore, Store
+from proxy.metrics import Metrics
 from proxy.settings import Configuration, PriceSettings
 from proxy.storage import database
 from proxy.units import SECONDS_PER_DAY, parse_credits
@@ -70,13 +73,16 @@ _FETCH_S_MAX = 8.0
 class Tollgate:
     """One process's parts, alive between `open` and the end of its block."""
 
-    def __init__(self, configuration: Configuration) -> None:
+    def __init__(self, configuration: Configuration, metrics: Metrics | None = None) -> None:
         self.configuration = configuration
+        self.metrics = metrics or Metrics()
         self.engine: AsyncEngine = database.connect(configuration.database_url)
         self.catalog: Catalog
         self._loader = Loader(configuration, self.engine, _built_in_prices(configuration))
         self.ledger: Ledger
         self.exchange: Exchange
+        self.readiness: Readiness
+        self.gauges: Gauges
         self.accounts: Accounts
         self.authentication: Authentication
         self.last_used = LastUsed(self.engine)
@@ -105,7 +111,7 @@ class Tollgate:
                 lease_s=self.configuration.settings.database.lease_s,
             )
             books = self._store()
-            self.ledger = Ledger(books, lambda: lease.id)
+            self.ledger = Ledger(books, lambda: lease.id, self.metrics)
             stack.push_async_callback(self.ledger.aclose)
             await books.check()
             self.ledger.start()
@@ -113,7 +119,18 @@ class Tollgate:
             providers = self._providers()
             for provider in providers.values():
                 stack.push_async_callback(provider.aclose)
-            self.exchange = Exchange(self.ledger, providers, lambda: self.catalog, _limits(self.configuration))
+            limits = _limits(self.configuration)
+            self.exchange = Exchange(self.ledger, providers, lambda: self.catalog, limits, self.metrics)
+            self.gauges = Gauges(self.metrics, self.ledger, lease, self.exchange, self.engine)
+            self.readiness = Readiness(
+                engine=self.engine,
+                ledger=self.ledger,
+                lease=lease,
+                exchange=self.exchange,
+                catalog=lambda: self.catalog,
+                is_stopping=lambda: self.is_stopping,
+                providers=tuple(providers),
+            )
             client = http_client(self.configuration.settings.server.http_client)
             stack.push_async_callback(client.aclose)
             self.accounts = _accounts(self.configuration, self.engine, self.ledger, client)
@@ -123,6 +140,8 @@ class Tollgate:
             stack.push_async_callback(_ended, writing)
             refreshing = asyncio.create_task(self._keep_catalog_fresh(), name="catalog")
             stack.callback(refreshing.cancel)
+            measuring = asyncio.create_task(self._keep_measuring(), name="gauges")
+            stack.callback(measuring.cancel)
             yield
 
     def _store(self) -> Store:
@@ -142,18 +161,34 @@ class Tollgate:
             with suppress(Unavailable):
                 await self.refresh_catalog()
 
+    async def _keep_measuring(self) -> None:
+        clock = asyncio.get_running_loop().time
+        while True:
+            self.gauges.refresh()
+            due = clock() + REFRESH_S
+            await asyncio.sleep(REFRESH_S)
+            self.gauges.lag(clock() - due)
+
+    def metrics_text(self) -> str:
+        """What all processes of this server count, this one up to now."""
+        self.gauges.refresh()
+        return self.metrics.shared.text()
+
 
 def build(tollgate: Tollgate) -> ASGIApp:
     """The web application over an open `tollgate`."""
     stall_s = tollgate.configuration.settings.server.stall_s
     app = identified(routed(tollgate))
-    return inference.shortcut(app, _paid_handlers(tollgate), tollgate.authentication, stall_s=stall_s)
+    return inference.shortcut(
+        app, _paid_handlers(tollgate), tollgate.authentication, stall_s=stall_s, metrics=tollgate.metrics
+    )
 
 
 def routed(tollgate: Tollgate) -> Litestar:
     """Every route, behind authentication."""
     server = tollgate.configuration.settings.server
     addresses = Addresses(server.trusted_proxies)
+    exposition = Exposition(tollgate.metrics_text, server.metrics_token)
     return Litestar(
         route_handlers=[
             *_paid_handlers(tollgate),
@@ -175,6 +210,7 @@ def routed(tollgate: Tollgate) -> Litestar:
             admin.router,
             health.live,
             health.ready,
+            health.metrics,
         ],
         middleware=[lambda app: authenticated(app, tollgate.authentication)],
         exception_handlers={Exception: respond},
@@ -184,7 +220,8 @@ def routed(tollgate: Tollgate) -> Litestar:
             "catalog": Provide(lambda: tollgate.catalog, sync_to_thread=False),
             "accounts": Provide(lambda: tollgate.accounts, sync_to_thread=False),
             "addresses": Provide(lambda: addresses, sync_to_thread=False),
-            "is_stopping": Provide(lambda: tollgate.is_stopping, sync_to_thread=False),
+            "readiness": Provide(lambda: tollgate.readiness, sync_to_thread=False),
+            "exposition": Provide(lambda: exposition, sync_to_thread=False),
             "refresh": Provide(lambda: tollgate.refresh_catalog, sync_to_thread=False),
         },
         cors_config=_cors(server.cors_origins),
@@ -199,7 +236,8 @@ def routed(tollgate: Tollgate) -> Litestar:
 def _paid_handlers(tollgate: Tollgate) -> list[ASGIRouteHandler]:
     configuration = tollgate.configuration
     stall_s = configuration.settings.server.stall_s
-    return inference.paid_handlers(tollgate.exchange, _body_limits(configuration), stall_s=stall_s)
+    limits = _body_limits(configuration)
+    return inference.paid_handlers(tollgate.exchange, limits, stall_s=stall_s, metrics=tollgate.metrics)
 
 
 def identified(app: ASGIApp) -> ASGIApp:

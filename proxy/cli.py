@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from datetime import datetime
 
     from proxy.ledger.ledger import Ledger
+    from proxy.metrics import Metrics
     from proxy.pricelist import Converted
     from proxy.supervisor import Lifeline
 
@@ -99,7 +100,7 @@ def serve(config: str | None, host: str | None, port: int | None, workers: int |
     from proxy.supervisor import listen  # noqa: PLC0415 - likewise
 
     configuration = load(os.environ, config=config, host=host, port=port, workers=workers)
-    configure_logs()
+    configure_logs(configuration.settings.logs.format, configuration.settings.logs.level)
     server = configuration.settings.server
     with ExitStack() as stack:
         if configuration.is_embedded:
@@ -121,7 +122,7 @@ def migrate(config: str | None, *, as_json: bool) -> None:
     from proxy.storage.database import SCHEMA_HEAD, sole_process  # noqa: PLC0415
 
     configuration = load(os.environ, config=config)
-    configure_logs()
+    configure_logs(configuration.settings.logs.format, configuration.settings.logs.level)
     with ExitStack() as stack:
         if configuration.is_embedded:
             stack.enter_context(sole_process(configuration.sqlite_file))
@@ -595,17 +596,23 @@ def _supervise(configuration: Configuration, sockets: list[socket.socket], *, as
     """Serve in as many processes as there are `sockets`; returns the exit status."""
     import proxy.app  # noqa: F401, PLC0415 - before the workers are forked, which share it then
     from proxy.edge import server  # noqa: F401, PLC0415 - likewise
+    from proxy.metrics import DEATHS, Metrics, SharedMemory  # noqa: PLC0415
     from proxy.supervisor import Lifeline, Supervisor  # noqa: PLC0415
 
+    settings = configuration.settings.server
+    memory = SharedMemory(settings.workers + 1)  # with a region for the supervisor
+
     def work(lifeline: Lifeline) -> int:
+        metrics = Metrics(memory, lifeline.number)
         try:
-            _run(_serve(configuration, sockets, as_json=as_json, lifeline=lifeline))
+            _run(_serve(configuration, sockets, as_json=as_json, lifeline=lifeline, metrics=metrics))
         except TollgateError as exc:
             return _fail(exc)
         return 0
 
     _run(_check_schema(configuration))  # once and for all workers
-    settings = configuration.settings.server
+    metrics = Metrics(memory, settings.workers)
+    metrics.add(DEATHS, (), 0)
     announced = sockets[0].getsockname()[:2]
     gc.freeze()
     return Supervisor(
@@ -614,6 +621,7 @@ def _supervise(configuration: Configuration, sockets: list[socket.socket], *, as
         sockets,
         stop_s_max=settings.notice_s + settings.drain_s + STOP_S_MAX,
         on_ready=lambda: _announce(configuration, announced, None, as_json=as_json),
+        on_replaced=lambda: metrics.add(DEATHS),
     ).run()
 
 
@@ -628,7 +636,12 @@ async def _check_schema(configuration: Configuration) -> None:
 
 
 async def _serve(
-    configuration: Configuration, sockets: list[socket.socket], *, as_json: bool, lifeline: "Lifeline | None" = None
+    configuration: Configuration,
+    sockets: list[socket.socket],
+    *,
+    as_json: bool,
+    lifeline: "Lifeline | None" = None,
+    metrics: "Metrics | None" = None,
 ) -> None:
     """Serve in this process until SIGTERM; of several `sockets` the one with the worker's number is its own."""
     from proxy.app import Tollgate, build, prepare  # noqa: PLC0415
@@ -637,7 +650,7 @@ async def _serve(
 
     if configuration.is_embedded:
         await prepare(configuration)
-    tollgate = Tollgate(configuration)
+    tollgate = Tollgate(configuration, metrics)
     async with tollgate.open():
         first_key = await _first_start(tollgate.engine, tollgate.ledger) if configuration.is_embedded else None
         own = sockets[0 if lifeline is None else lifeline.number]
@@ -776,7 +789,7 @@ def _with_books(work: Callable[[_Books], Awaitable[Any]]) -> Any:
     from proxy.storage.database import check_schema  # noqa: PLC0415
 
     configuration = load(os.environ)
-    configure_logs()
+    configure_logs(configuration.settings.logs.format, configuration.settings.logs.level)
     if configuration.is_embedded and not configuration.sqlite_file.exists():
         raise SettingsError(f"there is no database {configuration.sqlite_file} yet: run `tollgate migrate` first")
 

@@ -70,6 +70,8 @@ class ServerSettings(_Section, frozen=True):
     """The networks of the proxies in front of us: only what comes from them may say in `X-Forwarded-For` for whom."""
     cors_origins: list[str] = []
     """The origins whose scripts may call us from a browser; `*` for all. None by default."""
+    metrics_token: str | None = None
+    """Who may read `/metrics`: whoever sends this as a bearer token; without one, only this machine."""
     http_client: Literal["lean", "httpx"] = "lean"
     """What speaks to providers: our own HTTP/1.1 client, or the slower one of the library httpx2."""
 
@@ -83,6 +85,15 @@ class DatabaseSettings(_Section, frozen=True):
 
     Longer than any pause from which a process comes back; it renews four times as often.
     """
+
+
+class LogSettings(_Section, frozen=True):
+    """What is written to standard error."""
+
+    format: Literal["auto", "json", "console"] = "auto"
+    """Automatically: for the console on a terminal, JSON elsewhere."""
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    """From which level on; a line for every call is `info`."""
 
 
 class CreditsSettings(_Section, frozen=True):
@@ -232,6 +243,7 @@ class Settings(_Section, frozen=True):
 
     server: ServerSettings = ServerSettings()
     database: DatabaseSettings = DatabaseSettings()
+    logs: LogSettings = LogSettings()
     credits: CreditsSettings = CreditsSettings()
     auth: AuthSettings = AuthSettings()
     routing: RoutingSettings = RoutingSettings()
@@ -287,6 +299,8 @@ def load(
         ("server", "workers", workers),
         ("database", "url", environ.get("TOLLGATE_DATABASE_URL")),
         ("auth", "jwt_secret", environ.get("TOLLGATE_JWT_SECRET")),
+        ("server", "metrics_token", environ.get("TOLLGATE_METRICS_TOKEN")),
+        ("logs", "format", environ.get("TOLLGATE_LOG_FORMAT")),
     ):
         if value is not None and isinstance(raw.setdefault(section, {}), dict):
             raw[section][key] = value
