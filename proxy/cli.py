@@ -621,7 +621,7 @@ def _supervise(configuration: Configuration, sockets: list[socket.socket], *, as
         sockets,
         stop_s_max=settings.notice_s + settings.drain_s + STOP_S_MAX,
         on_ready=lambda: _announce(configuration, announced, None, as_json=as_json),
-        on_replaced=lambda: metrics.add(DEATHS),
+        on_death=lambda: metrics.add(DEATHS),
     ).run()
 
 

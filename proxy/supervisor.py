@@ -6,7 +6,7 @@ taken by its siblings (see `proxy.edge.server`). So nobody who has connected is 
 that it was serving.
 
 There are never more processes than workers were asked for. One that dies is replaced at once; if it keeps dying young,
-with a pause that doubles each time. One that ends on SIGTERM, sent to it alone, is replaced as well.
+with a pause that doubles each time. One that ends in order, by a SIGTERM to it alone, is replaced as well.
 """
 
 import os
@@ -34,8 +34,11 @@ PAUSE_S = 0.5
 
 PAUSE_S_MAX = 30.0
 
-SETTINGS_STATUS = 2
-"""The exit status for what another attempt would not mend."""
+YOUNG_DEATHS_MAX = 6
+"""When all workers are dead and each has died so often young, in half a minute or so, the server gives up.
+
+Whoever has connected would wait for nobody otherwise; and whoever watches the server sees that it has ended.
+"""
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)
 _READY = b"r"
@@ -65,7 +68,7 @@ class Supervisor:
     """Runs `work` in `workers` processes of its own and returns when all have ended.
 
     `work` serves until SIGTERM and returns the exit status. `on_ready` is called once, when all workers take calls for
-    the first time, `on_replaced` whenever one has died. `sockets` are what the workers listen on; they are closed here
+    the first time, `on_death` whenever one has died. `sockets` are what the workers listen on; they are closed here
     when the server stops, so that the last worker to close them closes the port. After `stop_s_max` seconds of
     stopping, what still runs is killed.
     """
@@ -78,14 +81,14 @@ class Supervisor:
         *,
         stop_s_max: float,
         on_ready: Callable[[], None],
-        on_replaced: Callable[[], None] = lambda: None,
+        on_death: Callable[[], None] = lambda: None,
     ) -> None:
         self._work = work
         self._places = [_Place(number) for number in range(workers)]
         self._sockets = sockets
         self._stop_s_max = stop_s_max
         self._on_ready = on_ready
-        self._on_replaced = on_replaced
+        self._on_death = on_death
         self._has_been_ready = False
         self._kill_at: float | None = None
         self._status = 0
@@ -199,17 +202,27 @@ class Supervisor:
                 log.error("worker_ended", worker=place.number, pid=pid, status=status)
                 self._status = self._status or 1
             return
-        if status == SETTINGS_STATUS or not self._has_been_ready:
-            self._status = status if status > 0 else 1
-            self._stop(signal.SIGTERM)
+        if not self._has_been_ready:
+            self._give_up(status)
             return
         now = time.monotonic()
+        if status == 0:
+            log.info("worker_ended", worker=place.number, pid=pid)
+            place.start_at = now
+            return
         is_young = now - place.started_at < YOUNG_S
         place.young_deaths = place.young_deaths + 1 if is_young else 0
         pause_s = pause_before(place.young_deaths)
         place.start_at = now + pause_s
         log.error("worker_died", worker=place.number, pid=pid, status=status, replaced_in_s=pause_s)
-        self._on_replaced()
+        self._on_death()
+        if all(each.pid is None and each.young_deaths >= YOUNG_DEATHS_MAX for each in self._places):
+            log.error("workers_given_up", workers=len(self._places))
+            self._give_up(status)
+
+    def _give_up(self, status: int) -> None:
+        self._status = status if status > 0 else 1
+        self._stop(signal.SIGTERM)
 
     def _stop(self, number: signal.Signals) -> None:
         """End all workers in order: each finishes its calls."""

@@ -21,6 +21,7 @@ from proxy.metrics import (
     Metrics,
     SharedMemory,
 )
+from proxy.storage.database import SCHEMA_HEAD
 from tests.fakes.provider import run_in_thread
 from tests.serving import CONFIG, MODEL, UPSTREAM_KEY, Served, environment, serving
 
@@ -313,6 +314,20 @@ def test_readiness_says_what_it_looked_at(served):
     checks = dict.fromkeys(("database", "schema", "ledger", "lease", "process"), "ok")
     assert answer.json()["checks"] == checks
     assert answer.json()["providers"].keys() == {"fake", "demo"}
+
+
+@pytest.mark.parametrize(("revision", "status", "said"), [("9999", 200, "newer: 9999"), ("0001", 503, "older: 0001")])
+def test_readiness_knows_the_schema(served, postgres, revision, status, said):
+    """Red on an older one; on a newer one a replica serves until it is replaced."""
+    name = served.environ["TOLLGATE_DATABASE_URL"].rpartition("/")[2]
+    postgres.execute(f"UPDATE alembic_version SET version_num = '{revision}'", name)
+    try:
+        with served.client(None) as http:
+            answer = http.get("/health/ready")
+    finally:
+        postgres.execute(f"UPDATE alembic_version SET version_num = '{SCHEMA_HEAD}'", name)
+    found = answer.json()
+    assert (answer.status_code, found.get("error", found)["checks"]["schema"]) == (status, said)
 
 
 def test_without_a_token_metrics_are_for_this_machine(tmp_path, upstream):

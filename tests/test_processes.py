@@ -17,7 +17,7 @@ import httpx2
 import psutil
 import pytest
 
-from proxy.supervisor import PAUSE_S, PAUSE_S_MAX, listen, pause_before
+from proxy.supervisor import PAUSE_S, PAUSE_S_MAX, YOUNG_DEATHS_MAX, listen, pause_before
 from tests.fakes.provider import run_in_thread
 from tests.serving import CONFIG, MODEL, Served, environment, serving
 
@@ -238,6 +238,7 @@ def test_a_worker_that_is_asked_to_end_is_replaced(passing, key):
     for stream in streams:
         assert stream.to_its_end().endswith(b"data: [DONE]\n\n")
     until(lambda: len(workers(passing)) == 2 and victim.pid not in server_pids(passing), "it was not replaced")
+    assert not events(passing, "worker_died")
 
 
 def test_a_taken_port_is_refused(served, tmp_path, database):
@@ -262,7 +263,9 @@ def test_sockets_of_one_server_share_a_port():
 
 PROGRAM = """
 import os, sys, time
+from proxy import supervisor
 from proxy.supervisor import Supervisor
+supervisor.PAUSE_S *= {haste}
 
 def work(lifeline):
     with open(sys.argv[1], "a") as starts:
@@ -281,9 +284,9 @@ def supervised(tmp_path):
     """What runs `PROGRAM` and returns the process and the file in which its workers note when they start."""
     running = []
 
-    def run(healthy: int, then: str) -> tuple[subprocess.Popen, Path]:
+    def run(healthy: int, then: str, haste: float = 1) -> tuple[subprocess.Popen, Path]:
         file = tmp_path / "starts"
-        program = PROGRAM.format(healthy=healthy, then=then)
+        program = PROGRAM.format(healthy=healthy, then=then, haste=haste)
         process = subprocess.Popen(
             [sys.executable, "-c", program, str(file)],
             stdout=subprocess.PIPE,
@@ -312,6 +315,13 @@ def test_a_worker_that_keeps_dying_is_replaced_with_pauses(supervised):
     assert gaps[2] >= 4 * PAUSE_S
     process.send_signal(signal.SIGTERM)
     assert process.wait(PATIENCE_S) == 0
+
+
+def test_a_server_whose_workers_all_keep_dying_gives_up(supervised):
+    """Rather than to let everybody wait who connects; the exit status is the last worker's."""
+    process, file = supervised(1, "os._exit(1)", haste=0.01)
+    assert process.wait(PATIENCE_S) == 7
+    assert len(file.read_text().split()) == YOUNG_DEATHS_MAX
 
 
 def test_a_server_that_cannot_start_does_not_go_on_trying(supervised):
