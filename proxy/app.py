@@ -14,7 +14,7 @@ from litestar.di import Provide
 from litestar.handlers import ASGIRouteHandler
 from litestar.openapi import OpenAPIConfig
 from litestar.types import ASGIApp, Message, Receive, Scope, Send
-from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from proxy import __version__
 from proxy.catalog import Catalog, Loader, seed
@@ -27,9 +27,11 @@ from proxy.edge.answer import BodyLimits, identify
 from proxy.edge.authentication import Authentication, authenticated
 from proxy.edge.document import DocumentPlugin, PagePlugin
 from proxy.edge.errors import respond
+from proxy.edge.health import Exposition, Readiness
 from proxy.edge.invoke import Simple
 from proxy.errors import Unavailable, UpstreamFailed
 from proxy.exchange import Exchange, ExchangeLimits
+from proxy.gauges import REFRESH_S, Gauges
 from proxy.identity.accounts import Accounts, Welcome
 from proxy.identity.attempts import Attempts
 from proxy.identity.issuers import Fetch, Issuers
@@ -38,6 +40,7 @@ from proxy.identity.tokens import Tokens, kept_secret
 from proxy.ledger.ledger import Ledger
 from proxy.ledger.recovery import Lease
 from proxy.ledger.store import PostgresStore, SqliteStore, Store
+from proxy.metrics import Metrics
 from proxy.settings import Configuration, PriceSettings
 from proxy.storage import database
 from proxy.units import SECONDS_PER_DAY
@@ -71,16 +74,24 @@ _FETCH_S_MAX = 8.0
 class Tollgate:
     """One process's parts, alive between `open` and the end of its block."""
 
-    def __init__(self, configuration: Configuration) -> None:
+    def __init__(self, configuration: Configuration, metrics: Metrics | None = None) -> None:
         self.configuration = configuration
+        self.metrics = metrics or Metrics()
         self.engine: AsyncEngine = database.connect(configuration.database_url)
         self.catalog: Catalog
         self._loader = catalog_loader(configuration, self.engine)
         self.ledger: Ledger
         self.exchange: Exchange
+        self.readiness: Readiness
+        self.gauges: Gauges
         self.accounts: Accounts
         self.authentication: Authentication
         self.last_used = LastUsed(self.engine)
+        self.is_stopping = False
+
+    def stop(self) -> None:
+        """Turn readiness red: the server is about to end."""
+        self.is_stopping = True
 
     @asynccontextmanager
     async def open(self) -> AsyncIterator[None]:
@@ -101,7 +112,7 @@ class Tollgate:
                 lease_s=self.configuration.settings.database.lease_s,
             )
             books = self._store()
-            self.ledger = Ledger(books, lambda: lease.id)
+            self.ledger = Ledger(books, lambda: lease.id, self.metrics)
             stack.push_async_callback(self.ledger.aclose)
             await books.check()
             self.ledger.start()
@@ -109,7 +120,18 @@ class Tollgate:
             providers = self._providers()
             for provider in providers.values():
                 stack.push_async_callback(provider.aclose)
-            self.exchange = Exchange(self.ledger, providers, lambda: self.catalog, _limits(self.configuration))
+            limits = _limits(self.configuration)
+            self.exchange = Exchange(self.ledger, providers, lambda: self.catalog, limits, self.metrics)
+            self.gauges = Gauges(self.metrics, self.ledger, lease, self.exchange, self.engine)
+            self.readiness = Readiness(
+                engine=self.engine,
+                ledger=self.ledger,
+                lease=lease,
+                exchange=self.exchange,
+                catalog=lambda: self.catalog,
+                is_stopping=lambda: self.is_stopping,
+                providers=tuple(providers),
+            )
             client = http_client(self.configuration.settings.server.http_client)
             stack.push_async_callback(client.aclose)
             self.accounts = _accounts(self.configuration, self.engine, self.ledger, client, self._welcome)
@@ -119,6 +141,8 @@ class Tollgate:
             stack.push_async_callback(_ended, writing)
             refreshing = asyncio.create_task(self._keep_catalog_fresh(), name="catalog")
             stack.callback(refreshing.cancel)
+            measuring = asyncio.create_task(self._keep_measuring(), name="gauges")
+            stack.callback(measuring.cancel)
             yield
 
     def _store(self) -> Store:
@@ -142,12 +166,27 @@ class Tollgate:
             with suppress(Unavailable):
                 await self.refresh_catalog()
 
+    async def _keep_measuring(self) -> None:
+        clock = asyncio.get_running_loop().time
+        while True:
+            self.gauges.refresh()
+            due = clock() + REFRESH_S
+            await asyncio.sleep(REFRESH_S)
+            self.gauges.lag(clock() - due)
+
+    def metrics_text(self) -> str:
+        """What all processes of this server count, this one up to now."""
+        self.gauges.refresh()
+        return self.metrics.shared.text()
+
 
 def build(tollgate: Tollgate) -> ASGIApp:
     """The web application over an open `tollgate`."""
     stall_s = tollgate.configuration.settings.server.stall_s
     app = identified(routed(tollgate))
-    return inference.shortcut(app, _paid_handlers(tollgate), tollgate.authentication, stall_s=stall_s)
+    return inference.shortcut(
+        app, _paid_handlers(tollgate), tollgate.authentication, stall_s=stall_s, metrics=tollgate.metrics
+    )
 
 
 def routed(tollgate: Tollgate) -> Litestar:
@@ -155,6 +194,7 @@ def routed(tollgate: Tollgate) -> Litestar:
     server = tollgate.configuration.settings.server
     addresses = Addresses(server.trusted_proxies)
     auditor = admin_records.Auditor(tollgate.engine)
+    exposition = Exposition(tollgate.metrics_text, server.metrics_token)
     return Litestar(
         route_handlers=[
             *_paid_handlers(tollgate),
@@ -184,6 +224,7 @@ def routed(tollgate: Tollgate) -> Litestar:
             admin_records.router,
             health.live,
             health.ready,
+            health.metrics,
         ],
         middleware=[lambda app: authenticated(app, tollgate.authentication)],
         exception_handlers={Exception: respond},
@@ -195,6 +236,8 @@ def routed(tollgate: Tollgate) -> Litestar:
             "addresses": Provide(lambda: addresses, sync_to_thread=False),
             "settings": Provide(lambda: tollgate.configuration.settings, sync_to_thread=False),
             "auditor": Provide(lambda: auditor, sync_to_thread=False),
+            "readiness": Provide(lambda: tollgate.readiness, sync_to_thread=False),
+            "exposition": Provide(lambda: exposition, sync_to_thread=False),
             "refresh": Provide(lambda: tollgate.refresh_catalog, sync_to_thread=False),
         },
         cors_config=_cors(server.cors_origins),
@@ -217,11 +260,18 @@ def _openapi() -> OpenAPIConfig:
 
 
 def _paid_handlers(tollgate: Tollgate) -> list[ASGIRouteHandler]:
-    server = tollgate.configuration.settings.server
+    server, metrics = tollgate.configuration.settings.server, tollgate.metrics
     limits = _body_limits(tollgate.configuration)
-    simple = Simple(tollgate.exchange, lambda: tollgate.catalog, tollgate.engine, limits, server.answer_bytes_max)
+    simple = Simple(
+        tollgate.exchange,
+        lambda: tollgate.catalog,
+        tollgate.engine,
+        limits,
+        answer_bytes_max=server.answer_bytes_max,
+        metrics=metrics,
+    )
     return [
-        *inference.paid_handlers(tollgate.exchange, limits, stall_s=server.stall_s),
+        *inference.paid_handlers(tollgate.exchange, limits, stall_s=server.stall_s, metrics=metrics),
         *simple.handlers(stall_s=server.stall_s),
     ]
 
@@ -254,12 +304,17 @@ async def prepare(configuration: Configuration) -> None:
 
     Raises `SettingsError` when an embedded database is served or migrated by another process.
     """
-    engine = database.connect(configuration.database_url)
+    engine = database.connect(configuration.database_url, pooled=False)
+
+    async def seeded(connection: AsyncConnection) -> None:
+        await seed(connection, configuration.settings.credits.markup_percent)
+
     try:
         if await database.revision(engine) != database.SCHEMA_HEAD:
-            await database.migrate(engine)
-        async with database.writing(engine) as connection:
-            await seed(connection, configuration.settings.credits.markup_percent)
+            await database.migrate(engine, then=seeded)
+        else:
+            async with database.writing(engine) as connection:
+                await seeded(connection)
     finally:
         await engine.dispose()
 

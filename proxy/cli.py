@@ -31,8 +31,10 @@ if TYPE_CHECKING:
     from proxy.catalog import Catalog
     from proxy.identity.users import User
     from proxy.ledger.ledger import Ledger
+    from proxy.metrics import Metrics
     from proxy.pricelist import Converted
     from proxy.pricing import MarkupKind
+    from proxy.supervisor import Lifeline
 
 FIRST_ADMIN = "admin@example.com"
 FIRST_CREDITS = "10"
@@ -49,21 +51,22 @@ def main() -> None:
     """Run the command line and exit."""
     try:
         cli.main(prog_name="tollgate", standalone_mode=True)
-    except SettingsError as exc:
-        click.echo(f"tollgate: {exc}", err=True)
-        sys.exit(2)
-    except Unavailable as exc:
-        reason = "" if exc.__cause__ is None else f" ({_reason(exc.__cause__)})"
-        click.echo(f"tollgate: {exc}{reason}", err=True)
-        sys.exit(1)
     except TollgateError as exc:
-        click.echo(f"tollgate: {exc}", err=True)
-        sys.exit(1)
+        sys.exit(_fail(exc))
     except Exception as exc:
         if not _is_databases(exc):
             raise
         click.echo(f"tollgate: the database cannot be used: {_reason(exc)}", err=True)
         sys.exit(1)
+
+
+def _fail(error: TollgateError) -> int:
+    """Say what is wrong, in one line; returns the exit status."""
+    reason = ""
+    if isinstance(error, Unavailable) and error.__cause__ is not None:
+        reason = f" ({_reason(error.__cause__)})"
+    click.echo(f"tollgate: {error}{reason}", err=True)
+    return 2 if isinstance(error, SettingsError) else 1
 
 
 def _is_databases(error: Exception) -> bool:
@@ -90,19 +93,27 @@ def cli() -> None:
 @config_option
 @click.option("--host", help="The address to listen on.")
 @click.option("--port", type=click.IntRange(0, 65535), help="The port to listen on; 0 takes any free one.")
+@click.option(
+    "--workers", type=click.IntRange(1, 64), help="How many processes serve; more than one on PostgreSQL only."
+)
 @json_option
-def serve(config: str | None, host: str | None, port: int | None, *, as_json: bool) -> None:
+def serve(config: str | None, host: str | None, port: int | None, workers: int | None, *, as_json: bool) -> None:
     """Serve until SIGTERM or SIGINT."""
     from proxy.observability import configure_logs  # noqa: PLC0415 - commands start fast without the server's parts
     from proxy.storage.database import sole_process  # noqa: PLC0415 - likewise
+    from proxy.supervisor import listen  # noqa: PLC0415 - likewise
 
-    configuration = load(os.environ, config=config, host=host, port=port)
-    configure_logs()
+    configuration = load(os.environ, config=config, host=host, port=port, workers=workers)
+    configure_logs(configuration.settings.logs.format, configuration.settings.logs.level)
+    server = configuration.settings.server
     with ExitStack() as stack:
         if configuration.is_embedded:
             stack.enter_context(sole_process(configuration.sqlite_file))
-        listening = stack.enter_context(_listen(configuration))
-        _run(_serve(configuration, listening, as_json=as_json))
+        sockets = [stack.enter_context(each) for each in listen(server.host, server.port, server.workers)]
+        if server.workers == 1:
+            _run(_serve(configuration, sockets, as_json=as_json))
+        else:
+            sys.exit(_supervise(configuration, sockets, as_json=as_json))
 
 
 @cli.command()
@@ -115,7 +126,7 @@ def migrate(config: str | None, *, as_json: bool) -> None:
     from proxy.storage.database import SCHEMA_HEAD, sole_process  # noqa: PLC0415
 
     configuration = load(os.environ, config=config)
-    configure_logs()
+    configure_logs(configuration.settings.logs.format, configuration.settings.logs.level)
     with ExitStack() as stack:
         if configuration.is_embedded:
             stack.enter_context(sole_process(configuration.sqlite_file))
@@ -854,42 +865,96 @@ def _synced(converted: "Converted", written: int) -> tuple[dict[str, Any], str]:
 # ---- serving
 
 
-def _listen(configuration: Configuration) -> socket.socket:
-    server = configuration.settings.server
-    family = socket.AF_INET6 if ":" in server.host else socket.AF_INET
-    listening = socket.socket(family, socket.SOCK_STREAM)
-    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+STOP_S_MAX = 45.0
+"""How long a worker may take beyond the time for its calls: as long as the ledger waits for its database, and a bit."""
+
+_ENDING_S_MAX = 5.0
+"""How long calls that were ended because the server stops may take for their last words."""
+
+
+def _supervise(configuration: Configuration, sockets: list[socket.socket], *, as_json: bool) -> int:
+    """Serve in as many processes as there are `sockets`; returns the exit status."""
+    import proxy.app  # noqa: F401, PLC0415 - before the workers are forked, which share it then
+    from proxy.edge import server  # noqa: F401, PLC0415 - likewise
+    from proxy.metrics import DEATHS, Metrics, SharedMemory  # noqa: PLC0415
+    from proxy.supervisor import Lifeline, Supervisor  # noqa: PLC0415
+
+    settings = configuration.settings.server
+    memory = SharedMemory(settings.workers + 1)  # with a region for the supervisor
+
+    def work(lifeline: Lifeline) -> int:
+        metrics = Metrics(memory, lifeline.number)
+        try:
+            _run(_serve(configuration, sockets, as_json=as_json, lifeline=lifeline, metrics=metrics))
+        except TollgateError as exc:
+            return _fail(exc)
+        return 0
+
+    _run(_check_schema(configuration))  # once and for all workers
+    metrics = Metrics(memory, settings.workers)
+    metrics.add(DEATHS, (), 0)
+    announced = sockets[0].getsockname()[:2]
+    gc.freeze()
+    return Supervisor(
+        work,
+        settings.workers,
+        sockets,
+        stop_s_max=settings.notice_s + settings.drain_s + STOP_S_MAX,
+        on_ready=lambda: _announce(configuration, announced, None, as_json=as_json),
+        on_death=lambda: metrics.add(DEATHS),
+    ).run()
+
+
+async def _check_schema(configuration: Configuration) -> None:
+    from proxy.storage.database import check_schema, connect  # noqa: PLC0415
+
+    engine = connect(configuration.database_url, pooled=False)
     try:
-        listening.bind((server.host, server.port))
-    except OSError as exc:
-        listening.close()
-        raise SettingsError(f"cannot listen on {server.host}:{server.port}: {exc.strerror}") from exc
-    return listening
+        await check_schema(engine)
+    finally:
+        await engine.dispose()
 
 
-async def _serve(configuration: Configuration, listening: socket.socket, *, as_json: bool) -> None:
-    import uvicorn  # noqa: PLC0415
-
+async def _serve(
+    configuration: Configuration,
+    sockets: list[socket.socket],
+    *,
+    as_json: bool,
+    lifeline: "Lifeline | None" = None,
+    metrics: "Metrics | None" = None,
+) -> None:
+    """Serve in this process until SIGTERM; of several `sockets` the one with the worker's number is its own."""
     from proxy.app import Tollgate, build, prepare  # noqa: PLC0415
     from proxy.edge.protocol import server_config  # noqa: PLC0415
+    from proxy.edge.server import Server, Stopping  # noqa: PLC0415
 
     if configuration.is_embedded:
         await prepare(configuration)
-    tollgate = Tollgate(configuration)
+    tollgate = Tollgate(configuration, metrics)
     async with tollgate.open():
         first_key = await _first_start(tollgate.engine, tollgate.ledger) if configuration.is_embedded else None
-        config = server_config(build(tollgate), drain_s=configuration.settings.server.drain_s)
+        own = sockets[0 if lifeline is None else lifeline.number]
 
-        class Server(uvicorn.Server):
-            async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-                await super().startup(sockets)
-                spare_the_collector()
-                _announce(configuration, listening, first_key, as_json=as_json)
+        def on_ready() -> None:
+            spare_the_collector()
+            if lifeline is None:
+                _announce(configuration, own.getsockname()[:2], first_key, as_json=as_json)
+            else:
+                lifeline.say_ready()
 
+        settings = configuration.settings.server
+        stopping = Stopping(
+            notice_s=settings.notice_s,
+            drain_s=settings.drain_s,
+            on_stopping=tollgate.stop,
+            end_calls=lambda: tollgate.exchange.end_calls(_ENDING_S_MAX),
+        )
+        config = server_config(build(tollgate), drain_s=settings.drain_s)
+        server = Server(config, stopping, on_ready, lifeline_fd=None if lifeline is None else lifeline.fd)
         # uvicorn raises the signal that stopped it once more when it is done; being stopped is no failure.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda _number, _frame: None)
-        await Server(config).serve(sockets=[listening])
+        await server.serve(sockets=[own, *(each for each in sockets if each is not own)])
 
 
 _GC_THRESHOLDS = (50_000, 20, 100)
@@ -929,8 +994,8 @@ async def _first_start(engine: Any, ledger: "Ledger") -> str | None:
     return key.secret
 
 
-def _announce(configuration: Configuration, listening: socket.socket, first_key: str | None, *, as_json: bool) -> None:
-    host, port = listening.getsockname()[:2]
+def _announce(configuration: Configuration, address: tuple[str, int], first_key: str | None, *, as_json: bool) -> None:
+    host, port = address
     shown = f"[{host}]" if ":" in host else "127.0.0.1" if host == "0.0.0.0" else host  # noqa: S104 - compared only
     base_url = f"http://{shown}:{port}/v1"
     if as_json:
@@ -1026,7 +1091,7 @@ def _with_books(work: Callable[[_Books], Awaitable[Any]]) -> Any:
     from proxy.storage.database import check_schema  # noqa: PLC0415
 
     configuration = load(os.environ)
-    configure_logs()
+    configure_logs(configuration.settings.logs.format, configuration.settings.logs.level)
     if configuration.is_embedded and not configuration.sqlite_file.exists():
         raise SettingsError(f"there is no database {configuration.sqlite_file} yet: run `tollgate migrate` first")
 

@@ -23,6 +23,7 @@
     │   ├── UpstreamRefusedUs         its 401, 402 or 403: the operator's problem, not the caller's
     │   └── UpstreamRejected          its own error, to be passed on as it is
     ├── Unavailable                 the database or every provider is out of reach just now
+    │   └── NotReady                    this process should get no calls
     ├── LedgerFault                 one ledger operation cannot be booked; others can
     └── SettingsError               the configuration is wrong; says where
 
@@ -239,6 +240,14 @@ class Unavailable(TollgateError):
     def __init__(self, message: str, *, retry_after_s: int = 1) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class NotReady(Unavailable):
+    """This process should get no calls just now; `checks` has what was looked at, and what was found."""
+
+    def __init__(self, checks: dict[str, str]) -> None:
+        super().__init__("This server is not ready for calls.", retry_after_s=2)
+        self.checks = checks
 
 
 class LedgerFault(TollgateError):

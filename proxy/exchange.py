@@ -10,6 +10,7 @@ call ends.
 import asyncio
 import random
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping
 from types import TracebackType
 from typing import Protocol, Self
@@ -49,6 +50,16 @@ from proxy.identity.keys import Caller
 from proxy.ledger.decide import Receipt, Release, Reserve, Settle, Settled
 from proxy.ledger.ledger import Ledger
 from proxy.metering import BY_BYTES, Metered, StreamMeter, UsageSource, failure_status, meter_plain, stream_meter
+from proxy.metrics import (
+    COOL_DOWNS,
+    DEFERRED,
+    IMPLAUSIBLE,
+    PROVIDER_ERRORS,
+    REFUSED_OPERATOR,
+    CallEnd,
+    Charge,
+    Metrics,
+)
 from proxy.pricing import TOOL_CLASSES, Price, billed, cost, dearest_usage, provider_cost, tokens_payable_max
 from proxy.relay import Head, StreamRelay
 from proxy.routing import Candidate, Health, Offer, candidates, offers, retry_after_s, terms
@@ -78,6 +89,15 @@ NAME_CHARACTERS_MAX = 200
 
 FITTING_BYTES_PER_TOKEN = 16
 """Nobody writes texts of longer tokens: where not even a token for so many bytes fits, nothing needs to be counted."""
+
+_REASONS: dict[type[UpstreamFailed], str] = {
+    UpstreamUnreachable: "unreachable",
+    UpstreamTimeout: "timeout",
+    UpstreamBroken: "broken",
+    UpstreamRejected: "rejected",
+    UpstreamRefusedUs: "refused_operator",
+}
+"""What failures are called in metrics."""
 
 _PASSING_STATUSES = frozenset({408, 429})
 _OPERATOR_STATUSES = frozenset({401, 402, 403})
@@ -141,12 +161,16 @@ class _Open(msgspec.Struct):
     first_byte: float | None = None
     is_closed: bool = False
     is_client_gone: bool = False
+    is_ended: bool = False
+    """Whether the server stops and could not wait for it any longer."""
     is_stopped: bool = False
     """Whether its provider was stopped because the client had left."""
     is_perhaps_billed: bool = False
     """Whether a provider has had the call and did not say that it would not bill it."""
     provider_time: Deadline | None = None
     """The limit on what is under way at the provider."""
+    provider_s: float = 0.0
+    """How long the call has been at its providers, the passing on of what they sent included."""
 
     @property
     def candidate(self) -> Candidate:
@@ -162,6 +186,13 @@ class _Open(msgspec.Struct):
         self.is_client_gone = True
         if self.provider_time is not None and self.is_countable:
             self.is_stopped = True
+            self.provider_time.end_now()
+
+    def end(self) -> None:
+        """The server stops: the time for providers is over."""
+        self.is_ended = True
+        self.deadline = 0.0
+        if self.provider_time is not None:
             self.provider_time.end_now()
 
     @property
@@ -188,12 +219,15 @@ class Exchange:
         providers: Mapping[str, Provider],
         catalog: Callable[[], Catalog],
         limits: ExchangeLimits,
+        metrics: Metrics | None = None,
     ) -> None:
+        self._metrics = metrics or Metrics()
         self._ledger = ledger
         self._providers = providers
         self._catalog = catalog
         self._limits = limits
         self._background: set[asyncio.Task[object]] = set()
+        self._calls: dict[asyncio.Task[object] | None, _Open] = {}
         self._counting = asyncio.Semaphore(COUNTS_AT_ONCE_MAX)
         self._health = Health()
         self._draw = random.Random().random  # noqa: S311 - it spreads calls, and guards nothing
@@ -207,16 +241,42 @@ class Exchange:
         check_nesting(call.body, self._limits.nesting_max)
         request = decode(call.endpoint, call.body)
         opened = await self._preflight(call, request)
+        task = asyncio.current_task()
+        self._calls[task] = opened
         answer.on_gone(opened.leave)
         try:
             await self._try_each(opened, answer)
         except UpstreamTimeout:
-            if opened.is_client_gone and not opened.is_closed:
+            if opened.is_client_gone and not opened.is_closed and not opened.is_ended:
                 await self._settle(opened, _assumed(opened), "client_left")
             raise
         finally:
-            if not opened.is_closed:
-                await self._release(opened)
+            try:
+                if not opened.is_closed:
+                    await self._release(opened)
+            finally:
+                del self._calls[task]
+
+    def calls_by_provider(self) -> dict[str, int]:
+        """How many calls are in flight, by who serves them."""
+        return dict(Counter(opened.candidate.provider for opened in self._calls.values()))
+
+    def cooling(self) -> list[str]:
+        """The targets that are left alone just now."""
+        return self._health.cooling(_now())
+
+    async def end_calls(self, wait_s: float) -> None:
+        """End every call that is at its provider, since the server stops: each as it would at its own time limit.
+
+        Returns when they have ended, after `wait_s` seconds at the latest. What waits for its charge, and nothing else,
+        is left alone.
+        """
+        at_provider = [(task, opened) for task, opened in self._calls.items() if opened.provider_time is not None]
+        for opened in self._calls.values():
+            opened.end()
+        ending = [task for task, _ in at_provider if task is not None]
+        if ending:
+            await asyncio.wait(ending, timeout=wait_s)
 
     # ---- before the provider is called
 
@@ -360,10 +420,15 @@ class Exchange:
         if isinstance(failure, UpstreamRejected) and not _is_passing(failure.status):
             self._health.succeeded(candidate.target)
             return
-        if opened.is_client_gone:
+        if opened.is_client_gone or opened.is_ended:
             return
         wish = failure.retry_after if isinstance(failure, UpstreamRejected) else None
-        self._health.failed(candidate.target, _now(), retry_after_s(wish, time.time()))
+        place = (candidate.provider, candidate.model)
+        self._metrics.add(PROVIDER_ERRORS, (*place, _REASONS.get(type(failure), "other")))
+        if isinstance(failure, UpstreamRefusedUs):
+            self._metrics.add(REFUSED_OPERATOR, (candidate.provider,))
+        if self._health.failed(candidate.target, _now(), retry_after_s(wish, time.time())):
+            self._metrics.add(COOL_DOWNS, place)
         log.warning("candidate_failed", provider=candidate.provider, model=candidate.model, reason=str(failure))
 
     def _begin(self, opened: _Open) -> None:
@@ -432,7 +497,7 @@ class Exchange:
 
         by_bytes = metered()
         if by_bytes.is_implausible:
-            log.error("usage_implausible", request_id=opened.call.request_id, provider=opened.candidate.provider)
+            self._note_implausible(opened)
         if by_bytes.source is UsageSource.REPORTED:
             return by_bytes
         if opened.request.wants_audio and _AUDIO in content:
@@ -442,6 +507,10 @@ class Exchange:
             return by_bytes
         async with self._counting:
             return await asyncio.to_thread(metered, counter)
+
+    def _note_implausible(self, opened: _Open) -> None:
+        self._metrics.add(IMPLAUSIBLE, (opened.candidate.provider,))
+        log.error("usage_implausible", request_id=opened.call.request_id, provider=opened.candidate.provider)
 
     def _take_back(self, opened: _Open) -> None:
         """An answer that is not delivered costs nothing, whether its settle is booked in the end or not."""
@@ -522,8 +591,9 @@ class Exchange:
 
     async def _metered_stream(self, opened: _Open, meter: StreamMeter, failure: TollgateError | None) -> Metered:
         if meter.is_implausible:
-            log.error("usage_implausible", request_id=opened.call.request_id, provider=opened.candidate.provider)
-        is_silent = isinstance(failure, UpstreamTimeout) and opened.is_client_gone and not opened.is_stopped
+            self._note_implausible(opened)
+        is_over = isinstance(failure, UpstreamTimeout) and not opened.is_stopped and not opened.is_ended
+        is_silent = is_over and opened.is_client_gone
         is_spoken = opened.request.wants_audio and meter.holds(_AUDIO)
         if (is_silent or is_spoken) and not meter.is_reported:
             return _assumed(opened)  # nobody can count what was not shown, or spoken
@@ -538,7 +608,7 @@ class Exchange:
         if opened.is_client_gone or (is_whole and not metered.is_empty):
             return await self._settle(opened, metered, _outcome(opened))
         if metered.usage.output_tokens:
-            return await self._settle(opened, metered, "provider_broke")
+            return await self._settle(opened, metered, "server_stopped" if opened.is_ended else "provider_broke")
         await self._release(opened)
         return None
 
@@ -574,23 +644,18 @@ class Exchange:
             with within(self._limits.settle_wait_s):
                 settled = await self._ledger.settle(operation)
         except TimeoutError as exc:
+            self._metrics.add(DEFERRED)
+            log.warning("settle_deferred", request_id=opened.call.request_id)
             raise Unavailable("The ledger is out of reach just now.", retry_after_s=5) from exc
         except LedgerFault:
             opened.is_closed = False  # what cannot be settled is released
             raise
         if opened.call.on_settled is not None:
             opened.call.on_settled(receipt, settled)
-        log.info(
-            "call",
-            request_id=opened.call.request_id,
-            user_id=opened.call.caller.user_id,
-            model=opened.request.model,
-            provider=candidate.provider,
-            outcome=outcome,
-            usage_source=metered.source,
-            charged=format_credits(settled.charged),
-            shortfall=format_credits(settled.shortfall),
-            duration_ms=receipt.duration_ms,
+        self._note_end(
+            opened,
+            outcome,
+            Charge(usage, metered.source, settled.charged, receipt.provider_cost or 0, settled.shortfall),
         )
         return settled
 
@@ -601,7 +666,54 @@ class Exchange:
                 outcome = "perhaps_billed" if opened.is_perhaps_billed else "nothing_delivered"
                 await self._ledger.release(_release(opened, outcome))
         except TimeoutError:
+            self._metrics.add(DEFERRED)
             log.warning("release_deferred", request_id=opened.call.request_id)
+        self._note_end(opened, "nothing_delivered", None)
+
+    def _note_end(self, opened: _Open, outcome: str, charge: Charge | None) -> None:
+        """Count the call and log it: who called what, and what came of it, never what was said."""
+        call, candidate, first_byte_s = opened.call, opened.candidate, None
+        duration_s = _now() - opened.started
+        if opened.first_byte is not None:
+            first_byte_s = opened.first_byte - opened.started
+        end = CallEnd(
+            call.endpoint,
+            candidate.provider,
+            candidate.model,
+            outcome,
+            opened.request.is_stream,
+            duration_s,
+            duration_s - opened.provider_s,
+            first_byte_s,
+        )
+        self._metrics.ended(end, charge)
+        fields: dict[str, object] = {}
+        if charge is not None:
+            fields = {
+                "usage_source": charge.source,
+                "input_tokens": charge.usage.input_tokens,
+                "output_tokens": charge.usage.output_tokens,
+                "provider_cost": format_credits(charge.provider_cost),
+                "charged": format_credits(charge.charged),
+                "shortfall": format_credits(charge.shortfall),
+            }
+        log.info(
+            "call",
+            request_id=call.request_id,
+            client_request_id=call.client_request_id,
+            user_id=call.caller.user_id,
+            key_id=call.caller.key_id,
+            endpoint=call.endpoint,
+            stream=end.is_stream,
+            model=opened.request.model,
+            provider=end.provider,
+            provider_model=end.model,
+            outcome=outcome,
+            **fields,
+            first_byte_ms=None if first_byte_s is None else _milliseconds(first_byte_s),
+            overhead_ms=round(end.overhead_s * 1000, 1),
+            duration_ms=_milliseconds(duration_s),
+        )
 
 
 def _with_affordable(refused: NotCovered, estimated: Estimate, offered: tuple[Offer, ...]) -> NotCovered:
@@ -785,16 +897,19 @@ class _AtProvider(Deadline):
 
     def __enter__(self) -> Self:
         self._opened.provider_time = self
+        self._entered = _now()
         return super().__enter__()
 
     def __exit__(
         self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._opened.provider_time = None
+        self._opened.provider_s += _now() - self._entered
         try:
             super().__exit__(kind, exc, trace)
         except TimeoutError as timeout:
-            message = "The call took longer than it may."
+            is_ended = self._opened.is_ended
+            message = "The server is stopping." if is_ended else "The call took longer than it may."
             raise UpstreamTimeout(message, provider=self._opened.candidate.provider) from timeout
 
 

@@ -222,8 +222,12 @@ class Health:
         """`target` has answered."""
         self._states.pop(target, None)
 
-    def failed(self, target: str, now: float, retry_after_s: float | None = None) -> None:
-        """`target` has failed, and would like to be left alone for `retry_after_s` seconds."""
+    def cooling(self, now: float) -> list[str]:
+        """The targets that are left alone at `now`."""
+        return [target for target, state in self._states.items() if now < state.cooling_until]
+
+    def failed(self, target: str, now: float, retry_after_s: float | None = None) -> bool:
+        """`target` has failed, and would like to be left alone for `retry_after_s` seconds; returns whether it is."""
         state = self._states.setdefault(target, _State())
         state.failures += 1
         state.probed_until = 0.0
@@ -236,6 +240,7 @@ class Health:
             wait_s = max(wait_s, min(retry_after_s, RETRY_AFTER_S_MAX))
         if wait_s:
             state.cooling_until = max(state.cooling_until, now + wait_s)
+        return wait_s > 0
 
     def _is_left_alone(self, target: str, now: float) -> bool:
         state = self._states.get(target)

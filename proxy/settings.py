@@ -10,7 +10,7 @@ from decimal import Decimal
 from ipaddress import ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal
-from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
+from urllib.parse import parse_qsl, quote, urlencode, urlsplit, urlunsplit
 
 import msgspec
 
@@ -57,12 +57,21 @@ class ServerSettings(_Section, frozen=True):
     """How long a stream may be silent before its client gets a comment, lest somebody in between cut it off."""
     stall_s: Seconds = 60
     """How long a client may take nothing of what is sent to it, before it counts as gone."""
+    workers: Annotated[int, msgspec.Meta(ge=1, le=64)] = 1
+    """How many processes serve the port; on SQLite one."""
+    notice_s: Annotated[float, msgspec.Meta(ge=0)] = 0
+    """How long after SIGTERM calls are still taken, with readiness red already.
+
+    For a load balancer in front to take note; longer than it keeps idle connections.
+    """
     drain_s: PositiveInt = 30
-    """How long calls in flight may go on after SIGTERM."""
+    """How long calls in flight may go on after that."""
     trusted_proxies: list[str] = []
     """The networks of the proxies in front of us: only what comes from them may say in `X-Forwarded-For` for whom."""
     cors_origins: list[str] = []
     """The origins whose scripts may call us from a browser; `*` for all. None by default."""
+    metrics_token: str | None = None
+    """Who may read `/metrics`: whoever sends this as a bearer token; without one, only this machine."""
     http_client: Literal["lean", "httpx"] = "lean"
     """What speaks to providers: our own HTTP/1.1 client, or the slower one of the library httpx2."""
 
@@ -76,6 +85,15 @@ class DatabaseSettings(_Section, frozen=True):
 
     Longer than any pause from which a process comes back; it renews four times as often.
     """
+
+
+class LogSettings(_Section, frozen=True):
+    """What is written to standard error."""
+
+    format: Literal["auto", "json", "console"] = "auto"
+    """Automatically: for the console on a terminal, JSON elsewhere."""
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    """From which level on; a line for every call is `info`."""
 
 
 class CreditsSettings(_Section, frozen=True):
@@ -244,6 +262,7 @@ class Settings(_Section, frozen=True):
 
     server: ServerSettings = ServerSettings()
     database: DatabaseSettings = DatabaseSettings()
+    logs: LogSettings = LogSettings()
     credits: CreditsSettings = CreditsSettings()
     auth: AuthSettings = AuthSettings()
     routing: RoutingSettings = RoutingSettings()
@@ -280,20 +299,33 @@ class Configuration(msgspec.Struct, frozen=True):
 
 
 def load(
-    environ: Mapping[str, str], *, config: str | None = None, host: str | None = None, port: int | None = None
+    environ: Mapping[str, str],
+    *,
+    config: str | None = None,
+    host: str | None = None,
+    port: int | None = None,
+    workers: int | None = None,
 ) -> Configuration:
     """Read the file that `config`, `TOLLGATE_CONFIG` or the current folder names, then the environment and flags.
 
+    Instead of any variable its name with `_FILE` may name a file with the value, as containers get their secrets.
     Raises `SettingsError` with one line that names the place: a file that cannot be read or parsed, unknown keys,
     wrong types, values out of range, an enabled provider without its address or its variable.
     """
+    environ = _Environment(environ)
     path, raw = _read(config or environ.get("TOLLGATE_CONFIG"))
-    for section, key, value in (
+    overrides: tuple[tuple[str, str, object], ...] = (
         ("server", "host", host),
         ("server", "port", port),
+        ("server", "workers", workers),
         ("database", "url", environ.get("TOLLGATE_DATABASE_URL")),
         ("auth", "jwt_secret", environ.get("TOLLGATE_JWT_SECRET")),
-    ):
+        ("server", "metrics_token", environ.get("TOLLGATE_METRICS_TOKEN")),
+        ("logs", "format", environ.get("TOLLGATE_LOG_FORMAT")),
+        ("server", "notice_s", _number(environ.get("TOLLGATE_NOTICE_S"))),
+        ("server", "trusted_proxies", _words(environ.get("TOLLGATE_TRUSTED_PROXIES"))),
+    )
+    for section, key, value in overrides:
         if value is not None and isinstance(raw.setdefault(section, {}), dict):
             raw[section][key] = value
     try:
@@ -308,10 +340,16 @@ def load(
         for name, provider in settings.providers.items()
         if name in enabled or not _fault_of(provider, environ)
     }
+    database_url = _absolute(settings.database.url, data_dir, environ.get("TOLLGATE_DATABASE_PASSWORD"))
+    if settings.server.workers > 1 and database_url.startswith(_SQLITE):
+        raise SettingsError(
+            f"{path}: server.workers: SQLite takes one process, not {settings.server.workers};"
+            " name a PostgreSQL in database.url (TOLLGATE_DATABASE_URL) for more"
+        )
     return Configuration(
         settings=settings,
         data_dir=data_dir,
-        database_url=_absolute(settings.database.url, data_dir),
+        database_url=database_url,
         providers=providers,
         enabled=frozenset(enabled),
         api_keys={name: environ[provider.api_key_env] for name, provider in providers.items() if provider.api_key_env},
@@ -320,6 +358,42 @@ def load(
             for name, provider in providers.items()
         },
     )
+
+
+def _number(text: str | None) -> float | str | None:
+    """`text` as a number; what is none is left for the check of types, which names the place."""
+    try:
+        return None if text is None else float(text)
+    except ValueError:
+        return text
+
+
+def _words(text: str | None) -> list[str] | None:
+    return None if text is None else [word.strip() for word in text.split(",") if word.strip()]
+
+
+class _Environment(Mapping[str, str]):
+    """The environment, in which a variable may be replaced by a file: `NAME_FILE` for `NAME`."""
+
+    def __init__(self, environ: Mapping[str, str]) -> None:
+        self._environ = environ
+
+    def __getitem__(self, name: str) -> str:
+        file = self._environ.get(f"{name}_FILE")
+        if not file:
+            return self._environ[name]
+        if self._environ.get(name):
+            raise SettingsError(f"both {name} and {name}_FILE are set")
+        try:
+            return Path(file).read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as exc:
+            raise SettingsError(f"{name}_FILE: {file} cannot be read") from exc
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._environ)
+
+    def __len__(self) -> int:
+        return len(self._environ)
 
 
 def _read(named: str | None) -> tuple[Path, dict[str, Any]]:
@@ -483,8 +557,8 @@ def _fault_of(provider: ProviderSettings, environ: Mapping[str, str]) -> str | N
     return None
 
 
-def _checked_postgresql(url: str) -> str:
-    """`url`, in which libpq's `sslmode` has the name that asyncpg knows it by: `ssl`."""
+def _checked_postgresql(url: str, password: str | None) -> str:
+    """`url` with `password`, in which libpq's `sslmode` has the name that asyncpg knows it by: `ssl`."""
     parts = urlsplit(url)
     try:
         has_address = bool(parts.hostname) and parts.port != 0
@@ -495,12 +569,18 @@ def _checked_postgresql(url: str) -> str:
     query = [("ssl" if name == "sslmode" else name, value) for name, value in parse_qsl(parts.query)]
     if unknown := [name for name, _ in query if name != "ssl"]:
         raise SettingsError(f"database.url: unknown option {unknown[0]!r}; only sslmode can be set")
-    return urlunsplit(parts._replace(query=urlencode(query)))
+    netloc = parts.netloc
+    if password is not None:
+        user, _, host = netloc.rpartition("@")
+        if not user or ":" in user:
+            raise SettingsError("database.url: must name a user and no password beside TOLLGATE_DATABASE_PASSWORD")
+        netloc = f"{user}:{quote(password, safe='')}@{host}"
+    return urlunsplit(parts._replace(netloc=netloc, query=urlencode(query)))
 
 
-def _absolute(url: str, data_dir: Path) -> str:
+def _absolute(url: str, data_dir: Path, password: str | None) -> str:
     if url.startswith(_POSTGRESQL):
-        return _checked_postgresql(url)
+        return _checked_postgresql(url, password)
     if not url.startswith(_SQLITE) or url in {_SQLITE, f"{_SQLITE}:memory:"} or "?" in url:
         raise SettingsError(f"database.url: must begin with {_POSTGRESQL} or name a file as {_SQLITE}tollgate.db")
     return f"{_SQLITE}{data_dir / url.removeprefix(_SQLITE)}"

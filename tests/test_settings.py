@@ -153,3 +153,55 @@ def test_the_command_line_says_it_in_one_line_and_exits_with_2(written):
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert "server.port" in done.stderr
+
+
+# ---- secrets from files
+
+
+def test_secrets_may_come_from_files(written, tmp_path):
+    """Every variable, those of providers included; the database's password is put into its address."""
+    files = {
+        "UPSTREAM_KEY": "sk-from-a-file\n",
+        "TOLLGATE_DATABASE_PASSWORD": "a b/c@d",
+        "TOLLGATE_JWT_SECRET": "x" * 32,
+    }
+    environ = {"TOLLGATE_DATABASE_URL": "postgresql+asyncpg://tollgate@db:5432/books"}
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+        environ[f"{name}_FILE"] = str(tmp_path / name)
+    found = load(environ, config=written(OPENAI))
+    assert found.api_keys == {"openai": "sk-from-a-file"}
+    assert found.settings.auth.jwt_secret == "x" * 32
+    assert found.database_url == "postgresql+asyncpg://tollgate:a%20b%2Fc%40d@db:5432/books"
+
+
+@pytest.mark.parametrize(
+    ("environ", "said"),
+    [
+        ({"UPSTREAM_KEY": "sk-1", "UPSTREAM_KEY_FILE": "/dev/null"}, "both UPSTREAM_KEY and UPSTREAM_KEY_FILE are set"),
+        ({"UPSTREAM_KEY_FILE": "/nowhere/at/all"}, "UPSTREAM_KEY_FILE: /nowhere/at/all cannot be read"),
+        (
+            {
+                "UPSTREAM_KEY": "sk-1",
+                "TOLLGATE_DATABASE_URL": "postgresql+asyncpg://me:secret@db/books",
+                "TOLLGATE_DATABASE_PASSWORD": "other",
+            },
+            "must name a user and no password beside TOLLGATE_DATABASE_PASSWORD",
+        ),
+    ],
+)
+def test_what_is_wrong_with_a_secret_is_said_without_it(written, environ, said):
+    """A secret twice, or a file that is not there."""
+    with pytest.raises(SettingsError, match=said) as raised:
+        load(environ, config=written(OPENAI))
+    assert "secret" not in str(raised.value)
+    assert "other" not in str(raised.value)
+
+
+def test_more_than_one_process_needs_postgresql(written):
+    """SQLite takes one, whoever asks for more."""
+    with pytest.raises(SettingsError, match="SQLite takes one process, not 3"):
+        load({}, config=written("[server]\nworkers = 3"))
+    environ = {"TOLLGATE_DATABASE_URL": "postgresql+asyncpg://me:x@db/books"}
+    assert load(environ, config=written("[server]\nworkers = 3")).settings.server.workers == 3
+    assert load(environ, config=written(""), workers=4).settings.server.workers == 4

@@ -26,6 +26,7 @@ PUBLIC = frozenset(
     {
         "/health/live",
         "/health/ready",
+        "/metrics",
         "/schema",
         "/schema/openapi.json",
         "/register",
@@ -33,7 +34,7 @@ PUBLIC = frozenset(
         "/api/v1/llm/providers",
     }
 )
-"""The paths that answer anybody."""
+"""The paths that answer anybody; `/metrics` has a door of its own."""
 
 NEEDS = "needs"
 CHECKED_BY_LEDGER = "is_checked_by_ledger"

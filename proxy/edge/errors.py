@@ -41,6 +41,7 @@ TABLE: dict[type[errors.TollgateError], tuple[int, str, str | None]] = {
     errors.UpstreamRejected: (502, "upstream_error", "provider_error"),
     errors.UpstreamTimeout: (504, "upstream_error", "provider_timeout"),
     errors.Unavailable: (503, "service_unavailable", "unavailable"),
+    errors.NotReady: (503, "service_unavailable", "not_ready"),
     errors.LedgerFault: (500, "server_error", "ledger_fault"),
 }
 """Status, `type` and `code`; where the code is None the error carries its own."""
@@ -76,13 +77,15 @@ class Answer(msgspec.Struct, frozen=True):
     status: int
     headers: Headers
     body: bytes
+    code: str | None
+    """That of the error object; of an error that is passed on as it came, `provider_error`."""
 
 
 def answer_to(error: BaseException, request_id: str) -> Answer:
     """The answer to whatever was raised. What is not ours to show is logged, and answered with the request id alone."""
     if isinstance(error, errors.UpstreamRejected) and _is_openai_error(error):
         headers = [(b"content-type", b"application/json"), *error.headers]
-        return Answer(_passed_status(error.status), headers, error.body)
+        return Answer(_passed_status(error.status), headers, error.body, "provider_error")
     for kind in type(error).__mro__:
         row = TABLE.get(kind)
         if row is not None:
@@ -170,7 +173,8 @@ def _answer(status: int, message: str, type_: str, code: str | None, **more: Any
     """OpenAI's error object, `more` being `param`, `headers` and whatever else belongs in it."""
     headers = more.pop("headers", [])
     error = {"message": message, "type": type_, "param": more.pop("param", None), "code": code, **more}
-    return Answer(status, [(b"content-type", b"application/json"), *headers], msgspec.json.encode({"error": error}))
+    headers = [(b"content-type", b"application/json"), *headers]
+    return Answer(status, headers, msgspec.json.encode({"error": error}), code)
 
 
 def _details(error: BaseException) -> dict[str, object]:
@@ -185,6 +189,8 @@ def _details(error: BaseException) -> dict[str, object]:
             if error.tokens_affordable is not None:
                 details["max_affordable_tokens"] = error.tokens_affordable
             return details
+        case errors.NotReady():
+            return {"checks": error.checks}
         case errors.KeyLimitReached():
             return {"required": format_credits(error.required), "available": format_credits(error.available)}
         case _:

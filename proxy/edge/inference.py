@@ -28,6 +28,7 @@ from proxy.exchange import Call, Exchange
 from proxy.identity.keys import Caller, allowed_models
 from proxy.identity.keys import Scope as KeyScope
 from proxy.ledger.decide import allows
+from proxy.metrics import REFUSED, Metrics
 from proxy.pricing import dearest_price
 from proxy.routing import Candidate, candidates
 from proxy.storage.database import reading
@@ -132,13 +133,15 @@ def _allowed(found: Sequence[Candidate], allowances: Sequence[list[str] | None])
     return [candidate for candidate in found if all(allows(patterns, candidate.target) for patterns in allowances)]
 
 
-def paid_handlers(exchange: Exchange, body_limits: BodyLimits, *, stall_s: float) -> list[ASGIRouteHandler]:
+def paid_handlers(
+    exchange: Exchange, body_limits: BodyLimits, *, stall_s: float, metrics: Metrics
+) -> list[ASGIRouteHandler]:
     """The handlers of the paid paths, `POST` all."""
-    return [_paid_handler(endpoint, exchange, body_limits, stall_s=stall_s) for endpoint in Endpoint]
+    return [_paid_handler(endpoint, exchange, body_limits, stall_s=stall_s, metrics=metrics) for endpoint in Endpoint]
 
 
 def _paid_handler(
-    endpoint: Endpoint, exchange: Exchange, body_limits: BodyLimits, *, stall_s: float
+    endpoint: Endpoint, exchange: Exchange, body_limits: BodyLimits, *, stall_s: float, metrics: Metrics
 ) -> ASGIRouteHandler:
     async def serve(scope: Scope, receive: Receive, send: Send) -> None:
         request_id = scope["state"]["request_id"]
@@ -149,7 +152,7 @@ def _paid_handler(
             if answer.is_started:
                 log.exception("answer_cut_off", request_id=request_id)
                 raise
-            await refuse(exc, answer, request_id)
+            await refuse(exc, answer, request_id, metrics)
         finally:
             answer.close()
 
@@ -157,15 +160,22 @@ def _paid_handler(
     return asgi(f"/v1/{endpoint}", opt=options, copy_scope=False)(serve)
 
 
-async def refuse(error: Exception, answer: AsgiAnswer, request_id: str) -> None:
-    """Answer with `error`."""
+async def refuse(error: Exception, answer: AsgiAnswer, request_id: str, metrics: Metrics) -> None:
+    """Answer with `error`, count it and log it."""
     said = answer_to(error, request_id)
+    metrics.add(REFUSED, (str(said.status), said.code or ""))
+    log.info("call_refused", request_id=request_id, status=said.status, code=said.code)
     await answer.start(said.status, [*said.headers, (b"content-length", str(len(said.body)).encode())])
     await answer.end(said.body)
 
 
 def shortcut(
-    app: ASGIApp, handlers: Iterable[ASGIRouteHandler], authentication: Authentication, *, stall_s: float
+    app: ASGIApp,
+    handlers: Iterable[ASGIRouteHandler],
+    authentication: Authentication,
+    *,
+    stall_s: float,
+    metrics: Metrics,
 ) -> ASGIApp:
     """`app`, with a way past it to the paid `handlers`, through the same door.
 
@@ -188,7 +198,8 @@ def shortcut(
         except Exception as exc:
             if scope.get("user") is not None:
                 raise  # it was let in, and the handler has answered what it could
-            await refuse(exc, AsgiAnswer(request_id, send, scope["state"][CONNECTION], stall_s=stall_s), request_id)
+            answer = AsgiAnswer(request_id, send, scope["state"][CONNECTION], stall_s=stall_s)
+            await refuse(exc, answer, request_id, metrics)
 
     return serve
 

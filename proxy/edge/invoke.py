@@ -30,6 +30,7 @@ from proxy.errors import BadRequest, BodyTooLarge, ProviderNotFound, Unavailable
 from proxy.exchange import Call, Exchange
 from proxy.identity.keys import Scope as KeyScope
 from proxy.ledger.decide import Receipt, Settled
+from proxy.metrics import Metrics
 from proxy.storage.database import reading
 from proxy.units import Usage, format_credits
 from proxy.wire.invoke import Invocation, Said, decode_invoke, read_chat
@@ -346,15 +347,18 @@ def _event(name: str, data: msgspec.Struct) -> bytes:
 class Simple:
     """The simple API's two paid calls, through `exchange`."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the parts that it needs
         self,
         exchange: Exchange,
         catalog: Callable[[], Catalog],
         engine: AsyncEngine,
         body_limits: BodyLimits,
+        *,
         answer_bytes_max: int,
+        metrics: Metrics,
     ) -> None:
         self._exchange = exchange
+        self._metrics = metrics
         self._catalog = catalog
         self._engine = engine
         self._body_limits = body_limits
@@ -449,7 +453,7 @@ class Simple:
                 if answer.is_started:
                     log.exception("answer_cut_off", request_id=request_id)
                     raise
-                await refuse(exc, answer, request_id)
+                await refuse(exc, answer, request_id, self._metrics)
             finally:
                 answer.close()
 

@@ -22,15 +22,31 @@ HEAD_S_MAX = 10.0
 CONNECTION = "connection"
 """Where a request's `state` has its connection."""
 
+IDLE_S = 75
+"""How long a connection may be idle between two requests: longer than the minute for which nginx and others keep one.
+
+A proxy whose connection is closed just as it sends a call cannot know whether the call was read.
+"""
+
+IDLE_S_MIN = 0.1
+"""As long as a connection is idle at least before a stopping server closes it: a request may be on its way."""
+
 _UPGRADE = re.compile(rb"(?i)(?<=\n)upgrade(?=[ \t]*:)")
 _NO_UPGRADE = b"ignored"
 
 _REASONS = {400: b"Bad Request", 408: b"Request Timeout", 431: b"Request Header Fields Too Large"}
 
 
-def server_config(app: ASGIApp, *, drain_s: int) -> uvicorn.Config:
+class ServerConfig(uvicorn.Config):
+    """What all connections of a server share."""
+
+    is_stopping = False
+    """Whether the server ends: every answer that begins now closes its connection."""
+
+
+def server_config(app: ASGIApp, *, drain_s: int) -> ServerConfig:
     """How uvicorn is to serve `app`, with `drain_s` seconds for calls in flight at the end."""
-    return uvicorn.Config(
+    return ServerConfig(
         app,
         loop="none",
         http=LimitedProtocol,
@@ -40,6 +56,7 @@ def server_config(app: ASGIApp, *, drain_s: int) -> uvicorn.Config:
         access_log=False,
         proxy_headers=False,
         server_header=False,
+        timeout_keep_alive=IDLE_S,
         timeout_graceful_shutdown=drain_s,
     )
 
@@ -107,6 +124,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self._head_timer: asyncio.TimerHandle | None = None
         self._cycles: list[RequestResponseCycle] = []
         """The requests that have not been answered, of which the first is being answered."""
+        self._is_finishing = False
         self.on_lost: Callable[[], None] | None = None
         """Whom to call when the connection is lost: the call that is being answered on it."""
 
@@ -186,11 +204,32 @@ class LimitedProtocol(HttpToolsProtocol):
         self._cycles.append(self.cycle)
         if self.scope["http_version"] == "1.0":
             self.cycle.__class__ = _UnframedCycle  # before its task runs for the first time
+        if cast("ServerConfig", self.config).is_stopping:
+            self.cycle.keep_alive = False
 
     def on_message_complete(self) -> None:
         """The request is there: what comes next is the head of another one."""
         super().on_message_complete()
         self._is_in_head = True
+
+    def finish(self, *, idle_s: float, fresh_s: float) -> None:
+        """Close the connection when nobody is left to lose a call by that, since the server stops.
+
+        That is after an answer that has not begun yet and can say so; where there is none, or it did not say so, when
+        the connection has been idle for `idle_s` seconds; and after `fresh_s` seconds if no request ever came.
+        """
+        if self._is_finishing:
+            return
+        self._is_finishing = True
+        idle_s = max(idle_s, IDLE_S_MIN)
+        self.timeout_keep_alive = cast("int", idle_s)  # any number will do
+        cycle = cast("RequestResponseCycle | None", self.cycle)
+        if cycle is None or (cycle.response_complete and self._is_in_head):
+            self._stop_waiting()
+            self._unset_keepalive_if_required()
+            self._head_timer = self.loop.call_later(max(idle_s, fresh_s) if cycle is None else idle_s, self._give_up)
+        elif not cycle.response_started:
+            cycle.keep_alive = False
 
     def send_400_response(self, msg: str) -> None:
         """Refuse what is no HTTP, in OpenAI's shape."""

@@ -38,9 +38,13 @@ from proxy.ledger.decide import (
     Settled,
 )
 from proxy.ledger.store import Store
+from proxy.metrics import Metrics
 
 RESERVE_WAIT_S_MAX = 5.0
 """A call that cannot be reserved by then is refused with 503: no provider is asked for what may not be paid."""
+
+HANGING_S = 3.0
+"""A transaction takes milliseconds: one that takes so long is as good as lost."""
 
 CREDIT_WAIT_S_MAX = 30.0
 
@@ -53,14 +57,26 @@ class Ledger:
     whoever still waits for that; what a reserve that was refused, failed or given up may yet hold is in nobody's hands.
     """
 
-    def __init__(self, store: Store, owner_id: Callable[[], str | None] = lambda: None) -> None:
-        self._batcher = Batcher(store, owner_id)
+    def __init__(
+        self, store: Store, owner_id: Callable[[], str | None] = lambda: None, metrics: Metrics | None = None
+    ) -> None:
+        self._batcher = Batcher(store, owner_id, metrics)
         self._in_flight: set[str] = set()
 
     @property
     def is_lost(self) -> bool:
-        """Whether the last attempt did not reach the database."""
-        return self._batcher.is_lost
+        """Whether the last attempt did not reach the database, or the one under way hangs there."""
+        return self._batcher.is_lost or self._batcher.busy_s > HANGING_S
+
+    @property
+    def waiting(self) -> int:
+        """How many operations wait for their turn."""
+        return self._batcher.waiting
+
+    @property
+    def in_flight(self) -> int:
+        """How many reservations belong to calls of this process."""
+        return len(self._in_flight)
 
     def is_in_flight(self, reservation_id: str) -> bool:
         """Whether the reservation belongs to a call of this process that has not ended, or whose end is not booked."""

@@ -8,7 +8,7 @@ loses updates without an error.
 import fcntl
 import os
 import sqlite3
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -168,45 +168,55 @@ async def check_schema(engine: AsyncEngine) -> None:
         return
     if found is None:
         raise SettingsError(f"the database {name_of(engine)} holds no Tollgate schema: run `tollgate migrate` first")
-    await check_not_newer(engine)
+    _refuse_newer(found, name_of(engine))
     raise SettingsError(
         f"the database {name_of(engine)} is at revision {found}, older than {SCHEMA_HEAD}: run `tollgate migrate`"
     )
 
 
-async def check_not_newer(engine: AsyncEngine) -> None:
-    """Raises `SettingsError` when a newer program than this one has migrated the schema."""
-    found = await revision(engine)
+def _refuse_newer(found: str | None, name: str) -> None:
+    """Raises `SettingsError` when a newer program than this one has migrated the schema of the database `name`."""
     if found is not None and found > SCHEMA_HEAD:
         raise SettingsError(
-            f"the database {name_of(engine)} is at revision {found}, newer than this program knows ({SCHEMA_HEAD}):"
+            f"the database {name} is at revision {found}, newer than this program knows ({SCHEMA_HEAD}):"
             " install the newer Tollgate"
         )
 
 
-async def migrate(engine: AsyncEngine, target: str = "head") -> None:
-    """Bring the schema up to date, or back down to the revision `target` (`base`: to nothing), in one transaction.
+async def migrate(
+    engine: AsyncEngine,
+    target: str = "head",
+    *,
+    then: Callable[[AsyncConnection], Awaitable[None]] | None = None,
+) -> None:
+    """Bring the schema up to date, or up or down to the revision `target` (`base`: to nothing), then do `then`.
 
-    Two at once wait for each other.
+    All in one transaction. Two at once wait for each other, and the second one finds its work done. Raises
+    `SettingsError` when a newer program has migrated the schema.
     """
-    await check_not_newer(engine)
     async with patient(engine) as patient_engine, patient_engine.connect() as connection:
         await connection.execution_options(is_writing=True)
         async with connection.begin():
             if connection.dialect.name == "postgresql":
                 await connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_MIGRATION_LOCK)))
-            await connection.run_sync(_run_migrations, target)
+            await connection.run_sync(_run_migrations, target, name_of(engine))
+            if then is not None:
+                await then(connection)
 
 
-def _run_migrations(connection: sa.Connection, target: str) -> None:
+def _run_migrations(connection: sa.Connection, target: str, name: str) -> None:
     from alembic import command  # noqa: PLC0415 - takes a fifth of a second, and most starts need no migration
     from alembic.config import Config  # noqa: PLC0415 - likewise
+    from alembic.migration import MigrationContext  # noqa: PLC0415 - likewise
 
+    current = MigrationContext.configure(connection).get_current_revision()
+    _refuse_newer(current, name)
     config = Config()
     config.set_main_option("script_location", str(_migrations()))
     config.set_main_option("path_separator", "os")
     config.attributes["connection"] = connection
-    (command.upgrade if target == "head" else command.downgrade)(config, target)
+    is_up = target == "head" or (target != "base" and target > (current or ""))
+    (command.upgrade if is_up else command.downgrade)(config, target)
 
 
 def _migrations() -> Path:
