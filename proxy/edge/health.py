@@ -7,7 +7,7 @@ from ipaddress import ip_address
 from typing import Any
 
 import msgspec
-from litestar import Request, Response, get
+from litestar import Request, get
 from litestar.di import NamedDependency
 from sqlalchemy.ext.asyncio import AsyncEngine
 
@@ -122,8 +122,17 @@ async def ready(readiness: NamedDependency[Readiness]) -> Ready:
     return Ready(_OK, await readiness.checks(), readiness.of_providers())
 
 
-@get("/metrics", sync_to_thread=False, include_in_schema=False)
-def metrics(request: Request[Any, Any, Any], exposition: NamedDependency[Exposition]) -> Response[str]:
-    """Show what all processes of this server count, in Prometheus' text format."""
+@get(
+    "/metrics",
+    sync_to_thread=False,
+    media_type=METRICS_TYPE,
+    summary="What is counted",
+    responses=documented(401, 403, is_public=True),
+)
+def metrics(request: Request[Any, Any, Any], exposition: NamedDependency[Exposition]) -> str:
+    """Show what all processes of this server count, in Prometheus' text format.
+
+    It is for whoever sends the token of `server.metrics_token`; without one, for this machine.
+    """
     exposition.check(request)
-    return Response(exposition.text(), media_type=METRICS_TYPE)
+    return exposition.text()
