@@ -128,7 +128,10 @@ LEASE = "nothing is open of an instance whose lease ended over a minute ago"
 CHARGE = "each charge follows from its stored usage, prices and markup"
 MARGIN = "all charges and shortfalls are the providers' cost and the markup"
 TAKEN = "all charges are what the journal deducted"
+SUMS_TABLES = ("usage_days", "usage_months")
 DAYS = "the sums by day are those of the calls that ended on them"
+MONTHS = "the sums by month are those of the days"
+MONTH = "a month's sums are those of its days"
 TOKENS = "the tokens in the sums of a wallet are those of its calls"
 
 FALSEHOODS = {
@@ -295,7 +298,7 @@ FALSEHOODS = {
     ),
     **{
         f"one too many in {sum_} of a day": Falsehood(
-            [f"UPDATE usage_days SET {sum_} = {sum_} + 1 WHERE provider = 'fake'"],
+            [f"UPDATE {table} SET {sum_} = {sum_} + 1 WHERE provider = 'fake'" for table in SUMS_TABLES],
             "I10",
             DAYS,
             {sum_: 1, "provider": "fake"},
@@ -313,7 +316,7 @@ FALSEHOODS = {
     },
     **{
         f"one too many in {sum_} of a day": Falsehood(
-            [f"UPDATE usage_days SET {sum_} = {sum_} + 1 WHERE provider = 'fake'"],
+            [f"UPDATE {table} SET {sum_} = {sum_} + 1 WHERE provider = 'fake'" for table in SUMS_TABLES],
             "I10",
             TOKENS,
             {"wallet_id": ":wallet", "used": (0, 0, 35)},
@@ -322,10 +325,9 @@ FALSEHOODS = {
     },
     "tokens of a wallet that used none": Falsehood(
         [
-            (
-                "INSERT INTO usage_days (wallet_id, day, user_id, key_id, model, provider, input_tokens)"
-                " VALUES ('forged', 1, '', '', '', '', 5)"
-            )
+            f"INSERT INTO {table} (wallet_id, day, user_id, key_id, model, provider, input_tokens)"
+            " VALUES ('forged', 0, '', '', '', '', 5)"
+            for table in SUMS_TABLES
         ],
         "I10",
         TOKENS,
@@ -355,8 +357,21 @@ async def test_one_wrong_row_is_found_by_one_check(kept, falsehood):
 async def test_a_call_counted_on_another_day_is_found_on_both(kept):
     """One day has what the other lacks."""
     await falsify(kept, ["UPDATE usage_days SET day = day - 1 WHERE provider = 'fake'"])
+    await kept.books.recount_months()
     [finding] = (await kept.books.audit()).violations
     assert (finding.says, sorted(row["calls"] for row in finding.rows)) == (DAYS, [-2, 2])
+
+
+async def test_a_month_that_has_not_what_its_days_have_is_found(kept):
+    """In all, or only under another month."""
+    await falsify(kept, ["UPDATE usage_months SET day = day - 400 WHERE provider = 'fake'"])
+    [finding] = (await kept.books.audit()).violations
+    assert (finding.says, sorted(row["calls"] for row in finding.rows)) == (MONTH, [-2, 2])
+    await kept.books.recount_months()
+    await kept.books.execute("UPDATE usage_months SET input_tokens = input_tokens + 1 WHERE provider = 'fake'")
+    wallets, months = (await kept.books.audit()).violations
+    assert (wallets.says, wallets.rows[0]["input_tokens"]) == (MONTHS, 1)
+    assert (months.says, [row["input_tokens"] for row in months.rows]) == (MONTH, [1])
 
 
 async def test_a_charge_that_is_not_the_cost_breaks_the_totals_too(kept):
