@@ -1,4 +1,4 @@
-"""The benchmark of a long book itself, on a short one: the plans are those of a long one, and a miss is told from a hit."""
+"""The benchmark of a long book itself, on a short one: its plans are those of a long one, a miss is told from a hit."""
 
 import pytest
 
