@@ -235,10 +235,18 @@ async def read_groups(  # noqa: PLR0913 - likewise
     if by in _IN_TIME:
         in_time = _in_time((await connection.execute(query.order_by(column))).all(), by)
         return _page([Group(group, None, sums) for group, sums in in_time][offset:], limit, offset)
-    query = query.order_by(sa.func.sum(rows.c.charged).desc(), column)
-    found = (await connection.execute(query.limit(limit + 1).offset(offset))).all()
-    names = await _names(connection, by, [row.group for row in found])
-    return _page([Group(row.group, names.get(row.group), _sums(row)) for row in found], limit, offset)
+    page = query.order_by(sa.func.sum(rows.c.charged).desc(), column).limit(limit + 1).offset(offset).subquery()
+    found = (await connection.execute(_named(page, by).order_by(page.c.charged.desc(), page.c.group))).all()
+    return _page([Group(row.group, row.name, _sums(row)) for row in found], limit, offset)
+
+
+def _named(page: sa.Subquery, by: GroupBy) -> sa.Select[Any]:
+    """Groups with what people call them."""
+    if by is GroupBy.USER:
+        return sa.select(page, users.c.email.label("name")).outerjoin(users, users.c.id == page.c.group)
+    if by is GroupBy.KEY:
+        return sa.select(page, api_keys.c.name).outerjoin(api_keys, api_keys.c.id == page.c.group)
+    return sa.select(page, sa.null().label("name"))
 
 
 async def read_report(  # noqa: PLR0913 - likewise
@@ -314,16 +322,3 @@ def _in_time(rows: Iterable[Any], by: GroupBy) -> list[tuple[str, Sums]]:
 
 def _page(found: list[Group], limit: int, offset: int) -> Groups:
     return Groups(found[:limit], offset + limit if len(found) > limit else None)
-
-
-async def _names(connection: AsyncConnection, by: GroupBy, ids: list[str]) -> dict[str, str]:
-    """What people call these users or keys, by id."""
-    if by is GroupBy.USER:
-        query = sa.select(users.c.id, users.c.email.label("name")).where(
-            users.c.id.in_(ids), users.c.email.is_not(None)
-        )
-    elif by is GroupBy.KEY:
-        query = sa.select(api_keys.c.id, api_keys.c.name).where(api_keys.c.id.in_(ids))
-    else:
-        return {}
-    return {row.id: row.name for row in await connection.execute(query)}
