@@ -15,8 +15,9 @@ ROUNDS ?=
 SECONDS ?=
 SHORT ?=
 CHECK ?=
+CHARGES ?=
 
-.PHONY: help run test test-clients check chaos soak bench bench-ledger format clean lock hooks coverage prices audit-deps
+.PHONY: help run test test-clients check chaos soak bench bench-ledger bench-book format clean lock hooks coverage prices audit-deps
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -55,6 +56,9 @@ bench: $(VENV)/.dev ## what a paid call costs, against a relay without accounts 
 bench-ledger: $(VENV)/.dev ## the ledger against a transaction for each operation (ROUNDS=3 SECONDS=1.5, or SHORT=1)
 	$(BIN)/python -m tests.bench.ledger --check $(if $(SHORT),--short) $(if $(ROUNDS),--rounds $(ROUNDS)) \
 		$(if $(SECONDS),--seconds $(SECONDS))
+
+bench-book: $(VENV)/.dev ## what people ask of a book of a million charges on PostgreSQL, timed, and how it is read (CHARGES=)
+	$(BIN)/python -m tests.bench.book $(if $(CHARGES),--charges $(CHARGES)) --plans
 
 format: $(VENV)/.dev ## rewrite the code in the house format
 	$(BIN)/ruff format .

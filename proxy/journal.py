@@ -82,6 +82,7 @@ _NOTHING = Span(1, 1)
 
 async def span(connection: AsyncConnection, wallet_id: str, wanted: Filter) -> Span:
     """Where in the journal the transactions of a filter are; a little more, never less."""
+    await _by_index(connection)
     last: int = await connection.scalar(sa.select(wallets.c.seq).where(wallets.c.id == wallet_id)) or 0
     since, until = wanted.since, wanted.until
     if wanted.is_of_calls:
@@ -118,14 +119,19 @@ async def _called(connection: AsyncConnection, wallet_id: str, wanted: Filter) -
 
 async def _seq_at(connection: AsyncConnection, wallet_id: str, last: int, instant: Micros) -> int:
     """The number of the first transaction at `instant` or later; that after the last if there is none."""
-    table = credit_transactions
-    at = sa.select(table.c.created_at).where(table.c.wallet_id == wallet_id, table.c.seq == sa.bindparam("seq"))
-    low, high = 1, last + 1
-    while low < high:
-        middle = (low + high) // 2
-        created_at = await connection.scalar(at, {"seq": middle})
-        low, high = (middle + 1, high) if created_at is not None and created_at < instant else (low, middle)
-    return low
+    found: int = await connection.scalar(_HALVED, {"wallet_id": wallet_id, "last": last, "instant": instant})
+    return found
+
+
+_HALVED = sa.text(
+    "WITH RECURSIVE halved (low, high) AS ("
+    " SELECT CAST(1 AS BIGINT), CAST(:last AS BIGINT) + 1 UNION ALL"
+    " SELECT CASE WHEN created_at < :instant THEN (low + high) / 2 + 1 ELSE low END,"
+    " CASE WHEN created_at < :instant THEN high ELSE (low + high) / 2 END"
+    " FROM halved JOIN credit_transactions ON wallet_id = :wallet_id AND seq = (low + high) / 2 WHERE low < high)"
+    " SELECT low FROM halved WHERE low = high"
+)
+"""Between `low` and `high` is the number that is looked for; each row has half as many as the one before."""
 
 
 async def read_page(  # noqa: PLR0913 - whose, which of them, and how many from where on
@@ -139,12 +145,12 @@ async def read_page(  # noqa: PLR0913 - whose, which of them, and how many from 
     scanned_max: int = SCANNED_MAX,
 ) -> Page:
     """The newest `limit` transactions of a filter in the span that was found for it, numbered below `before`."""
+    await _by_index(connection)
     end = within.end if before is None else min(before, within.end)
     first, is_cut = within.first, False
     if wanted.is_of_calls or wanted.type == _DEDUCTION:
         first = max(within.first, end - scanned_max)
         is_cut = first > within.first
-    await _by_index(connection)
     rows = (await connection.execute(_query(wallet_id, wanted, Span(first, end)).limit(limit + 1))).all()
     entries = [Entry(*row) for row in rows[:limit]]
     if len(rows) > limit:

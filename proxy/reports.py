@@ -15,7 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from proxy.errors import BadRequest
 from proxy.storage.database import database_now, reading
-from proxy.storage.tables import api_keys, usage_days, users
+from proxy.storage.tables import api_keys, usage_days, usage_months, users
 from proxy.units import MICROS_PER_DAY, Micros, Nanos
 
 TIME_ZONE = "UTC"
@@ -32,6 +32,9 @@ GROUPS_MAX = 1000
 """Of one page of a report."""
 
 _EPOCH = date(1970, 1, 1)
+_LAST_YEAR = 2999
+"""Nobody has reports of later ones, and there are no dates after those of the year 9999."""
+
 _DATE = re.compile("[0-9]{4}-[0-9]{2}-[0-9]{2}")
 
 
@@ -113,14 +116,13 @@ class Groups(msgspec.Struct, frozen=True):
     next_offset: int | None = None
 
 
-_SUMS = [sa.func.sum(usage_days.c[name]).label(name) for name in Sums.__struct_fields__]
 _COLUMNS = {
-    GroupBy.DAY: usage_days.c.day,
-    GroupBy.MONTH: usage_days.c.day,
-    GroupBy.MODEL: usage_days.c.model,
-    GroupBy.PROVIDER: usage_days.c.provider,
-    GroupBy.USER: usage_days.c.user_id,
-    GroupBy.KEY: usage_days.c.key_id,
+    GroupBy.DAY: "day",
+    GroupBy.MONTH: "day",
+    GroupBy.MODEL: "model",
+    GroupBy.PROVIDER: "provider",
+    GroupBy.USER: "user_id",
+    GroupBy.KEY: "key_id",
 }
 _IN_TIME = (GroupBy.DAY, GroupBy.MONTH)
 
@@ -144,9 +146,12 @@ def parse_day(text: str, param: str) -> int:
     if not _DATE.fullmatch(text):
         raise wrong
     try:
-        return day_of_date(date.fromisoformat(text))
+        found = date.fromisoformat(text)
     except ValueError as exc:
         raise wrong from exc
+    if found.year > _LAST_YEAR:
+        raise wrong
+    return day_of_date(found)
 
 
 def parse_range(first: str | None, last: str | None, now: Micros, *, months: bool = False) -> DayRange:
@@ -193,7 +198,8 @@ async def totals(engine: AsyncEngine, days: DayRange, *, wallet_id: str | None =
 
 async def read_totals(connection: AsyncConnection, days: DayRange, *, wallet_id: str | None = None) -> Sums:
     """Likewise, over a connection."""
-    return _sums((await connection.execute(sa.select(*_SUMS).where(*_within(days, wallet_id)))).one())
+    rows = _rows(days, [], wallet_id)
+    return _sums((await connection.execute(sa.select(*_summed(rows)))).one())
 
 
 async def groups(  # noqa: PLR0913 - what is asked, of what, and which page of it
@@ -223,20 +229,81 @@ async def read_groups(  # noqa: PLR0913 - likewise
     offset: int = 0,
 ) -> Groups:
     """Likewise, over a connection."""
-    column = _COLUMNS[by]
-    query = sa.select(column.label("group"), *_SUMS).where(*_within(days, wallet_id)).group_by(column)
+    rows = _rows(days, [_COLUMNS[by]], wallet_id, by_day=by is GroupBy.DAY)
+    column = rows.c[_COLUMNS[by]]
+    query = sa.select(column.label("group"), *_summed(rows)).group_by(column)
     if by in _IN_TIME:
-        rows = (await connection.execute(query.order_by(column))).all()
-        return _page([Group(group, None, sums) for group, sums in _in_time(rows, by)][offset:], limit, offset)
-    order = (sa.func.sum(usage_days.c.charged).desc(), column)
-    rows = (await connection.execute(query.order_by(*order).limit(limit + 1).offset(offset))).all()
-    names = await _names(connection, by, [row.group for row in rows])
-    return _page([Group(row.group, names.get(row.group), _sums(row)) for row in rows], limit, offset)
+        in_time = _in_time((await connection.execute(query.order_by(column))).all(), by)
+        return _page([Group(group, None, sums) for group, sums in in_time][offset:], limit, offset)
+    page = query.order_by(sa.func.sum(rows.c.charged).desc(), column).limit(limit + 1).offset(offset).subquery()
+    found = (await connection.execute(_named(page, by).order_by(page.c.charged.desc(), page.c.group))).all()
+    return _page([Group(row.group, row.name, _sums(row)) for row in found], limit, offset)
 
 
-def _within(days: DayRange, wallet_id: str | None) -> list[sa.ColumnElement[bool]]:
-    conditions: list[sa.ColumnElement[bool]] = [usage_days.c.day.between(days.first, days.last)]
-    return conditions if wallet_id is None else [usage_days.c.wallet_id == wallet_id, *conditions]
+def _named(page: sa.Subquery, by: GroupBy) -> sa.Select[Any]:
+    """Groups with what people call them."""
+    if by is GroupBy.USER:
+        return sa.select(page, users.c.email.label("name")).outerjoin(users, users.c.id == page.c.group)
+    if by is GroupBy.KEY:
+        return sa.select(page, api_keys.c.name).outerjoin(api_keys, api_keys.c.id == page.c.group)
+    return sa.select(page, sa.null().label("name"))
+
+
+async def read_report(  # noqa: PLR0913 - likewise
+    connection: AsyncConnection,
+    days: DayRange,
+    by: GroupBy,
+    *,
+    wallet_id: str | None = None,
+    limit: int = GROUPS_MAX,
+    offset: int = 0,
+) -> tuple[Sums, Groups]:
+    """The sums in all, and one page of them by group."""
+    page = await read_groups(connection, days, by, wallet_id=wallet_id, limit=limit, offset=offset)
+    if offset == 0 and page.next_offset is None:
+        return added(group.sums for group in page.items), page
+    return await read_totals(connection, days, wallet_id=wallet_id), page
+
+
+def added(sums: Iterable[Sums]) -> Sums:
+    """The sums of sums."""
+    return Sums(*map(sum, zip(*(msgspec.structs.astuple(one) for one in sums), strict=True)))
+
+
+def _rows(days: DayRange, columns: list[str], wallet_id: str | None, *, by_day: bool = False) -> sa.Subquery:
+    """What is to be summed: rows of whole months where there are any in the range, and of the days around them."""
+    whole = None if by_day else _whole_months(days)
+    parts = [_part(usage_days, days, columns, wallet_id)]
+    if whole is not None:
+        around = (DayRange(days.first, whole.first - 1), DayRange(whole.last + 1, days.last))
+        parts = [_part(usage_months, whole, columns, wallet_id)]
+        parts += [_part(usage_days, some, columns, wallet_id) for some in around if some.first <= some.last]
+    return sa.union_all(*parts).subquery()
+
+
+def _part(table: sa.Table, days: DayRange, columns: list[str], wallet_id: str | None) -> sa.Select[Any]:
+    wanted = [table.c[name] for name in (*columns, *Sums.__struct_fields__)]
+    query = sa.select(*wanted).where(table.c.day.between(days.first, days.last))
+    return query if wallet_id is None else query.where(table.c.wallet_id == wallet_id)
+
+
+def _whole_months(days: DayRange) -> DayRange | None:
+    """The whole months in a range; None if it has none."""
+    first, after = date_of_day(days.first), days.last + 1
+    if first.day > 1:
+        first = _month_after(first)
+    last = date_of_day(days.last)
+    end = after if (last + timedelta(days=1)).day == 1 else day_of_date(last.replace(day=1))
+    begin = day_of_date(first)
+    return DayRange(begin, end - 1) if begin < end else None
+
+
+def _month_after(day: date) -> date:
+    return (day.replace(day=1) + timedelta(days=32)).replace(day=1)
+
+
+def _summed(rows: sa.Subquery) -> list[sa.ColumnElement[Any]]:
+    return [sa.func.sum(rows.c[name]).label(name) for name in Sums.__struct_fields__]
 
 
 def _sums(row: Any) -> Sums:
@@ -249,26 +316,9 @@ def _in_time(rows: Iterable[Any], by: GroupBy) -> list[tuple[str, Sums]]:
     for row in rows:
         text = date_of_day(row.group).isoformat()
         group = text[:7] if by is GroupBy.MONTH else text
-        found[group] = _added(found.get(group, Sums()), _sums(row))
+        found[group] = added((found.get(group, Sums()), _sums(row)))
     return list(found.items())
-
-
-def _added(one: Sums, other: Sums) -> Sums:
-    return Sums(*(getattr(one, name) + getattr(other, name) for name in Sums.__struct_fields__))
 
 
 def _page(found: list[Group], limit: int, offset: int) -> Groups:
     return Groups(found[:limit], offset + limit if len(found) > limit else None)
-
-
-async def _names(connection: AsyncConnection, by: GroupBy, ids: list[str]) -> dict[str, str]:
-    """What people call these users or keys, by id."""
-    if by is GroupBy.USER:
-        query = sa.select(users.c.id, users.c.email.label("name")).where(
-            users.c.id.in_(ids), users.c.email.is_not(None)
-        )
-    elif by is GroupBy.KEY:
-        query = sa.select(api_keys.c.id, api_keys.c.name).where(api_keys.c.id.in_(ids))
-    else:
-        return {}
-    return {row.id: row.name for row in await connection.execute(query)}

@@ -1,5 +1,6 @@
 """Sums over calls, by whatever they are asked for, on both databases."""
 
+import itertools
 from datetime import date
 
 import msgspec
@@ -33,6 +34,7 @@ async def call(books: Books, person: Person, tokens: int, *, days_ago: int = 0, 
             " original_model, provider, COUNT(*), SUM(charged), SUM(charged), SUM(provider_cost) FROM reservations"
             " WHERE state = 'settled' GROUP BY 1, 2, 3, 4, 5, 6"
         )
+        await books.recount_months()
     return reserve.id
 
 
@@ -72,6 +74,26 @@ async def test_a_range_has_whole_days_with_its_first_and_its_last(books):
     assert (await reports.totals(books.engine, DayRange(TODAY - 3, TODAY - 2))).charged == 5
     assert (await reports.totals(books.engine, DayRange(TODAY - 1, TODAY))).charged == 1
     assert await reports.totals(books.engine, DayRange(TODAY + 1, TODAY + 2)) == Sums()
+
+
+async def test_whole_months_and_the_days_around_them_are_the_days(books):
+    """However a range lies to the months, it has the sums of its days, by month too."""
+    person = await books.person(10_000)
+    ago = [1, 20, 31, 45, 60, 62, 75, 93, 100]
+    for number, days_ago in enumerate(ago):
+        await call(books, person, 2**number, days_ago=days_ago)
+    ended = [TODAY - days_ago for days_ago in ago]
+    for first, last in itertools.product(range(TODAY - 101, TODAY + 1, 9), range(TODAY - 101, TODAY + 1, 8)):
+        if first > last:
+            continue
+        days = DayRange(first, last)
+        expected = sum(2**number for number, day in enumerate(ended) if first <= day <= last)
+        assert (await reports.totals(books.engine, days)).charged == expected
+        months = (await reports.groups(books.engine, days, GroupBy.MONTH)).items
+        assert sum(charged(months).values()) == expected
+        assert {group.group for group in months} == {
+            reports.date_of_day(day).isoformat()[:7] for day in ended if first <= day <= last
+        }
 
 
 async def test_a_wallet_sees_its_own(books):
@@ -169,6 +191,7 @@ def test_a_range_is_of_the_dates_that_are_asked_for(asked, expected):
         ("2026-W01-1", None, "from"),
         ("٢٠٢٦-٠١-٠١", None, "from"),
         (None, "2026-1-1", "to"),
+        (None, "3000-01-01", "to"),
         (None, "", "to"),
         ("2026-02-02", "2026-02-01", "from"),
         ("2026-11-25", None, "from"),

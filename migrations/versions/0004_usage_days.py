@@ -25,24 +25,27 @@ _COUNTERS = (
 
 def upgrade() -> None:
     """Apply this revision."""
-    op.create_table(
-        "usage_days",
-        sa.Column("wallet_id", sa.Text(), nullable=False),
-        sa.Column("day", sa.BigInteger(), nullable=False),
-        sa.Column("user_id", sa.Text(), nullable=False),
-        sa.Column("key_id", sa.Text(), nullable=False),
-        sa.Column("model", sa.Text(), nullable=False),
-        sa.Column("provider", sa.Text(), nullable=False),
-        *(sa.Column(name, sa.BigInteger(), server_default="0", nullable=False) for name in _COUNTERS),
-        sa.PrimaryKeyConstraint(
-            "wallet_id", "day", "user_id", "key_id", "model", "provider", name=op.f("pk_usage_days")
-        ),
-    )
-    if op.get_context().dialect.name == "postgresql":
-        # Room for a row's next version beside it, as for the other counters: a row is written all day, then never.
-        op.execute("ALTER TABLE usage_days SET (fillfactor = 70)")
-    _fill()
-    op.create_index("ix_usage_days_day", "usage_days", ["day"], unique=False)
+    for table in ("usage_days", "usage_months"):
+        op.create_table(
+            table,
+            sa.Column("wallet_id", sa.Text(), nullable=False),
+            sa.Column("day", sa.BigInteger(), nullable=False),
+            sa.Column("user_id", sa.Text(), nullable=False),
+            sa.Column("key_id", sa.Text(), nullable=False),
+            sa.Column("model", sa.Text(), nullable=False),
+            sa.Column("provider", sa.Text(), nullable=False),
+            *(sa.Column(name, sa.BigInteger(), server_default="0", nullable=False) for name in _COUNTERS),
+            sa.PrimaryKeyConstraint(
+                "wallet_id", "day", "user_id", "key_id", "model", "provider", name=op.f(f"pk_{table}")
+            ),
+        )
+        if op.get_context().dialect.name == "postgresql":
+            # Room for a row's next version beside it, as for the other counters: it is written for a while, then never.
+            op.execute(f"ALTER TABLE {table} SET (fillfactor = 70)")
+    _fill_days()
+    _fill_months()
+    for table in ("usage_days", "usage_months"):
+        op.create_index(f"ix_{table}_day", table, ["day"], unique=False)
     # Finds what is rare in a long journal, and is not written by charges.
     op.create_index(
         "ix_credit_transactions_by_hand",
@@ -54,7 +57,7 @@ def upgrade() -> None:
     )
 
 
-def _fill() -> None:
+def _fill_days() -> None:
     """Count the calls that have ended until now."""
     is_settled = "state = 'settled'"
     perhaps_billed = "(state = 'expired' OR (state = 'released' AND outcome = 'undelivered'))"
@@ -80,6 +83,19 @@ def _fill() -> None:
     )
 
 
+def _fill_months() -> None:
+    """Add the days up under the first of their months."""
+    first = "CAST(strftime('%s', day * 86400, 'unixepoch', 'start of month') AS INTEGER) / 86400"
+    if op.get_context().dialect.name == "postgresql":
+        first = "date_trunc('month', date '1970-01-01' + day::int)::date - date '1970-01-01'"
+    sums = ", ".join(f"SUM({name})" for name in _COUNTERS)
+    op.execute(
+        f"INSERT INTO usage_months (wallet_id, day, user_id, key_id, model, provider, {', '.join(_COUNTERS)})"  # noqa: S608 - likewise
+        f" SELECT wallet_id, {first}, user_id, key_id, model, provider, {sums} FROM usage_days"
+        " GROUP BY 1, 2, 3, 4, 5, 6"
+    )
+
+
 def _tokens(name: str) -> str:
     if op.get_context().dialect.name == "postgresql":
         return f"COALESCE((usage->>'{name}')::bigint, 0)"
@@ -94,4 +110,5 @@ def _sum_bounded(figure: str) -> str:
 def downgrade() -> None:
     """Take this revision back: the sums are lost, and are made anew from the calls when it is applied again."""
     op.drop_index("ix_credit_transactions_by_hand", "credit_transactions")
+    op.drop_table("usage_months")
     op.drop_table("usage_days")

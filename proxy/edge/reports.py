@@ -190,8 +190,8 @@ async def _report(
     offset = 0 if cursor is None else number_of(cursor)
     days = await reports.range_of(engine, *dates, months=by is GroupBy.MONTH)
     async with reading(engine, is_snapshot=True) as connection:
-        total = await reports.read_totals(connection, days)
-        return days, total, await reports.read_groups(connection, days, by, limit=limit, offset=offset)
+        total, groups = await reports.read_report(connection, days, by, limit=limit, offset=offset)
+    return days, total, groups
 
 
 def _next(groups: reports.Groups) -> str | None:

@@ -6,7 +6,7 @@ import msgspec
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from proxy.ledger.rollup import FIGURE_MAX, PERHAPS_BILLED, bounded
+from proxy.ledger.rollup import COUNTERS, FIGURE_MAX, PERHAPS_BILLED, bounded, month_of
 from proxy.pricing import Price, cost, is_no_dearer, provider_cost
 from proxy.routing import Terms
 from proxy.storage.database import database_now, patient, reading
@@ -61,6 +61,17 @@ _DAYS = Check(
     f" HAVING {' OR '.join(f'SUM({sum_}) <> 0' for sum_ in _COUNTED)}",
 )
 """Its rows show what the sums have too much, or where negative too little."""
+
+_MONTHS = Check(
+    "I10",
+    "the sums by month are those of the days",
+    "SELECT wallet_id, user_id, key_id, model, provider,"
+    f" {', '.join(f'CAST(SUM({sum_}) AS BIGINT) AS {sum_}' for sum_ in COUNTERS)} FROM ("
+    f" SELECT wallet_id, user_id, key_id, model, provider, {', '.join(COUNTERS)} FROM usage_months UNION ALL"
+    f" SELECT wallet_id, user_id, key_id, model, provider, {', '.join(f'-{sum_}' for sum_ in COUNTERS)} FROM usage_days"
+    ") rows GROUP BY wallet_id, user_id, key_id, model, provider"
+    f" HAVING {' OR '.join(f'SUM({sum_}) <> 0' for sum_ in COUNTERS)}",
+)
 
 CHECKS = (
     Check(
@@ -162,6 +173,7 @@ CHECKS = (
         f" AND (i.id IS NULL OR i.lease_until < :now - {60 * MICROS_PER_SECOND})",
     ),
     _DAYS,
+    _MONTHS,
 )
 
 LIMITS = Check(
@@ -296,6 +308,7 @@ async def _reproduce(connection: AsyncConnection, report: Report) -> None:
         if not is_true:
             report.violations.append(Finding("I9", says, 1, [msgspec.to_builtins(totals)]))
     await _compare_tokens(connection, report, tokens)
+    await _compare_months(connection, report)
 
 
 async def _compare_tokens(connection: AsyncConnection, report: Report, tokens: dict[str, Tokens]) -> None:
@@ -311,6 +324,21 @@ async def _compare_tokens(connection: AsyncConnection, report: Report, tokens: d
     if wrong:
         says = "the tokens in the sums of a wallet are those of its calls"
         report.violations.append(Finding("I10", says, len(wrong), wrong[:ROWS_MAX]))
+
+
+async def _compare_months(connection: AsyncConnection, report: Report) -> None:
+    """Of I10, that what a month has is what its own days have."""
+    by_month: dict[int, list[int]] = {}
+    for table, sign in (("usage_months", 1), ("usage_days", -1)):
+        sums = ", ".join(f"SUM({sum_})" for sum_ in COUNTERS)
+        for day, *found in await connection.execute(sa.text(f"SELECT day, {sums} FROM {table} GROUP BY day")):
+            row = by_month.setdefault(month_of(day), [0] * len(COUNTERS))
+            row[:] = [has + sign * int(more) for has, more in zip(row, found, strict=True)]
+    wrong: list[Row] = [
+        {"day": month, **dict(zip(COUNTERS, sums, strict=True))} for month, sums in by_month.items() if any(sums)
+    ]
+    if wrong:
+        report.violations.append(Finding("I10", "a month's sums are those of its days", len(wrong), wrong[:ROWS_MAX]))
 
 
 def _with(tokens: Tokens, usage: Any) -> Tokens:

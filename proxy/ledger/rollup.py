@@ -2,8 +2,13 @@
 
 The ledger adds to them in the transaction that ends a call or refunds one. A row belongs to one wallet, and so is under
 its lock; its day is the UTC day in which the call ended. A refund counts on the day of its charge, and a late settle
-takes back what the expiry before it had counted.
+takes back what the expiry before it had counted. The same sums are kept by month, which is what makes a report over a
+year and everybody short.
 """
+
+from collections.abc import Iterable
+from datetime import date, timedelta
+from functools import lru_cache
 
 import msgspec
 
@@ -18,12 +23,15 @@ More is nonsense, and nonsense must not add up to what a column cannot hold: tha
 PERHAPS_BILLED = frozenset({"perhaps_billed", "undelivered", "expired"})
 """The outcomes of calls that were released although their provider may have billed them."""
 
+_EPOCH = date(1970, 1, 1)
+
 DayKey = tuple[str, int, str, str, str, str]
 
 
 class UsageDay(msgspec.Struct, kw_only=True, gc=False):
-    """A row of `usage_days`, or what is to be added to it. Texts are empty where there is no key, or no provider.
+    """A row of `usage_days` or `usage_months`, or what is to be added to it.
 
+    Texts are empty where there is no key, or no provider.
     `calls` and what follows are those of settled calls; tokens are counted once, so `cached_input_tokens` is a part of
     `input_tokens`. `released` counts the calls that were released or have expired. Of `perhaps_billed` of them the
     provider may have billed the operator; they had `perhaps_billed_amount` reserved, which bounds what they cost.
@@ -55,9 +63,34 @@ class UsageDay(msgspec.Struct, kw_only=True, gc=False):
         self.output_tokens += output_tokens
 
 
+COUNTERS = UsageDay.__struct_fields__[6:]
+"""What is summed."""
+
+
 def day_of(instant: Micros) -> int:
     """The UTC day that holds `instant`, in days since the epoch."""
     return instant // MICROS_PER_DAY
+
+
+@lru_cache(maxsize=64)
+def month_of(day: int) -> int:
+    """The first day of the month that holds `day`, in days since the epoch too."""
+    return (_EPOCH + timedelta(days=day)).replace(day=1).toordinal() - _EPOCH.toordinal()
+
+
+def by_month(days: Iterable[UsageDay]) -> list[UsageDay]:
+    """The same sums under the first days of their months."""
+    months: dict[DayKey, UsageDay] = {}
+    for one in days:
+        month = month_of(one.day)
+        key = (one.wallet_id, month, one.user_id, one.key_id, one.model, one.provider)
+        row = months.get(key)
+        if row is None:
+            months[key] = msgspec.structs.replace(one, day=month)
+            continue
+        for name in COUNTERS:
+            setattr(row, name, getattr(row, name) + getattr(one, name))
+    return list(months.values())
 
 
 def bounded(figure: int) -> int:

@@ -125,7 +125,7 @@ TRANSACTION_COLUMNS = {
     "idempotency_key": "text",
     "created_at": "int",
 }
-_USAGE_DAY_KEY = {
+_USAGE_KEY = {
     "wallet_id": "text",
     "day": "int",
     "user_id": "text",
@@ -133,7 +133,7 @@ _USAGE_DAY_KEY = {
     "model": "text",
     "provider": "text",
 }
-_USAGE_DAY_COUNTERS = {
+_USAGE_COUNTERS = {
     "calls": "int",
     "input_tokens": "int",
     "cached_input_tokens": "int",
@@ -244,7 +244,8 @@ INSERT_EVENTS = _insert("admin_events", {"id": "text", **EVENT_COLUMNS})
 UPDATE_RESERVATIONS = _update("reservations", CLOSED_COLUMNS)
 UPDATE_REFUNDED = _update("reservations", {"id": "text", "refunded": "int"})
 UPDATE_WALLETS = _update("wallets", {"id": "text", **_WALLET_COUNTERS})
-ADD_USAGE_DAYS = _add("usage_days", _USAGE_DAY_KEY, _USAGE_DAY_COUNTERS)
+ADD_USAGE_DAYS = _add("usage_days", _USAGE_KEY, _USAGE_COUNTERS)
+ADD_USAGE_MONTHS = _add("usage_months", _USAGE_KEY, _USAGE_COUNTERS)
 UPDATE_KEYS = _update("api_keys", {"id": "text", **_KEY_COUNTERS})
 
 READ_POSTGRESQL = ", ".join(

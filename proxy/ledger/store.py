@@ -34,7 +34,7 @@ from proxy.ledger.decide import (
     Wallet,
     decide,
 )
-from proxy.ledger.rollup import UsageDay
+from proxy.ledger.rollup import UsageDay, by_month
 from proxy.units import new_id, now_micros
 
 Row = tuple[Any, ...]
@@ -182,6 +182,7 @@ def _writes(changes: Changes, owner_id: str | None) -> list[tuple[sql.Statement,
         (sql.UPDATE_REFUNDED, refunded),
         (sql.INSERT_TRANSACTIONS, transactions),
         (sql.ADD_USAGE_DAYS, _rows(sql.ADD_USAGE_DAYS.columns, changes.days.values())),
+        (sql.ADD_USAGE_MONTHS, _rows(sql.ADD_USAGE_MONTHS.columns, by_month(changes.days.values()))),
         (sql.INSERT_EVENTS, [(new_id("event"), *row) for row in _rows(sql.EVENT_COLUMNS, changes.events)]),
         (sql.UPDATE_WALLETS, _rows(sql.UPDATE_WALLETS.columns, changes.wallets.values())),
         (sql.UPDATE_KEYS, _rows(sql.UPDATE_KEYS.columns, changes.keys.values())),

@@ -35,6 +35,32 @@ def _window() -> list[sa.Column[int]]:
     return [_counter("window_start"), _counter("window_requests"), _counter("window_tokens"), _counter("open_calls")]
 
 
+def _usage(name: str) -> sa.Table:
+    """Sums over calls, each row of one wallet; `day` is in days since the epoch."""
+    return sa.Table(
+        name,
+        metadata,
+        sa.Column("wallet_id", sa.Text, primary_key=True),
+        sa.Column("day", sa.BigInteger, primary_key=True, autoincrement=False),
+        sa.Column("user_id", sa.Text, primary_key=True),
+        sa.Column("key_id", sa.Text, primary_key=True),
+        sa.Column("model", sa.Text, primary_key=True),
+        sa.Column("provider", sa.Text, primary_key=True),
+        _counter("calls"),
+        _counter("input_tokens"),
+        _counter("cached_input_tokens"),
+        _counter("output_tokens"),
+        _counter("charged"),
+        _counter("provider_cost"),
+        _counter("shortfall"),
+        _counter("refunded"),
+        _counter("released"),
+        _counter("perhaps_billed"),
+        _counter("perhaps_billed_amount"),
+        sa.Index(f"ix_{name}_day", "day"),
+    )
+
+
 users = sa.Table(
     "users",
     metadata,
@@ -196,29 +222,11 @@ credit_transactions = sa.Table(
     ),
 )
 
-usage_days = sa.Table(
-    "usage_days",
-    metadata,
-    sa.Column("wallet_id", sa.Text, primary_key=True),
-    sa.Column("day", sa.BigInteger, primary_key=True),
-    sa.Column("user_id", sa.Text, primary_key=True),
-    sa.Column("key_id", sa.Text, primary_key=True),
-    sa.Column("model", sa.Text, primary_key=True),
-    sa.Column("provider", sa.Text, primary_key=True),
-    _counter("calls"),
-    _counter("input_tokens"),
-    _counter("cached_input_tokens"),
-    _counter("output_tokens"),
-    _counter("charged"),
-    _counter("provider_cost"),
-    _counter("shortfall"),
-    _counter("refunded"),
-    _counter("released"),
-    _counter("perhaps_billed"),
-    _counter("perhaps_billed_amount"),
-    sa.Index("ix_usage_days_day", "day"),
-)
-"""What ended calls add up to, kept by the ledger (see `ledger.rollup`). No CHECK: a sum must never refuse a charge."""
+usage_days = _usage("usage_days")
+"""What ended calls add up to, by UTC day: see `ledger.rollup`. No CHECK: a sum must never refuse a charge."""
+
+usage_months = _usage("usage_months")
+"""The same by month, under the first day of each, for reports over many wallets and much time."""
 
 system_config = sa.Table(
     "system_config",

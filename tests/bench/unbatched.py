@@ -23,9 +23,10 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 from sqlalchemy.orm import registry
 
 from proxy.ledger.decide import WINDOW, Reserve, Settle, allows
-from proxy.ledger.rollup import day_of, tokens_of
+from proxy.ledger.rollup import COUNTERS, day_of, month_of, tokens_of
 from proxy.ledger.statements import (
     ADD_USAGE_DAYS,
+    ADD_USAGE_MONTHS,
     CLOSED_COLUMNS,
     KEY_COLUMNS,
     RESERVATION_COLUMNS,
@@ -33,6 +34,7 @@ from proxy.ledger.statements import (
     TRANSACTION_COLUMNS,
     USER_COLUMNS,
     WALLET_COLUMNS,
+    Statement,
 )
 from proxy.storage import tables
 from proxy.units import new_id, now_micros
@@ -143,12 +145,16 @@ class _Transaction(_Row): ...
 class _UsageDay(_Row): ...
 
 
+class _UsageMonth(_Row): ...
+
+
 _mapping = registry(metadata=tables.metadata)
 _mapping.map_imperatively(_User, tables.users)
 _mapping.map_imperatively(_Wallet, tables.wallets)
 _mapping.map_imperatively(_Key, tables.api_keys)
 _mapping.map_imperatively(_Reservation, tables.reservations)
 _mapping.map_imperatively(_UsageDay, tables.usage_days)
+_mapping.map_imperatively(_UsageMonth, tables.usage_months)
 _mapping.map_imperatively(  # `metadata` is a name that the ORM keeps to itself
     _Transaction, tables.credit_transactions, properties={"details": tables.credit_transactions.c.metadata}
 )
@@ -226,15 +232,20 @@ class OrmBooker:
             key.period_spent += charged
             _close(reservation, operation, charged, now)
             row = _usage_day(operation, reservation, charged, now)
-            day = await session.get(_UsageDay, tuple(row[name] for name in _DAY_KEY))
-            if day is None:
-                session.add(_UsageDay(**row))
-                return
-            for name in ADD_USAGE_DAYS.columns[len(_DAY_KEY) :]:
-                setattr(day, name, day[name] + row[name])
+            await _count(session, _UsageDay, row)
+            await _count(session, _UsageMonth, row | {"day": month_of(row["day"])})
 
 
 _DAY_KEY = ADD_USAGE_DAYS.columns[:6]
+
+
+async def _count(session: AsyncSession, table: Any, row: dict[str, Any]) -> None:
+    counted = await session.get(table, tuple(row[name] for name in _DAY_KEY))
+    if counted is None:
+        session.add(table(**row))
+        return
+    for name in COUNTERS:
+        setattr(counted, name, counted[name] + row[name])
 
 
 def _usage_day(operation: Settle, reservation: Any, charged: int, now: int) -> dict[str, Any]:
@@ -324,6 +335,13 @@ def _insert(table: str, columns: Iterable[str]) -> str:
     return f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({', '.join(f':{column}' for column in columns)})"
 
 
+def _add(statement: Statement, names: dict[str, str]) -> str:
+    """An upsert whose parameters have these names, by column."""
+    head, values, conflict = re.split(r"VALUES \([?, ]+\)", statement.sqlite)[0], names.values(), " ON CONFLICT"
+    placed = ", ".join(f":{name}" for name in values)
+    return f"{head}VALUES ({placed}){conflict}{statement.sqlite.partition(conflict)[2]}"
+
+
 _READ_WALLET = f"SELECT {_columns('wallets', WALLET_COLUMNS)} FROM wallets WHERE id = :wallet_id"
 _LOCK_WALLET = f"{_READ_WALLET} FOR NO KEY UPDATE"
 _READ_CALLER = (
@@ -357,9 +375,8 @@ _SETTLE = (
     .replace(":amount", ":taken"),
     f"UPDATE api_keys SET spent = spent + :charged, period_spent = period_spent + :charged, {_FREE} WHERE id = :key_id",
     f"UPDATE wallets SET balance = :balance_after, seq = :seq, {_FREE} WHERE id = :wallet_id",
-    f"INSERT INTO usage_days ({', '.join(ADD_USAGE_DAYS.columns)})"
-    f" VALUES ({', '.join(f':day_{column}' for column in ADD_USAGE_DAYS.columns)}) ON CONFLICT"
-    + ADD_USAGE_DAYS.sqlite.partition("ON CONFLICT")[2],
+    _add(ADD_USAGE_DAYS, {column: f"day_{column}" for column in ADD_USAGE_DAYS.columns}),
+    _add(ADD_USAGE_MONTHS, {column: f"day_{column}" for column in ADD_USAGE_MONTHS.columns} | {"day": "month"}),
 )
 
 
@@ -407,6 +424,7 @@ def _settle_values(operation: Settle, wallet: Any, row: Any) -> dict[str, Any]:
     day = _usage_day(operation, call, charged, now)
     return {
         **{f"day_{column}": value for column, value in day.items()},
+        "month": month_of(day["day"]),
         "id": operation.id,
         "state": "settled",
         "cost": operation.cost,

@@ -129,7 +129,10 @@ CHARGE = "each charge follows from its stored usage, prices and markup"
 AS_RESERVED = "each charge is at the markup, and within the prices, that its call was reserved at"
 MARGIN = "all charges and shortfalls are the providers' cost and the markup"
 TAKEN = "all charges are what the journal deducted"
+SUMS_TABLES = ("usage_days", "usage_months")
 DAYS = "the sums by day are those of the calls that ended on them"
+MONTHS = "the sums by month are those of the days"
+MONTH = "a month's sums are those of its days"
 TOKENS = "the tokens in the sums of a wallet are those of its calls"
 
 FALSEHOODS = {
@@ -296,7 +299,7 @@ FALSEHOODS = {
     ),
     **{
         f"one too many in {sum_} of a day": Falsehood(
-            [f"UPDATE usage_days SET {sum_} = {sum_} + 1 WHERE provider = 'fake'"],
+            [f"UPDATE {table} SET {sum_} = {sum_} + 1 WHERE provider = 'fake'" for table in SUMS_TABLES],
             "I10",
             DAYS,
             {sum_: 1, "provider": "fake"},
@@ -314,7 +317,7 @@ FALSEHOODS = {
     },
     **{
         f"one too many in {sum_} of a day": Falsehood(
-            [f"UPDATE usage_days SET {sum_} = {sum_} + 1 WHERE provider = 'fake'"],
+            [f"UPDATE {table} SET {sum_} = {sum_} + 1 WHERE provider = 'fake'" for table in SUMS_TABLES],
             "I10",
             TOKENS,
             {"wallet_id": ":wallet", "used": (0, 0, 35)},
@@ -323,10 +326,9 @@ FALSEHOODS = {
     },
     "tokens of a wallet that used none": Falsehood(
         [
-            (
-                "INSERT INTO usage_days (wallet_id, day, user_id, key_id, model, provider, input_tokens)"
-                " VALUES ('forged', 1, '', '', '', '', 5)"
-            )
+            f"INSERT INTO {table} (wallet_id, day, user_id, key_id, model, provider, input_tokens)"
+            " VALUES ('forged', 0, '', '', '', '', 5)"
+            for table in SUMS_TABLES
         ],
         "I10",
         TOKENS,
@@ -394,8 +396,21 @@ async def test_offers_that_cannot_be_read_are_found(kept):
 async def test_a_call_counted_on_another_day_is_found_on_both(kept):
     """One day has what the other lacks."""
     await falsify(kept, ["UPDATE usage_days SET day = day - 1 WHERE provider = 'fake'"])
+    await kept.books.recount_months()
     [finding] = (await kept.books.audit()).violations
     assert (finding.says, sorted(row["calls"] for row in finding.rows)) == (DAYS, [-2, 2])
+
+
+async def test_a_month_that_has_not_what_its_days_have_is_found(kept):
+    """In all, or only under another month."""
+    await falsify(kept, ["UPDATE usage_months SET day = day - 400 WHERE provider = 'fake'"])
+    [finding] = (await kept.books.audit()).violations
+    assert (finding.says, sorted(row["calls"] for row in finding.rows)) == (MONTH, [-2, 2])
+    await kept.books.recount_months()
+    await kept.books.execute("UPDATE usage_months SET input_tokens = input_tokens + 1 WHERE provider = 'fake'")
+    wallets, months = (await kept.books.audit()).violations
+    assert (wallets.says, wallets.rows[0]["input_tokens"]) == (MONTHS, 1)
+    assert (months.says, [row["input_tokens"] for row in months.rows]) == (MONTH, [1])
 
 
 async def test_a_charge_that_is_not_the_cost_breaks_the_totals_too(kept):

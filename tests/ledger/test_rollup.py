@@ -1,5 +1,7 @@
 """What calls add up to by day, through the real ledger on both databases; every test's books are audited at its end."""
 
+from datetime import date
+
 import msgspec
 import pytest
 import sqlalchemy as sa
@@ -25,13 +27,17 @@ NOTHING = {
 }
 
 
-async def days(books: Books) -> list[dict]:
+async def days(books: Books, table: str = "usage_days") -> list[dict]:
     """All rows, in the order of their primary key."""
     async with database.reading(books.engine) as connection:
         rows = await connection.execute(
-            sa.text("SELECT * FROM usage_days ORDER BY wallet_id, day, user_id, key_id, model, provider")
+            sa.text(f"SELECT * FROM {table} ORDER BY wallet_id, day, user_id, key_id, model, provider")
         )
         return [dict(row) for row in rows.mappings()]
+
+
+def day_of_date(text: str) -> int:
+    return (date.fromisoformat(text) - date(1970, 1, 1)).days
 
 
 def sums(row: dict) -> dict:
@@ -117,6 +123,7 @@ async def test_a_late_settle_takes_back_what_the_expiry_counted(books):
     assert (row["provider"], sums(row)) == ("", {"released": 1, "perhaps_billed": 1, "perhaps_billed_amount": 10})
     await books.execute("UPDATE reservations SET settled_at = settled_at - :day", day=MICROS_PER_DAY)
     await books.execute("UPDATE usage_days SET day = day - 1")
+    await books.recount_months()
     await books.ledger.settle(settle_of(reserve, 1200))
     expired, settled = await days(books)
     assert (expired["day"], sums(expired)) == (row["day"] - 1, {})
@@ -152,6 +159,7 @@ async def test_a_refund_counts_on_the_day_of_its_charge(books):
         await books.ledger.settle(settle_of(reserve, 10))
     await books.execute("UPDATE reservations SET settled_at = settled_at - :day", day=MICROS_PER_DAY)
     await books.execute("UPDATE usage_days SET day = day - 1")
+    await books.recount_months()
     refund = Credit(
         wallet_id=person.wallet_id,
         type=CreditType.REFUND,
@@ -176,6 +184,34 @@ async def test_what_is_replayed_is_counted_once(books):
         await books.ledger.settle(settle_of(reserve, 7))
     [row] = await days(books)
     assert sums(row)["calls"] == 1
+
+
+async def test_months_add_their_days_up(books):
+    """Under the first of each; what one batch counts on two days of a month is one row of it."""
+    person = await books.person(1000)
+    calls = [reserve_of(person, 10) for _ in range(3)]
+    for call in calls:
+        await books.ledger.reserve(call)
+        await books.ledger.settle(settle_of(call, 10))
+    today = (await days(books))[0]["day"]
+    for call, day in zip(
+        calls, (day_of_date("2026-01-31"), day_of_date("2026-02-01"), day_of_date("2026-02-28")), strict=True
+    ):
+        instant = day * MICROS_PER_DAY + 5
+        await books.execute("UPDATE reservations SET settled_at = :at WHERE id = :id", at=instant, id=call.id)
+    await database.migrate(books.engine, "0003")
+    await database.migrate(books.engine)
+    refunds = [release_of(call, is_undelivered=True) for call in calls]
+    store = store_at(books.url, books.engine)
+    await store.transact(refunds, owner_id=books.lease.id)
+    await store.aclose()
+    assert today > day_of_date("2026-02-28")
+    expected = {"output_tokens": 10, "charged": 10, "provider_cost": 10, "refunded": 10}
+    assert [sums(row) for row in await days(books)] == [{"calls": 1, **expected}] * 3
+    january, february = await days(books, "usage_months")
+    assert (january["day"], february["day"]) == (day_of_date("2026-01-01"), day_of_date("2026-02-01"))
+    assert sums(january) == {"calls": 1, **expected}
+    assert sums(february) == {"calls": 2, **{name: 2 * sum_ for name, sum_ in expected.items()}}
 
 
 async def test_nonsense_of_a_provider_never_refuses_a_charge(books):
@@ -221,8 +257,8 @@ async def test_what_happened_before_there_were_sums_is_counted(books):
     huge = reserve_of(person, 1, key_id=None)
     await books.ledger.reserve(huge)
     await books.ledger.settle(settle_of(huge, 2**62))
-    kept = await days(books)
+    kept = await days(books), await days(books, "usage_months")
     await database.migrate(books.engine, "0003")
     await database.migrate(books.engine)
-    assert await days(books) == kept
-    assert len(kept) == 5
+    assert (await days(books), await days(books, "usage_months")) == kept
+    assert [len(rows) for rows in kept] == [5, 5]
