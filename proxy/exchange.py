@@ -612,6 +612,7 @@ def _provider_call(opened: _Open) -> ProviderCall:
         body=patch(body, changes) if changes else body,
         headers=opened.call.headers,
         stream=request.is_stream,
+        output_tokens_max=candidate.output_tokens_max,
     )
 
 

@@ -38,6 +38,7 @@ class Candidate(msgspec.Struct, frozen=True):
     one, by name, and `dearest_price` costs at least as much as any of them. `markup_bps` is for callers without a rule
     of their own. Of the candidates of a name the lowest `priority` comes first, and among equals as many calls go to
     each as its `weight` says. `is_local` for a provider inside of the operator's own network.
+    `added_tokens` is the most that the provider itself puts into a prompt with tools or a format.
     """
 
     provider: str
@@ -56,6 +57,7 @@ class Candidate(msgspec.Struct, frozen=True):
     priority: int = 0
     weight: int = 1
     is_local: bool = False
+    added_tokens: int = 0
 
     @property
     def target(self) -> str:

@@ -95,9 +95,9 @@ class OpenAIProvider:
         headers: Sequence[tuple[str, str]] = (),
     ) -> None:
         self.name = name
-        self._base_url = _checked_base_url(base_url, provider=name)
+        self._base_url = checked_base_url(base_url, provider=name)
         self._own_headers = _authorization(api_key, provider=name)
-        self._own_headers += _checked_headers(headers, beside=self._own_headers, provider=name)
+        self._own_headers += checked_headers(headers, beside=self._own_headers, provider=name)
         self._client = client
         self._timeouts = timeouts
 
@@ -157,7 +157,8 @@ def _crossing(headers: Headers) -> Headers:
     ]
 
 
-def _checked_base_url(base_url: str, *, provider: str) -> str:
+def checked_base_url(base_url: str, *, provider: str) -> str:
+    """`base_url` without slashes at its end. Raises `SettingsError` when it is no plain HTTP address."""
     # The messages do not quote the address: it may hold a password.
     place = f"The base_url of provider {provider!r}"
     try:
@@ -176,7 +177,8 @@ def _checked_base_url(base_url: str, *, provider: str) -> str:
     return base_url.rstrip("/")
 
 
-def _checked_headers(headers: Sequence[tuple[str, str]], *, beside: Headers, provider: str) -> Headers:
+def checked_headers(headers: Sequence[tuple[str, str]], *, beside: Headers, provider: str) -> Headers:
+    """The operator's header fields. Raises `SettingsError` for one that cannot be sent or is `beside` them already."""
     checked: Headers = []
     for name, value in headers:
         field, text = name.lower().encode(), value.strip().encode("latin-1", "replace")
@@ -188,8 +190,11 @@ def _checked_headers(headers: Sequence[tuple[str, str]], *, beside: Headers, pro
 
 
 def _authorization(api_key: str | None, *, provider: str) -> Headers:
-    if not api_key:
-        return []
+    return [(b"authorization", b"Bearer " + checked_key(api_key, provider=provider))] if api_key else []
+
+
+def checked_key(api_key: str, *, provider: str) -> bytes:
+    """The key as a header has it. Raises `SettingsError` when it cannot be sent."""
     if not re.fullmatch(r"[\x21-\x7e]+", api_key):
         raise SettingsError(f"The key of provider {provider!r} has a space, line break or other unusable character.")
-    return [(b"authorization", b"Bearer " + api_key.encode())]
+    return api_key.encode()

@@ -109,6 +109,7 @@ def decode_chat(body: bytes) -> PaidRequest:
         prediction_tokens=len(request.prediction) if is_set(request.prediction) else 0,
         service_tier=request.service_tier,
         is_unsized=bool(media),
+        has_instructions=bool(request.tools) or is_set(fields.get("response_format")),
         has_only_images=bool(images) and images == len(media),
         images=images,
         image_bytes=image_bytes(parts) if images else 0,

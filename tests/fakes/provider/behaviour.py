@@ -19,6 +19,8 @@ class Behaviour:
     refusal           it is a refusal with this text (chat and responses)
     tool_calls        it is these calls, each `{"name", "arguments"}` with arguments as a string or an object (chat and
                       responses). Once the results of tools come after the message that asked for it, the reply is text
+    blocks            it is these blocks of content (messages)
+    stop_reason       it ends for this reason (messages)
     ignore_max        it ignores the request's maximum of tokens
 
     The answer around it:
@@ -76,6 +78,8 @@ class Behaviour:
     json: Any = None
     refusal: str | None = None
     tool_calls: list[dict[str, Any]] | None = None
+    blocks: list[dict[str, Any]] | None = None
+    stop_reason: str | None = None
     ignore_max: bool = False
     chunk_tokens: int = 4
     usage: Literal["normal", "none", "cached", "reasoning", "hidden", "implausible"] | dict[str, Any] = "normal"
