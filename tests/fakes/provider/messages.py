@@ -29,6 +29,9 @@ _ERRORS = {
     504: "timeout_error",
     529: "overloaded_error",
 }
+_SAMPLING = frozenset({"temperature", "top_p", "top_k"})
+"""Version 2023-06-01 of the API takes them; the SDK's types are those of 2026-10-21, which has them no more."""
+
 _STOP_REASONS = {"length": "max_tokens", "tool_calls": "tool_use", "stop": "end_turn"}
 
 
@@ -44,7 +47,7 @@ def decide(served: Served) -> Answer:
     if not served.header("anthropic-version"):
         return _error(400, "anthropic-version: header is required")
     request = served.parsed
-    if (fault := _sdk_fault(request) or _fault(request)) is not None:
+    if (fault := fault_of(request)) is not None:
         return _error(400, fault)
     served.behaviour = behaviour = Behaviour.from_texts(_texts_of_user(request["messages"]))
     served.prompt_tokens = prompt_tokens(request)
@@ -60,6 +63,11 @@ def decide(served: Served) -> Answer:
 # ---- what is a request
 
 
+def fault_of(request: Any) -> str | None:
+    """Why `request` is none; None if it is one."""
+    return _sdk_fault(request) or _fault(request)
+
+
 @cache
 def _sdk_shape() -> Any:
     # Not before it is needed: importing it takes seconds.
@@ -71,6 +79,9 @@ def _sdk_shape() -> Any:
 
 def _sdk_fault(request: Any) -> str | None:
     """What the SDK's types find wrong; they leave out what they do not know, so that nothing else may be there."""
+    if not isinstance(request, dict):
+        return "not an object"
+    request = {name: value for name, value in request.items() if name not in _SAMPLING}
     try:
         known = _read_out(_sdk_shape().validate_python(request))
     except ValueError as exc:
