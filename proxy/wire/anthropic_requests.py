@@ -93,8 +93,11 @@ class _Part(_Strict, frozen=True):
 
 
 class _Called(_Strict, frozen=True):
+    """OpenAI's SDKs put what they have parsed beside it, and send it along."""
+
     name: str
     arguments: str = ""
+    parsed_arguments: Any = None
 
 
 class _Call(_Strict, frozen=True):

@@ -507,8 +507,8 @@ ANY_JSON = st.recursive(
     lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(TEXTS, inner, max_size=3)),
     max_leaves=5,
 )
-NAMES = """cache_control max_tokens messages metadata n parallel_tool_calls reasoning_effort response_format service_tier
-stop stream_options temperature thinking tool_choice tools top_k user"""
+NAMES = """cache_control max_tokens messages metadata n parallel_tool_calls reasoning_effort response_format
+service_tier stop stream_options temperature thinking tool_choice tools top_k user"""
 FIELDS = st.sampled_from(NAMES.split())
 
 

@@ -218,7 +218,7 @@ def _answer(served: Served, request: dict[str, Any]) -> Answer:
         **({} if usage is None else {"usage": usage}),
     }
     if request.get("stream"):
-        return stream(_pieces(message, stop, usage, wish), wish)
+        return stream(_pieces(message, stop, wish), wish)
     return plain(message, tokens=shown, usage=usage)
 
 
@@ -240,25 +240,29 @@ def _written(block: dict[str, Any]) -> str:
     return block.get("text") or block.get("thinking") or ""
 
 
-def _pieces(
-    message: dict[str, Any], stop: dict[str, Any], usage: dict[str, Any] | None, wish: Behaviour
-) -> list[Piece]:
-    """The events of a stream, with a ping and one of a kind that nobody knows."""
+def _pieces(message: dict[str, Any], stop: dict[str, Any], wish: Behaviour) -> list[Piece]:
+    pieces = pieces_of(message, stop, wish.chunk_tokens)
+    if wish.error_event:
+        kept = 0 if wish.error_event == "first" else len(pieces) // 2
+        return [*pieces[: max(kept, 1)], _event(_error_shape(wish.status or 500, None), "")]
+    return pieces[:-1] if wish.no_done else pieces
+
+
+def pieces_of(message: dict[str, Any], stop: dict[str, Any], characters: int) -> list[Piece]:
+    """The events of a message, with pings and ones of a kind that nobody knows, so many characters in each delta."""
+    usage = message.get("usage")
     begun = {**message, "content": [], "stop_reason": None, "stop_details": None}
     if usage is not None:
         begun["usage"] = {**usage, "output_tokens": 1, "output_tokens_details": None}
     events: list[tuple[dict[str, Any], str]] = [({"type": "message_start", "message": begun}, "")]
     for index, block in enumerate(message["content"]):
-        events += _block_events(index, block, wish.chunk_tokens)
-    totals = {} if usage is None else {name: usage[name] for name in usage if name != "service_tier"}
+        events += _block_events(index, block, characters)
+    totals = {name: value for name, value in (usage or {}).items() if name != "service_tier"}
     events.append(({"type": "message_delta", "delta": stop, "usage": totals}, ""))
     events.append(({"type": "message_stop"}, ""))
     pieces = [_event(event, text) for event, text in events]
     pieces[-1] = Piece(pieces[-1].octets, usage=usage)
-    if wish.error_event:
-        kept = 0 if wish.error_event == "first" else len(pieces) // 2
-        return [*pieces[: max(kept, 1)], _event(_error_shape(wish.status or 500, None), "")]
-    return pieces[:-1] if wish.no_done else pieces
+    return pieces
 
 
 def _block_events(index: int, block: dict[str, Any], characters: int) -> Iterator[tuple[dict[str, Any], str]]:
