@@ -388,3 +388,13 @@ def test_the_reservation_bounds_the_charge(served, funded, client, fields):
     charge = charge_of(served, funded, answer)
     assert charge["shortfall"] == "0"
     assert Decimal(charge["charged"]) <= Decimal(charge["reserved"])
+
+
+def test_a_key_is_enough(tmp_path):
+    """With the name of its variable alone, the server starts and offers Claude at the prices that ship."""
+    text = '[server]\nport = 0\n[providers.anthropic]\nkind = "anthropic"\napi_key_env = "UPSTREAM_KEY"\n'
+    with serving(tmp_path, "sqlite+aiosqlite:///served.db", "", configuration=text) as server:
+        key = server.customer("a@example.com")
+        with server.client(key) as http:
+            model = http.get("/v1/models/claude-opus-5").json()
+    assert (model["providers"], model["max_output_tokens"]) == (["anthropic"], 128_000)
