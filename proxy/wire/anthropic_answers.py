@@ -248,7 +248,7 @@ def _tier(service_tier: str) -> str:
 
 
 def _call(block: _Block) -> dict[str, Any]:
-    arguments = "{}" if block.input is NULL else bytes(block.input).decode()
+    arguments = "{}" if block.input is NULL else bytes(block.input).decode(errors="replace")
     return {"id": block.id, "type": "function", "function": {"name": block.name, "arguments": arguments}}
 
 

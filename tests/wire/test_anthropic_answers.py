@@ -1,12 +1,15 @@
 import json
+from contextlib import suppress
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from openai.lib.streaming.chat import ChatCompletionStreamState
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 from proxy.metering import StreamMeter, failure_status, read_usage
 from proxy.units import Usage
-from proxy.wire.anthropic_answers import Chunks, NotAMessage, completion, failure
+from proxy.wire.anthropic_answers import _KNOWN, Chunks, NotAMessage, completion, failure
 from proxy.wire.sse import EventSplitter, event_data
 from tests.published_messages import OVERLOADED, STREAMS
 
@@ -131,6 +134,49 @@ def test_events_that_are_none(data):
     """They are an error, rather than left out of an answer."""
     with pytest.raises(NotAMessage):
         Chunks(1).feed(b"data: " + data + b"\n\n")
+
+
+ANY_JSON = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(), st.text(max_size=5)),
+    lambda inner: st.one_of(st.lists(inner, max_size=2), st.dictionaries(st.text(max_size=5), inner, max_size=2)),
+    max_leaves=4,
+)
+BLOCK_TYPES = ("text", "thinking", "redacted_thinking", "tool_use", "server_tool_use")
+FIELDS = {
+    "message": st.fixed_dictionaries({"id": st.just("m"), "model": st.just("m"), "content": st.just([])}),
+    "index": st.integers(0, 2),
+    "content_block": st.fixed_dictionaries(
+        {"type": st.sampled_from(BLOCK_TYPES)},
+        optional={name: st.text(max_size=5) for name in ("text", "thinking", "data", "id", "name")}
+        | {"input": ANY_JSON},
+    ),
+    "delta": st.fixed_dictionaries(
+        {},
+        optional={
+            name: st.text(max_size=5)
+            for name in ("type", "text", "partial_json", "thinking", "signature", "stop_reason")
+        },
+    ),
+    "usage": st.fixed_dictionaries({}, optional={"input_tokens": st.integers(), "output_tokens": st.integers()}),
+    "error": st.fixed_dictionaries({"type": st.text(max_size=5), "message": st.text(max_size=5)}),
+}
+KINDS = [*sorted(_KNOWN), "ping", "new"]
+EVENTS = st.fixed_dictionaries(
+    {"type": st.sampled_from(KINDS)}, optional={name: st.one_of(good, ANY_JSON) for name, good in FIELDS.items()}
+)
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.lists(EVENTS, max_size=8))
+def test_any_events(events):
+    """Whatever a provider sends in whatever order, OpenAI's types read what comes out, or it is an error."""
+    chunks, splitter = Chunks(1), EventSplitter(10**6)
+    with suppress(NotAMessage):
+        for event in events:
+            for out in splitter.feed(chunks.feed(b"data: " + json.dumps(event).encode() + b"\n\n")):
+                data = event_data(out)
+                if data != b"[DONE]" and not data.startswith(b'{"error"'):
+                    ChatCompletionChunk.model_validate_json(data)
 
 
 # ---- whole answers

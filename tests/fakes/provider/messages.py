@@ -42,7 +42,7 @@ def signed(thinking: str) -> str:
 
 def decide(served: Served) -> Answer:
     """The answer to a request that was read; fills in the journal's counts and behaviour."""
-    if not served.header("x-api-key"):
+    if not served.header("x-api-key") and not served.header("authorization").startswith("Bearer "):
         return _error(401, "x-api-key header is required")
     if not served.header("anthropic-version"):
         return _error(400, "anthropic-version: header is required")
