@@ -103,6 +103,12 @@ def test_messages_that_say_nothing():
     ]
 
 
+def test_a_refusal_in_a_conversation():
+    """It is what the assistant said."""
+    said = turns(HELLO, {"role": "assistant", "content": None, "refusal": "No."}, HELLO)
+    assert said[1] == {"role": "assistant", "content": [text("No.")]}
+
+
 def test_tools_in_a_conversation():
     """Calls follow the text, their results are the first of the next turn, and the user's text comes after them."""
     said = turns(
