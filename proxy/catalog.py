@@ -225,6 +225,7 @@ def _candidate(settings: ProviderSettings, state: ProviderState, model: str, ent
         knows_stream_options=settings.knows_stream_options,
         tokenizer=entry.tokenizer,
         image_tokens_max=entry.image_tokens_max,
+        tool_calls_max=entry.tool_calls_max,
         service_prices=entry.service_prices,
         dearest_price=dearest_price((entry.price, *entry.service_prices.values())) if entry.service_prices else None,
         is_local=state.is_local,

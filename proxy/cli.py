@@ -541,6 +541,25 @@ def audit(*, as_json: bool) -> None:
         sys.exit(1)
 
 
+@cli.command()
+@click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
+@json_option
+def backup(file: Path, *, as_json: bool) -> None:
+    """Write the books of an embedded database into a new FILE, also while a server runs.
+
+    PostgreSQL has its own means: pg_dump, or a base backup and its write-ahead log.
+    """
+    from proxy.storage.database import copy_sqlite  # noqa: PLC0415
+
+    async def work(books: "_Books") -> None:
+        if not books.configuration.is_embedded:
+            raise SettingsError("the books are on PostgreSQL: use pg_dump, which needs no help of ours")
+        copy_sqlite(books.configuration.sqlite_file, file)
+        _show({"file": str(file)}, f"The books are in {file}.", as_json=as_json)
+
+    _with_books(work)
+
+
 # ---- the price list
 
 

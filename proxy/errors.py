@@ -7,6 +7,7 @@
     ├── Unauthenticated             no key or token, or one that is unknown, revoked or expired
     │   └── WrongPassword
     ├── Forbidden                   the caller is known and may not do this
+    │   └── ModelNotAllowed
     ├── NotFound                    no such path or thing
     │   └── ModelNotFound
     ├── Conflict                    the same idempotency key with other values, a name that is taken
@@ -81,6 +82,14 @@ class Forbidden(TollgateError):
     def __init__(self, message: str, *, code: str) -> None:
         super().__init__(message)
         self.code = code
+
+
+class ModelNotAllowed(Forbidden):
+    """The caller may not use all of what would serve; `allowed` (`provider/model`) is what it may use of it."""
+
+    def __init__(self, allowed: tuple[str, ...]) -> None:
+        super().__init__("This caller may not use this model.", code="model_not_allowed")
+        self.allowed = allowed
 
 
 class NotFound(TollgateError):

@@ -23,6 +23,7 @@ from proxy.deadline import Deadline, within
 from proxy.errors import (
     InsufficientCredits,
     LedgerFault,
+    ModelNotAllowed,
     NotCovered,
     TollgateError,
     Unavailable,
@@ -42,14 +43,15 @@ from proxy.estimate import (
     maximum_taken,
     output_tokens_max,
     plausible_tokens_max,
+    tool_uses_max,
 )
 from proxy.identity.keys import Caller
 from proxy.ledger.decide import Receipt, Release, Reserve, Settle, Settled
 from proxy.ledger.ledger import Ledger
 from proxy.metering import BY_BYTES, Metered, StreamMeter, UsageSource, failure_status, meter_plain, stream_meter
-from proxy.pricing import Price, billed, cost, dearest_usage, provider_cost, tokens_payable_max
+from proxy.pricing import TOOL_CLASSES, Price, billed, cost, dearest_usage, provider_cost, tokens_payable_max
 from proxy.relay import Head, StreamRelay
-from proxy.routing import Candidate, Health, Offer, candidates, offers, retry_after_s
+from proxy.routing import Candidate, Health, Offer, candidates, offers, retry_after_s, terms
 from proxy.units import Usage, format_credits
 from proxy.upstream import Headers, Provider, ProviderCall, UpstreamResponse
 from proxy.upstream.media import check_media
@@ -217,7 +219,19 @@ class Exchange:
             request.service_tier,
             catalog.user_markups.get(call.caller.user_id),
             wants_audio=request.wants_audio,
+            tools=request.tools,
+            tool_calls_max=request.tool_calls_max,
         )
+        try:
+            return await self._hold(call, request, offered, started)
+        except ModelNotAllowed as exc:
+            allowed = tuple(offer for offer in offered if offer.candidate.target in exc.allowed)
+            if not allowed:
+                raise
+            return await self._hold(call, request, allowed, started)
+
+    async def _hold(self, call: Call, request: PaidRequest, offered: tuple[Offer, ...], started: float) -> _Open:
+        """Estimate and reserve, for whoever of `offered` will serve. Raises what `Ledger.reserve` does."""
         if request.is_unsized and any(offer.candidate.is_local for offer in offered):
             await check_media(call.body)
         estimated = estimate(request, len(call.body), offered)
@@ -259,6 +273,7 @@ class Exchange:
                 is_stream=request.is_stream,
                 token_version=call.caller.token_version,
                 client_request_id=call.client_request_id,
+                offers=msgspec.json.encode(terms(offered)).decode(),
             )
         )
         return reserved.amount
@@ -304,6 +319,8 @@ class Exchange:
         if response.status >= 300:
             raise await self._rejection(opened, response)
         try:
+            if _content_type(response.headers).startswith(b"text/html"):
+                raise UpstreamBroken("The provider answered with a web page.", provider=opened.candidate.provider)
             if _is_stream(opened.request, response.headers):
                 await self._relay_stream(opened, response, answer)
             else:
@@ -355,6 +372,8 @@ class Exchange:
     async def _relay_plain(self, opened: _Open, response: UpstreamResponse, answer: Answer) -> None:
         with _AtProvider(opened):
             body = await _read_all(response, self._limits.answer_bytes_max, opened.candidate.provider)
+        if not body:
+            raise UpstreamBroken("The provider's answer is empty.", provider=opened.candidate.provider)
         content = self._content(response, body)
         failed = failure_status(content)
         if failed is not None:
@@ -422,7 +441,12 @@ class Exchange:
 
     async def _relay_stream(self, opened: _Open, response: UpstreamResponse, answer: Answer) -> None:
         """Forward events as they come; hold back the end until the charge is durable."""
-        meter = stream_meter(opened.call.endpoint, METERED_BYTES_MAX, tokens_max=_plausible_max(opened))
+        meter = stream_meter(
+            opened.call.endpoint,
+            METERED_BYTES_MAX,
+            tokens_max=_plausible_max(opened),
+            counts_tools=bool(opened.request.tools),
+        )
         relayed = self._stream_relay(opened, response, answer, meter)
         encoding = relay.content_encoding(response.headers)
         chunks = response.chunks()
@@ -433,7 +457,7 @@ class Exchange:
             with _AtProvider(opened):
                 await relayed.forward(chunks)
         except UpstreamFailed as exc:
-            if not answer.is_started:
+            if not answer.is_started and not opened.is_stopped:
                 raise
             failure = exc
             if isinstance(exc, UpstreamTimeout) and answer.is_waiting:
@@ -605,6 +629,8 @@ def _provider_call(opened: _Open) -> ProviderCall:
             changes["stream_options"] = asking_for_usage(body)
     if request.must_unstore:
         changes["store"] = b"false"
+    if request.endpoint is Endpoint.RESPONSES and request.tools and request.tool_calls_max is None:
+        changes["max_tool_calls"] = str(tool_uses_max(request, candidate)).encode()
     changes |= _maximum_changes(opened)
     return ProviderCall(
         path=request.endpoint,
@@ -700,13 +726,24 @@ def _bound(opened: _Open) -> Usage:
     if maximum is None:
         maximum = output_tokens_max(opened.request, candidate)
     output = (maximum + estimated.prediction_tokens) * estimated.choices
-    return Usage(input=input_bound(estimated, candidate), output=output)
+    usage = Usage(input=input_bound(estimated, candidate), output=output)
+    if not estimated.tools:
+        return usage
+    uses = dearest_usage(0, 0, opened.offer.price, tools=estimated.tools, tool_uses=tool_uses_max(estimated, candidate))
+    return msgspec.structs.replace(usage, **{name: getattr(uses, name) for name in TOOL_CLASSES})
 
 
 def _assumed(opened: _Open) -> Metered:
     """The whole reservation: nobody knows what was used."""
     bound = _bound(opened)
-    usage = dearest_usage(bound.input, bound.output, opened.offer.price, images=opened.estimated.images)
+    usage = dearest_usage(
+        bound.input,
+        bound.output,
+        opened.offer.price,
+        images=opened.estimated.images,
+        tools=opened.estimated.tools,
+        tool_uses=bound.tool_uses,
+    )
     return Metered(usage, UsageSource.ASSUMED)
 
 
@@ -771,10 +808,14 @@ def _error_event(failure: TollgateError, endpoint: Endpoint) -> bytes:
 
 def _is_stream(request: PaidRequest, headers: Headers) -> bool:
     """Whether an answer is a stream of events: it says so, or it was asked for and does not say that it is not."""
-    content_type = next((value.lower() for name, value in headers if name == b"content-type"), b"")
+    content_type = _content_type(headers)
     if content_type.startswith(b"text/event-stream"):
         return True
     return request.is_stream and b"json" not in content_type
+
+
+def _content_type(headers: Headers) -> bytes:
+    return next((value.strip().lower() for name, value in headers if name == b"content-type"), b"")
 
 
 def _is_passing(status: int) -> bool:

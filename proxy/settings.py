@@ -188,6 +188,8 @@ class RateSettings(_Section, frozen=True):
     output: Decimal
     cached_input: Decimal | None = None
     cache_write: Decimal | None = None
+    cache_write_1h: Decimal | None = None
+    """For an hour; none: what `cache_write` costs."""
     audio_input: Decimal | None = None
     audio_output: Decimal | None = None
 
@@ -199,10 +201,16 @@ class LongContextSettings(RateSettings, frozen=True, kw_only=True):
 
 
 class ServicePriceSettings(RateSettings, frozen=True, kw_only=True):
-    """Dollars per million tokens, and for one image and one request."""
+    """Dollars per million tokens, for one image, for one request, and for one use of each tool that the provider runs.
+
+    A tool without a price is not for sale. One use of the code interpreter is one container.
+    """
 
     image: Decimal | None = None
     request: Decimal | None = None
+    web_search: Decimal | None = None
+    file_search: Decimal | None = None
+    code_interpreter: Decimal | None = None
     long_context: list[LongContextSettings] = []
 
 
@@ -214,6 +222,8 @@ class PriceSettings(ServicePriceSettings, frozen=True, kw_only=True):
     context_tokens: PositiveInt | None = None
     image_tokens_max: PositiveInt | None = None
     """The most tokens that one image can become; without it, the whole context."""
+    tool_calls_max: Annotated[int, msgspec.Meta(ge=1, le=10_000)] | None = None
+    """The most uses of the provider's tools in one call that names no maximum of its own; without one it is refused."""
     tokenizer: str | None = None
     maximum_field: MaximumField | None = None
     """The field in which this model takes its maximum; reasoning models know only the second one."""
@@ -371,9 +381,9 @@ def _check(settings: Settings, path: Path) -> None:
 def check_price(price: PriceSettings) -> None:
     """Raises `AmountError`, which begins with the place, when one of the prices is out of range."""
     for place, rates in _rates_in(price):
-        for name in (*RateSettings.__struct_fields__, "image", "request"):
+        for name in (*RateSettings.__struct_fields__, *_BILLED_EACH):
             value = getattr(rates, name, None)
-            most = _DOLLARS_EACH_MAX if name in {"image", "request"} else _DOLLARS_PER_MTOK_MAX
+            most = _DOLLARS_EACH_MAX if name in _BILLED_EACH else _DOLLARS_PER_MTOK_MAX
             if value is not None and not (value.is_finite() and 0 <= value <= most):
                 raise AmountError(f"{place}{name}: must be from 0 to {most} dollars")
 
@@ -419,8 +429,10 @@ _LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
 _DOLLARS_PER_MTOK_MAX = 1_000_000
 """A dollar a token: more is a slip of the keyboard, and less keeps any one call within 64 bits."""
 
+_BILLED_EACH = ("image", "request", "web_search", "file_search", "code_interpreter")
+
 _DOLLARS_EACH_MAX = 1_000
-"""For one image or request: likewise."""
+"""For one image, request or use of a tool: likewise."""
 
 
 def _check_target(target: str, settings: Settings, place: str) -> None:

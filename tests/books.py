@@ -17,11 +17,15 @@ from proxy.ledger.ledger import Ledger
 from proxy.ledger.recovery import Lease
 from proxy.ledger.store import PostgresStore, SqliteStore, Store
 from proxy.pricing import Price, cost, provider_cost
+from proxy.routing import Terms
 from proxy.storage import database
 from proxy.units import Usage, new_id
 
 PRICE = Price(input=10**6, cached_input=10**6, cache_write=10**6, audio_input=10**6, output=10**6, audio_output=10**6)
 """A nano-dollar a token: without markup a usage of n tokens costs n nano-credits."""
+
+OFFERS = msgspec.json.encode([Terms("fake", "model", PRICE, 0)]).decode()
+"""What calls of that model are reserved at."""
 
 
 class Person(msgspec.Struct, frozen=True):

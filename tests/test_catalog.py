@@ -262,6 +262,8 @@ def test_dollars_become_an_entry():
         request=10_000_000 * 10**6,
     )
     assert is_exact
+    settings = PriceSettings(input=Decimal(1), output=Decimal(4), cache_write=Decimal(2), cache_write_1h=Decimal(3))
+    assert entry_of(settings)[0].price.cache_write_1h == 3 * 10**9
 
 
 async def test_anthropic_has_its_own_list(books, tmp_path):
@@ -300,3 +302,5 @@ def test_the_list_that_ships_can_be_booked():
         "together/meta-llama/Llama-3.3-70B-Instruct-Turbo",
     } <= bounded
     assert ADMIN not in {each.provider for each in rows}
+    claude = next(each.entry.price for each in rows if each.target == "anthropic/claude-sonnet-4-5")
+    assert (claude.cache_write_1h, claude.cache_write) == (2 * claude.input, claude.input * 5 // 4)

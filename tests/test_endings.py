@@ -248,6 +248,19 @@ def test_leaving_an_idle_stream_that_can_be_counted_ends_it_at_once(served, key)
     assert paid(charge) == ("settled", "client_left", "counted")
 
 
+def test_leaving_a_stream_of_which_only_usage_has_come_costs_that(served, key):
+    """It was not shown to the client, but it is known."""
+    usage = f"data: {json.dumps({'choices': [], 'usage': {'prompt_tokens': 50, 'completion_tokens': 0}})}\n\n"
+    awaited = awaited_charge(served, key)
+    body = request(Endpoint.CHAT, "counted", stream=True, raw=usage + " " * len(usage), stall="mid")
+    client = Leaver(served, key, Endpoint.CHAT, body)
+    time.sleep(0.2)
+    client.leave()
+    charge = awaited()
+    assert paid(charge) == ("settled", "client_left", "reported")
+    assert charge["usage"] == {"input": 50}
+
+
 def test_leaving_an_idle_stream_that_cannot_be_counted_costs_the_reservation(served, key):
     """Its provider falls silent, and nobody knows what it has done."""
     client = Leaver(served, key, Endpoint.CHAT, request(Endpoint.CHAT, stream=True, stall="mid"))
@@ -468,12 +481,13 @@ def test_a_plain_answer_that_cannot_be_booked_is_not_sent_and_costs_nothing(serv
     with held(database, served):
         client.read_until(b"\r\n\r\n")
     assert client.read.startswith(b"HTTP/1.1 503")
-    charge = served.ended(key, client.request_id, within_s=20)
-    assert charge["refunded"] == charge["charged"]
+    served.ended(key, client.request_id, within_s=20)
     give_up_at = time.monotonic() + 10
-    while served.balance(key) != before:
+    while served.balance(key) != before:  # what was booked is given back by the operation after it
         assert time.monotonic() < give_up_at, served.balance(key)
         time.sleep(0.05)
+    charge = served.charge(key, client.request_id)
+    assert charge["refunded"] == charge["charged"]
     client.leave()
 
 

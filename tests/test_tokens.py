@@ -1,6 +1,9 @@
 """Counting by the published tokenizers, on vocabularies from a package."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import tiktoken
@@ -17,6 +20,32 @@ def test_the_published_vocabularies(tokenizer, expected, monkeypatch):
     """They need no network: the environment's own cache is left as it was."""
     monkeypatch.delenv("TIKTOKEN_CACHE_DIR", raising=False)
     assert tokens.count(tokenizer, ["hello world"]) == expected
+
+
+FIRST_COUNTS = """
+import os, threading
+from concurrent.futures import ThreadPoolExecutor
+from proxy import tokens
+
+environ = dict(os.environ)
+all_ready = threading.Barrier(4)
+
+def counted(tokenizer):
+    all_ready.wait(10)
+    return tokens.count(tokenizer, ["hello world"])
+
+with ThreadPoolExecutor(4) as pool:
+    assert list(pool.map(counted, ["o200k_base", "cl100k_base"] * 2)) == [2] * 4
+assert dict(os.environ) == environ
+"""
+
+
+def test_threads_that_count_for_the_first_time_at_once():
+    """Each gets its count, and the environment is left as it was."""
+    environ = {name: value for name, value in os.environ.items() if name != "TIKTOKEN_CACHE_DIR"}
+    program = [sys.executable, "-c", FIRST_COUNTS]
+    done = subprocess.run(program, env=environ, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 0, done.stderr
 
 
 def test_only_these_are_known():

@@ -25,7 +25,7 @@ from proxy.errors import BadRequest, NotFound
 from proxy.identity.keys import Caller, Scope
 from proxy.identity.users import find_user
 from proxy.pricebook import entry_of
-from proxy.pricing import MarkupKind, cost, provider_cost
+from proxy.pricing import TOOL_CLASSES, TOOL_USES_MAX, MarkupKind, cost, provider_cost
 from proxy.routing import Candidate, candidates
 from proxy.settings import PriceSettings, check_price
 from proxy.storage.database import reading
@@ -34,6 +34,7 @@ from proxy.units import AmountError, Usage, format_credits, format_instant, form
 AdminRequest = Request[Caller, Any, Any]
 Percent = str | int | float
 Tokens = Annotated[int, Meta(ge=0, le=10**9)]
+ToolUses = Annotated[int, Meta(ge=0, le=TOOL_USES_MAX)]
 
 
 class Markup(msgspec.Struct):
@@ -73,10 +74,14 @@ class Hypothesis(msgspec.Struct, forbid_unknown_fields=True):
     input_tokens: Tokens = 0
     cached_input_tokens: Tokens = 0
     cache_write_tokens: Tokens = 0
+    cache_write_1h_tokens: Tokens = 0
     audio_input_tokens: Tokens = 0
     output_tokens: Tokens = 0
     audio_output_tokens: Tokens = 0
     images: Annotated[int, Meta(ge=0, le=20_000)] = 0
+    web_search_uses: ToolUses = 0
+    file_search_uses: ToolUses = 0
+    code_interpreter_uses: ToolUses = 0
 
 
 class AppliedRule(msgspec.Struct):
@@ -253,12 +258,19 @@ def _quote(catalog: Catalog, user_id: str | None, data: Hypothesis, candidate: C
         input=data.input_tokens,
         cached_input=data.cached_input_tokens,
         cache_write=data.cache_write_tokens,
+        cache_write_1h=data.cache_write_1h_tokens,
         audio_input=data.audio_input_tokens,
         output=data.output_tokens,
         audio_output=data.audio_output_tokens,
         images=data.images,
         requests=1,
+        web_search=data.web_search_uses,
+        file_search=data.file_search_uses,
+        code_interpreter=data.code_interpreter_uses,
     )
+    for name in TOOL_CLASSES:
+        if getattr(usage, name) and getattr(price, name) is None:
+            raise BadRequest(f"'{name}' is not priced here.", param=f"{name}_uses", code="unsupported_parameter")
     theirs, charged = provider_cost(usage, price), cost(usage, price, rule.bps)
     return Quote(
         provider=candidate.provider,

@@ -18,6 +18,7 @@ from proxy.errors import BadRequest, NotFound
 from proxy.identity.keys import Caller
 from proxy.identity.keys import Scope as KeyScope
 from proxy.pricing import Price
+from proxy.routing import Terms
 from proxy.storage.database import reading
 from proxy.storage.tables import credit_transactions, reservations, wallets
 from proxy.units import format_credits, format_instant, format_percent, is_id
@@ -54,8 +55,17 @@ class TransactionPage(msgspec.Struct):
     next_cursor: str | None
 
 
+class OfferItem(msgspec.Struct):
+    """Who might serve a call, at the prices and the markup of its start; of service tiers and prices the dearest."""
+
+    provider: str
+    model: str
+    prices: dict[str, Any]
+    markup_percent: str
+
+
 class Charge(msgspec.Struct):
-    """The receipt of one call."""
+    """The receipt of one call: `offers` are what it was reserved at, `prices` what it was charged at."""
 
     request_id: str
     client_request_id: str | None
@@ -69,6 +79,7 @@ class Charge(msgspec.Struct):
     prices: dict[str, Any] | None
     provider_cost: str | None
     markup_percent: str | None
+    offers: list[OfferItem] | None
     reserved: str
     charged: str
     shortfall: str
@@ -170,6 +181,7 @@ async def charge(request: CallerRequest, engine: NamedDependency[AsyncEngine], r
         prices=None if row.price is None else shown_price(msgspec.convert(row.price, Price)),
         provider_cost=None if row.provider_cost is None else format_credits(row.provider_cost),
         markup_percent=None if row.markup_bps is None else format_percent(row.markup_bps),
+        offers=None if row.offers is None else [_offer(each) for each in msgspec.convert(row.offers, list[Terms])],
         reserved=format_credits(row.amount),
         charged=format_credits(row.charged),
         shortfall=format_credits(row.shortfall),
@@ -179,6 +191,10 @@ async def charge(request: CallerRequest, engine: NamedDependency[AsyncEngine], r
         ttft_ms=row.ttft_ms,
         duration_ms=row.duration_ms,
     )
+
+
+def _offer(terms: Terms) -> OfferItem:
+    return OfferItem(terms.provider, terms.model, shown_price(terms.price), format_percent(terms.markup_bps))
 
 
 def _cursor_at(seq: int) -> str:

@@ -28,6 +28,7 @@ TABLE: dict[type[errors.TollgateError], tuple[int, str, str | None]] = {
     errors.InsufficientCredits: (402, "insufficient_quota", "insufficient_credits"),
     errors.KeyLimitReached: (402, "insufficient_quota", "key_limit_reached"),
     errors.Forbidden: (403, "permission_error", None),
+    errors.ModelNotAllowed: (403, "permission_error", None),
     errors.NotFound: (404, "invalid_request_error", None),
     errors.ModelNotFound: (404, "invalid_request_error", None),
     errors.Conflict: (409, "invalid_request_error", None),

@@ -75,9 +75,9 @@ async def models(
     allowances = await _allowances(engine, request.user)
     return ModelList(
         [
-            _model(name, found, catalog.user_markups.get(request.user.user_id))
+            _model(name, allowed, catalog.user_markups.get(request.user.user_id))
             for name, found in sorted(catalog.models.items())
-            if _is_allowed(found, allowances)
+            if (allowed := _allowed(found, allowances))
         ]
     )
 
@@ -96,10 +96,10 @@ async def model(
 ) -> Model:
     """One model by its name, which may hold a slash."""
     name = model_id.removeprefix("/")
-    found = candidates(catalog.models, name)
-    if not _is_allowed(found, await _allowances(engine, request.user)):
+    allowed = _allowed(candidates(catalog.models, name), await _allowances(engine, request.user))
+    if not allowed:
         raise ModelNotFound(name)
-    return _model(name, found, catalog.user_markups.get(request.user.user_id))
+    return _model(name, allowed, catalog.user_markups.get(request.user.user_id))
 
 
 def _model(name: str, found: Sequence[Candidate], markup_bps: int | None) -> Model:
@@ -127,9 +127,9 @@ async def _allowances(engine: AsyncEngine, caller: Caller) -> list[list[str] | N
         return await allowed_models(connection, caller)
 
 
-def _is_allowed(found: Sequence[Candidate], allowances: Sequence[list[str] | None]) -> bool:
-    """Whether the ledger would let the caller reserve for all of `found`."""
-    return all(allows(patterns, candidate.target) for patterns in allowances for candidate in found)
+def _allowed(found: Sequence[Candidate], allowances: Sequence[list[str] | None]) -> list[Candidate]:
+    """Those of `found` that the ledger lets the caller use."""
+    return [candidate for candidate in found if all(allows(patterns, candidate.target) for patterns in allowances)]
 
 
 def paid_handlers(exchange: Exchange, body_limits: BodyLimits, *, stall_s: float) -> list[ASGIRouteHandler]:

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import uvicorn
 from litestar.types import ASGIApp
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from proxy.units import new_id
 from proxy.wire.objects import error_body
@@ -77,6 +77,20 @@ class _Joining:
         """Close, once everything is sent."""
         self.let_go()
         self._transport.close()
+
+
+class _UnframedCycle(RequestResponseCycle):
+    """The answer to a client of HTTP/1.0, which knows no chunks: without a length it ends with the connection."""
+
+    async def send(self, message: Any) -> None:
+        """Let uvicorn take each piece for the last one of a body of known length."""
+        if message["type"] == "http.response.start":
+            is_sized = any(name.lower() == b"content-length" for name, _ in message.get("headers", ()))
+            self.chunked_encoding = None if is_sized else False
+            self._is_unframed = not is_sized
+        elif self._is_unframed:
+            self.expected_content_length = len(message.get("body", b""))
+        await super().send(message)
 
 
 class LimitedProtocol(HttpToolsProtocol):
@@ -162,6 +176,8 @@ class LimitedProtocol(HttpToolsProtocol):
         if sum(map(len, chain.from_iterable(self.headers))) + len(self.url) > HEAD_BYTES_MAX:
             raise ValueError("the head is too large")  # the parser turns it into its own error, and that into a 400
         super().on_headers_complete()
+        if self.scope["http_version"] == "1.0":
+            self.cycle.__class__ = _UnframedCycle  # before its task runs for the first time
 
     def on_message_complete(self) -> None:
         """The request is there: what comes next is the head of another one."""

@@ -6,7 +6,8 @@ import msgspec
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from proxy.pricing import Price, cost, provider_cost
+from proxy.pricing import Price, cost, is_no_dearer, provider_cost
+from proxy.routing import Terms
 from proxy.storage.database import database_now, reading
 from proxy.units import MICROS_PER_SECOND, Usage
 
@@ -139,8 +140,8 @@ _DEDUCTED = (
 )
 
 _CHARGES = (
-    "SELECT id, usage, price, markup_bps, cost, charged, shortfall, provider_cost FROM reservations"
-    " WHERE state = 'settled'"
+    "SELECT id, usage, price, markup_bps, cost, charged, shortfall, provider_cost, provider, request_model, offers"
+    " FROM reservations WHERE state = 'settled'"
 )
 
 
@@ -221,13 +222,14 @@ async def _run(connection: AsyncConnection, check: Check, findings: list[Finding
 async def _reproduce(connection: AsyncConnection, report: Report) -> None:
     """I8: each charge follows from its stored usage, prices and markup. I9: the sums of all charges agree."""
     wrong = Finding("I8", "each charge follows from its stored usage, prices and markup", 0, [])
+    changed = Finding("I8", "each charge is at the markup, and within the prices, that its call was reserved at", 0, [])
     totals = report.totals
     async for row in await connection.stream(sa.text(_CHARGES)):
         expected = _expected(row)
         if (row.cost, row.provider_cost, row.charged + row.shortfall) != expected:
-            wrong.count += 1
-            if wrong.count <= ROWS_MAX:
-                wrong.rows.append({"reservation_id": row.id, "cost": row.cost, "expected": expected and expected[0]})
+            _note(wrong, {"reservation_id": row.id, "cost": row.cost, "expected": expected and expected[0]})
+        if row.offers is not None and not _is_as_reserved(row):
+            _note(changed, {"reservation_id": row.id, "provider": row.provider, "markup_bps": row.markup_bps})
         totals.calls += 1
         totals.charged += row.charged
         totals.shortfall += row.shortfall
@@ -235,8 +237,7 @@ async def _reproduce(connection: AsyncConnection, report: Report) -> None:
         if expected is not None:
             totals.markup += expected[0] - expected[1]
     totals.deducted = (await connection.execute(sa.text(_DEDUCTED))).scalar_one()
-    if wrong.count:
-        report.violations.append(wrong)
+    report.violations += [finding for finding in (wrong, changed) if finding.count]
     for says, is_true in (
         (
             "all charges and shortfalls are the providers' cost and the markup",
@@ -256,6 +257,25 @@ def _expected(row: Any) -> tuple[int, int, int] | None:
     except (msgspec.MsgspecError, TypeError):
         return None
     return total, provider_cost(usage, price), total
+
+
+def _note(finding: Finding, row: Row) -> None:
+    finding.count += 1
+    if finding.count <= ROWS_MAX:
+        finding.rows.append(row)
+
+
+def _is_as_reserved(row: Any) -> bool:
+    """Whether a settled call was charged at the terms of one of the offers that it was reserved for."""
+    try:
+        offers, price = _decode(row.offers, list[Terms]), _decode(row.price, Price)
+    except (msgspec.MsgspecError, TypeError):
+        return False
+    return any(
+        (each.provider, each.model, each.markup_bps) == (row.provider, row.request_model, row.markup_bps)
+        and (price == each.price or is_no_dearer(price, each.price))
+        for each in offers
+    )
 
 
 def _decode(value: Any, type_: type[T]) -> T:

@@ -185,7 +185,8 @@ class Reserve(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """Hold credits for the call `id`: at least `at_least`, at most `at_most`, else nothing.
 
     `window_tokens` is what it counts against tokens a minute until it is settled, `models` everything that may
-    serve it (`provider/model`), `token_version` that of the JWT that came with it, None with an API key.
+    serve it (`provider/model`), `token_version` that of the JWT that came with it, None with an API key. `offers` is
+    kept for the record: JSON, a list of `routing.Terms`.
     """
 
     id: str
@@ -200,6 +201,7 @@ class Reserve(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     is_stream: bool
     token_version: int | None = None
     client_request_id: str | None = None
+    offers: str | None = None
 
 
 class Settle(msgspec.Struct, frozen=True, kw_only=True, gc=False):
@@ -276,7 +278,10 @@ class Reserved(msgspec.Struct, frozen=True, gc=False):
 
 
 class Refused(msgspec.Struct, frozen=True, kw_only=True, gc=False):
-    """Nothing is held. Amounts are those of the wallet, or of the key for `KEY_LIMIT`; `retry_after_s` for rates."""
+    """Nothing is held. Amounts are those of the wallet, or of the key for `KEY_LIMIT`; `retry_after_s` for rates.
+
+    `allowed` are those of the operation's models that the caller may use, for `MODEL_NOT_ALLOWED`.
+    """
 
     reason: Refusal
     required: Nanos = 0
@@ -284,6 +289,7 @@ class Refused(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     reserved: Nanos = 0
     is_temporary: bool = False
     retry_after_s: int = 0
+    allowed: tuple[str, ...] = ()
 
 
 class Settled(msgspec.Struct, frozen=True, kw_only=True, gc=False):
@@ -444,7 +450,8 @@ class _Decider:
             return Refused(reason=Refusal.INVALID_KEY)
         allowances = (user.allowed_models, key.allowed_models if key is not None else None)
         if not all(allows(patterns, model) for patterns in allowances for model in operation.models):
-            return Refused(reason=Refusal.MODEL_NOT_ALLOWED)
+            allowed = [model for model in operation.models if all(allows(patterns, model) for patterns in allowances)]
+            return Refused(reason=Refusal.MODEL_NOT_ALLOWED, allowed=tuple(allowed))
         return None
 
     def refuse_rate(self, operation: Reserve, user: User, wallet: Wallet, key: Key | None) -> Refused | None:

@@ -12,6 +12,7 @@ from proxy.errors import (
     InsufficientCredits,
     KeyLimitReached,
     LedgerFault,
+    ModelNotAllowed,
     NotFound,
     RateLimited,
     TollgateError,
@@ -185,7 +186,7 @@ def _refusal(refused: Refused) -> TollgateError:
         case Refusal.CONCURRENCY:
             return RateLimited("Too many calls at once.", retry_after_s=refused.retry_after_s)
         case Refusal.MODEL_NOT_ALLOWED:
-            return Forbidden("This caller may not use this model.", code="model_not_allowed")
+            return ModelNotAllowed(refused.allowed)
         case Refusal.INACTIVE_USER:
             return Forbidden("This account is not active.", code="inactive_user")
         case Refusal.UNKNOWN_CALLER | Refusal.INVALID_KEY | Refusal.STALE_TOKEN:

@@ -89,6 +89,7 @@ RESERVED_COLUMNS = {
     "original_model": "text",
     "is_stream": "bool",
     "created_at": "int",
+    "offers": "json",
 }
 CLOSED_COLUMNS = {
     "id": "text",

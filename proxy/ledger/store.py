@@ -145,6 +145,7 @@ def _writes(changes: Changes, owner_id: str | None) -> list[tuple[sql.Statement,
             reservation.original_model,
             operation.is_stream,
             reservation.created_at,
+            operation.offers,
         )
         for reservation, operation in changes.reserved.values()
     ]

@@ -7,8 +7,9 @@ loses updates without an error.
 
 import fcntl
 import os
+import sqlite3
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,7 @@ from proxy.units import Micros, now_micros
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-SCHEMA_HEAD = "0003"
+SCHEMA_HEAD = "0005"
 """The revision this code is written for: the newest file in `migrations/versions`."""
 
 CONNECTIONS_MAX = 5
@@ -198,6 +199,40 @@ def _migrations() -> Path:
 def name_of(engine: AsyncEngine) -> str:
     """The engine's database for people, without its password."""
     return engine.url.render_as_string(hide_password=True)
+
+
+# ---- a copy of an embedded database
+
+
+def copy_sqlite(source: Path, copy: Path) -> None:
+    """Write the database `source` as it is at this moment into the new file `copy`, which is whole or not there.
+
+    Whoever writes to `source` meanwhile is not kept waiting. Raises `SettingsError` when `copy` exists or cannot be
+    written.
+    """
+    unfinished = copy.with_name(f"{copy.name}.unfinished")
+    try:
+        os.close(os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600))  # it holds hashes of passwords
+        with closing(sqlite3.connect(source)) as read, closing(sqlite3.connect(unfinished)) as written:
+            read.backup(written)  # in one step, and so of one moment
+            written.execute("PRAGMA journal_mode = DELETE")  # nothing of it is left in a file beside it
+        _flush(unfinished)
+        os.link(unfinished, copy)
+        _flush(copy.parent)
+    except FileExistsError as exc:
+        raise SettingsError(f"{copy} is there already: a backup overwrites nothing") from exc
+    except OSError as exc:
+        raise SettingsError(f"{copy} cannot be written: {exc.strerror}") from exc
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _flush(path: Path) -> None:
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
 
 
 # ---- the one process of an embedded database

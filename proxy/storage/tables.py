@@ -140,6 +140,7 @@ reservations = sa.Table(
     sa.Column("ttft_ms", sa.BigInteger),
     sa.Column("duration_ms", sa.BigInteger),
     sa.Column("settled_at", sa.BigInteger),
+    sa.Column("offers", sa.JSON(none_as_null=True)),
     sa.CheckConstraint("state IN ('open', 'settled', 'released', 'expired')", name="state"),
     sa.CheckConstraint("amount >= 0 AND charged >= 0 AND shortfall >= 0", name="amounts"),
     sa.CheckConstraint("refunded >= 0 AND refunded <= charged", name="refunded"),

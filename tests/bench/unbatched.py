@@ -352,6 +352,7 @@ def _reserve_values(operation: Reserve, wallet: Any, caller: Any, owner_id: str)
         "window_tokens": operation.window_tokens,
         "original_model": operation.original_model,
         "is_stream": operation.is_stream,
+        "offers": operation.offers,
         "created_at": now,
         "window": _window(now),
     }

@@ -11,10 +11,10 @@ import sqlalchemy as sa
 from proxy.ledger.audit import ROWS_MAX, Report, Totals
 from proxy.ledger.decide import Credit, CreditType
 from proxy.ledger.ledger import Ledger
-from proxy.pricing import cost
+from proxy.pricing import cost, provider_cost
 from proxy.storage import database
 from proxy.units import Usage
-from tests.books import PRICE, Books, Person, opened_books, release_of, reserve_of, settle_of
+from tests.books import OFFERS, PRICE, Books, Person, opened_books, release_of, reserve_of, settle_of
 
 
 class Kept(NamedTuple):
@@ -122,6 +122,7 @@ SETTLED = "every settled reservation has one deduction"
 REFUNDS = "what a call gave back is the sum of its refunds"
 LEASE = "nothing is open of an instance whose lease ended over a minute ago"
 CHARGE = "each charge follows from its stored usage, prices and markup"
+AS_RESERVED = "each charge is at the markup, and within the prices, that its call was reserved at"
 MARGIN = "all charges and shortfalls are the providers' cost and the markup"
 TAKEN = "all charges are what the journal deducted"
 
@@ -297,6 +298,44 @@ async def test_one_wrong_row_is_found_by_one_check(kept, falsehood):
     assert shows.items() <= finding.rows[0].items()
     assert (finding.count, len(finding.rows)) == (1, 1)
     assert not report.is_clean
+
+
+@pytest.mark.parametrize(
+    ("charged_at", "is_kept"),
+    [
+        ({}, True),
+        ({"price": PRICE.marked_up(-5000)}, True),
+        ({"price": PRICE.marked_up(1)}, False),
+        ({"markup_bps": 1}, False),
+        ({"provider": "other"}, False),
+        ({"request_model": "other"}, False),
+    ],
+)
+async def test_a_charge_is_at_what_its_call_was_reserved_at(kept, charged_at, is_kept):
+    """At the markup of one of its offers, and at no more than its prices: a cheaper service tier may have served."""
+    reserve = reserve_of(kept.person, 10, offers=OFFERS)
+    await kept.books.ledger.reserve(reserve)
+    used = Usage(output=10)
+    price, bps = charged_at.get("price", PRICE), charged_at.get("markup_bps", 0)
+    facts = {name: value for name, value in charged_at.items() if name != "price"}
+    plain = settle_of(reserve, 10)
+    receipt = msgspec.structs.replace(
+        plain.receipt,
+        price=msgspec.json.encode(price).decode(),
+        provider_cost=provider_cost(used, price),
+        **facts,
+    )
+    settle = msgspec.structs.replace(plain, cost=cost(used, price, bps), receipt=receipt)
+    await kept.books.ledger.settle(settle)
+    assert found(await kept.books.audit()) == ([] if is_kept else [("I8", AS_RESERVED)])
+
+
+async def test_offers_that_cannot_be_read_are_found(kept):
+    """They would prove nothing."""
+    reserve = reserve_of(kept.person, 10, offers='[{"provider":1}]')
+    await kept.books.ledger.reserve(reserve)
+    await kept.books.ledger.settle(settle_of(reserve, 10))
+    assert found(await kept.books.audit()) == [("I8", AS_RESERVED)]
 
 
 async def test_a_charge_that_is_not_the_cost_breaks_the_totals_too(kept):

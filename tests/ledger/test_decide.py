@@ -201,19 +201,21 @@ def test_patterns_of_models(patterns, model, is_allowed):
 
 
 @pytest.mark.parametrize(
-    ("of_user", "of_key", "models", "is_allowed"),
+    ("of_user", "of_key", "models", "allowed"),
     [
-        (["a*"], ["*b"], ("p/ab",), True),
-        (["a*"], ["*b"], ("p/ac",), False),
-        (["a*"], ["*b"], ("p/cb",), False),
-        (["p/*"], None, ("p/a", "q/a"), False),
-        (["a"], None, ("p/a", "q/a"), True),
+        (["a*"], ["*b"], ("p/ab",), ("p/ab",)),
+        (["a*"], ["*b"], ("p/ac",), ()),
+        (["a*"], ["*b"], ("p/cb",), ()),
+        (["p/*"], None, ("p/a", "q/a"), ("p/a",)),
+        (["p/*", "q/*"], ["a"], ("p/b", "q/a", "p/a", "r/a"), ("q/a", "p/a")),
+        (["a"], None, ("p/a", "q/a"), ("p/a", "q/a")),
     ],
 )
-def test_user_and_key_must_both_allow_every_candidate(of_user, of_key, models, is_allowed):
-    """What may serve a call is all of it allowed, by the user and by the key, or the call is refused."""
+def test_user_and_key_must_both_allow_every_candidate(of_user, of_key, models, allowed):
+    """What may serve a call is all of it allowed, by the user and by the key, or the refusal says what of it is."""
     state = state_of(user={"allowed_models": of_user}, key={"allowed_models": of_key})
-    outcome = Reserved(10) if is_allowed else invalid(Refusal.MODEL_NOT_ALLOWED)
+    refused = Refused(reason=Refusal.MODEL_NOT_ALLOWED, allowed=allowed)
+    outcome = Reserved(10) if allowed == models else refused
     assert happens(state, [reserve("a", 10, models=models)]) == [outcome]
 
 

@@ -21,7 +21,9 @@ class Behaviour:
                       responses). Once the results of tools come after the message that asked for it, the reply is text
     blocks            it is these blocks of content (messages)
     stop_reason       it ends for this reason (messages)
-    ignore_max        it ignores the request's maximum of tokens
+    hosted_tools      it uses these tools of the provider's first: items of responses such as `web_search_call`, or
+                      `open_page` for a page that a search found; each adds `FOUND_TOKENS` to the prompt
+    ignore_max        it ignores the request's maximum of tokens, and of uses of tools
 
     The answer around it:
     chunk_tokens      characters in each event of a stream (one token each, in ASCII)
@@ -80,6 +82,7 @@ class Behaviour:
     tool_calls: list[dict[str, Any]] | None = None
     blocks: list[dict[str, Any]] | None = None
     stop_reason: str | None = None
+    hosted_tools: list[str] = field(default_factory=list)
     ignore_max: bool = False
     chunk_tokens: int = 4
     usage: Literal["normal", "none", "cached", "reasoning", "hidden", "implausible"] | dict[str, Any] = "normal"
