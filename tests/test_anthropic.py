@@ -34,6 +34,7 @@ candidates = ["claude/claude-opus-5", "demo/demo-chat"]
 input = "1"
 cached_input = "0.1"
 cache_write = "1.25"
+cache_write_1h = "2"
 output = "5"
 max_output_tokens = 64000
 context_tokens = 200000
@@ -116,7 +117,7 @@ def charge_of(served, key, answer):
 
 def expected(usage):
     """What that costs at the configured prices of `MODEL`, with the markup."""
-    prices = {"input": "1", "cached_input": "0.1", "cache_write": "1.25", "output": "5"}
+    prices = {"input": "1", "cached_input": "0.1", "cache_write": "1.25", "cache_write_1h": "2", "output": "5"}
     return sum(Decimal(prices[name]) * count for name, count in usage.items() if name in prices) * MARKUP / 10**6
 
 
@@ -140,12 +141,19 @@ USAGE = {
     "input_tokens": 100,
     "cache_creation_input_tokens": 200,
     "cache_read_input_tokens": 300,
-    "cache_creation": {"ephemeral_5m_input_tokens": 200, "ephemeral_1h_input_tokens": 0},
+    "cache_creation": {"ephemeral_5m_input_tokens": 120, "ephemeral_1h_input_tokens": 80},
     "output_tokens": 50,
     "output_tokens_details": {"thinking_tokens": 20},
     "service_tier": "standard",
 }
-CHARGED = {"input": 100, "cached_input": 300, "cache_write": 200, "output": 50, "reasoning": 20}
+CHARGED = {
+    "input": 100,
+    "cached_input": 300,
+    "cache_write": 120,
+    "cache_write_1h": 80,
+    "output": 50,
+    "reasoning": 20,
+}
 
 
 def test_every_class_has_its_price(served, funded, client):

@@ -25,6 +25,9 @@ API_VERSION: Final = b"2023-06-01"
 
 _FAILED_STATUS: Final = 300
 
+_HOUR: Final = b'"1h"'
+"""What a request has in it that asks for a cache of an hour; others may have it too."""
+
 _KEPT: Final = frozenset({b"retry-after", b"x-should-retry"})
 _LIMITS: Final = b"anthropic-ratelimit-"
 
@@ -77,7 +80,13 @@ class AnthropicProvider:
             body=messages_request(call.body, call.output_tokens_max),
             timeouts=self._timeouts,
         )
-        return _Translated(response, self.name, self._answer_bytes_max, self._event_bytes_max)
+        return _Translated(
+            response,
+            self.name,
+            answer_bytes_max=self._answer_bytes_max,
+            event_bytes_max=self._event_bytes_max,
+            caches_for_an_hour=_HOUR in call.body,
+        )
 
     async def aclose(self) -> None:
         """Close the provider's connections."""
@@ -98,11 +107,20 @@ class _Translated:
     A failure's status may turn out to be another one once its body has been read: until then it is what came.
     """
 
-    def __init__(self, response: UpstreamResponse, provider: str, answer_bytes_max: int, event_bytes_max: int) -> None:
+    def __init__(
+        self,
+        response: UpstreamResponse,
+        provider: str,
+        *,
+        answer_bytes_max: int,
+        event_bytes_max: int,
+        caches_for_an_hour: bool,
+    ) -> None:
         self._response = response
         self._provider = provider
         self._answer_bytes_max = answer_bytes_max
         self._event_bytes_max = event_bytes_max
+        self._caches_for_an_hour = caches_for_an_hour
         self._is_stream = _is_stream(response)
         self.status = response.status
         self.headers = _relayed(response.headers, is_stream=self._is_stream)
@@ -124,13 +142,13 @@ class _Translated:
             yield answer
             return
         try:
-            yield completion(bytes(body), int(time.time()))
+            yield completion(bytes(body), int(time.time()), caches_for_an_hour=self._caches_for_an_hour)
         except NotAMessage as exc:
             raise self._broken("The provider's answer is no message.") from exc
 
     async def _events(self) -> AsyncGenerator[bytes]:
         splitter = EventSplitter(self._event_bytes_max)
-        chunks = Chunks(int(time.time()))
+        chunks = Chunks(int(time.time()), caches_for_an_hour=self._caches_for_an_hour)
         try:
             async for piece in self._pieces():
                 translated = b"".join(map(chunks.feed, splitter.feed(piece)))

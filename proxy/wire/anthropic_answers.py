@@ -62,14 +62,18 @@ class Usage(msgspec.Struct, frozen=True):
         said = {name: value for name, value in msgspec.structs.asdict(later).items() if value is not None}
         return msgspec.structs.replace(self, **said)
 
-    @property
-    def openai(self) -> dict[str, Any] | None:
-        """OpenAI's usage object, whose `prompt_tokens` hold those of the caches; None where input is not reported."""
+    def openai(self, *, caches_for_an_hour: bool) -> dict[str, Any] | None:
+        """OpenAI's usage object, whose `prompt_tokens` hold those of the caches; None where input is not reported.
+
+        What was written to a cache, and nobody says to which, counts as dear as the request may have made it.
+        """
         if self.input_tokens is None:
             return None
         written, cached = self.cache_creation_input_tokens or 0, self.cache_read_input_tokens or 0
         parts = self.cache_creation or _CacheCreation()
         for_an_hour = min(parts.ephemeral_1h_input_tokens, written)
+        if caches_for_an_hour:
+            for_an_hour = max(for_an_hour, written - parts.ephemeral_5m_input_tokens)
         prompt, completion = self.input_tokens + written + cached, self.output_tokens or 0
         thought = None if self.output_tokens_details is None else self.output_tokens_details.thinking_tokens
         return {
@@ -198,8 +202,11 @@ def _openai_error(error: _Error) -> bytes:
 # ---- whole answers
 
 
-def completion(body: bytes, created: int) -> bytes:
-    """A whole message as a chat completion of the second `created`. Raises `NotAMessage`."""
+def completion(body: bytes, created: int, *, caches_for_an_hour: bool = False) -> bytes:
+    """A whole message as a chat completion of the second `created`. Raises `NotAMessage`.
+
+    `caches_for_an_hour` says that the request asked for caches that last so long.
+    """
     try:
         message = _decode_message(body)
     except UNREADABLE as exc:
@@ -229,16 +236,17 @@ def completion(body: bytes, created: int) -> bytes:
         answer["tool_calls"] = calls
     choice = {"index": 0, "message": answer, "logprobs": None, "finish_reason": _finish_reason(message.stop_reason)}
     head = _head("chat.completion", message, created)
-    return msgspec.json.encode({**head, "choices": [choice], **_reported(message.usage)})
+    reported = _reported(message.usage, caches_for_an_hour=caches_for_an_hour)
+    return msgspec.json.encode({**head, "choices": [choice], **reported})
 
 
 def _head(kind: str, message: _Message, created: int) -> dict[str, Any]:
     return {"id": message.id, "object": kind, "created": created, "model": message.model}
 
 
-def _reported(usage: Usage) -> dict[str, Any]:
+def _reported(usage: Usage, *, caches_for_an_hour: bool) -> dict[str, Any]:
     """The usage of a whole call, with the tier that served it."""
-    reported = usage.openai
+    reported = usage.openai(caches_for_an_hour=caches_for_an_hour)
     tier = {} if usage.service_tier is None else {"service_tier": _tier(usage.service_tier)}
     return tier if reported is None else {"usage": reported, **tier}
 
@@ -306,8 +314,9 @@ class Chunks:
     Nothing comes out before the first of the content: an error that comes instead of it is then the first thing.
     """
 
-    def __init__(self, created: int) -> None:
+    def __init__(self, created: int, *, caches_for_an_hour: bool = False) -> None:
         self._created = created
+        self._caches_for_an_hour = caches_for_an_hour
         self._message = _Message(id="", model="", content=[])
         self._usage = Usage()
         self._written = _Written()
@@ -400,7 +409,7 @@ class Chunks:
     def _end(self) -> list[bytes]:
         chunks = [] if self._has_finished else self._finish(None, None)
         self.is_over = True
-        reported = _reported(self._usage)
+        reported = _reported(self._usage, caches_for_an_hour=self._caches_for_an_hour)
         if "usage" in reported:
             chunks.append(self._chunk([], reported))
         return [*chunks, b"[DONE]"]
@@ -411,7 +420,7 @@ class Chunks:
         return [*chunks, self._chunk([_choice(delta, finish_reason)])]
 
     def _beginning(self) -> bytes:
-        usage = self._usage.openai
+        usage = self._usage.openai(caches_for_an_hour=self._caches_for_an_hour)
         beside = {} if usage is None else {"x_tollgate": {"usage": usage}}
         return self._chunk([_choice({"role": "assistant", "content": ""}, None)], beside)
 

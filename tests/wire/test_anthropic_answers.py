@@ -268,6 +268,33 @@ def test_usage(usage, expected):
     assert read_usage(json.dumps(reported).encode()) == expected
 
 
+@pytest.mark.parametrize(
+    ("parts", "asked_for_an_hour", "expected"),
+    [
+        (None, False, (9, 0)),
+        (None, True, (0, 9)),
+        ({"ephemeral_5m_input_tokens": 5, "ephemeral_1h_input_tokens": 4}, False, (5, 4)),
+        ({"ephemeral_5m_input_tokens": 5, "ephemeral_1h_input_tokens": 4}, True, (5, 4)),
+        ({"ephemeral_5m_input_tokens": 5, "ephemeral_1h_input_tokens": 0}, True, (5, 4)),
+        ({"ephemeral_5m_input_tokens": 0, "ephemeral_1h_input_tokens": 20}, False, (0, 9)),
+    ],
+)
+@pytest.mark.parametrize("is_stream", [True, False])
+def test_caches_of_an_hour(parts, asked_for_an_hour, expected, is_stream):
+    """They are a class of their own, in which what nobody tells apart is counted if the request asked for them."""
+    usage = {"input_tokens": 1, "output_tokens": 2, "cache_creation_input_tokens": 9, "cache_creation": parts}
+    message = json.dumps({**MESSAGE, "usage": usage})
+    if is_stream:
+        chunks = Chunks(1, caches_for_an_hour=asked_for_an_hour)
+        begun = f'data: {{"type":"message_start","message":{message}}}\n\n'.encode()
+        out = chunks.feed(begun) + chunks.feed(b'data: {"type":"message_stop"}\n\n')
+        reported = snapshot(EventSplitter(10**6).feed(out)).usage.model_dump_json().encode()
+    else:
+        answer = completion(message.encode(), 1, caches_for_an_hour=asked_for_an_hour)
+        reported = json.dumps(json.loads(answer)["usage"]).encode()
+    assert read_usage(reported) == Usage(input=1, cache_write=expected[0], cache_write_1h=expected[1], output=2)
+
+
 @pytest.mark.parametrize(("tier", "expected"), [("standard", "default"), ("priority", "priority"), (None, None)])
 def test_service_tier(tier, expected):
     """The ordinary one has OpenAI's name."""
