@@ -284,7 +284,7 @@ def _check_fields(message: _Message) -> None:
     if message.name is not None and message.role != "tool":  # a tool's is known from its call
         raise _refused("messages", "The 'name' of a message")
     if message.function_call is not None:
-        raise _refused("messages", "'function_call', the elder form of 'tool_calls',")
+        raise _refused("messages", "'function_call', the older form of 'tool_calls',")
     if message.role != "assistant" and (message.tool_calls or message.thinking_blocks or message.refusal):
         raise _refused("messages", f"What only the assistant says, in a message of the role '{message.role}',")
     if message.role != "tool" and message.tool_call_id is not None:

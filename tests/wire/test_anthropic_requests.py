@@ -347,7 +347,7 @@ def test_choices_of_tools(fields, expected):
     ],
 )
 def test_reasoning_effort(model, effort, more, expected):
-    """It is an effort for models that know it, and a budget for elder ones, within the maximum."""
+    """It is an effort for models that know it, and a budget for older ones, within the maximum."""
     request = sent(model, reasoning_effort=effort, **more)
     assert {name: request[name] for name in ("thinking", "output_config") if name in request} == expected
 
