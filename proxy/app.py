@@ -20,7 +20,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from proxy import __version__
 from proxy.catalog import Catalog, Loader, seed
 from proxy.edge import accounts as account_routes
-from proxy.edge import admin, health, inference, llm
+from proxy.edge import admin, health, inference, llm, reports
 from proxy.edge import credits as credit_routes
 from proxy.edge import keys as key_routes
 from proxy.edge.addresses import Addresses
@@ -158,6 +158,8 @@ def routed(tollgate: Tollgate) -> Litestar:
             inference.model,
             credit_routes.balance,
             credit_routes.transactions,
+            credit_routes.stats,
+            credit_routes.charges,
             credit_routes.charge,
             account_routes.register,
             account_routes.login,
@@ -169,6 +171,8 @@ def routed(tollgate: Tollgate) -> Litestar:
             key_routes.drop_key,
             llm.router,
             admin.router,
+            reports.router,
+            reports.overview,
             health.live,
             health.ready,
         ],

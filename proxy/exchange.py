@@ -82,6 +82,9 @@ FITTING_BYTES_PER_TOKEN = 16
 _PASSING_STATUSES = frozenset({408, 429})
 _OPERATOR_STATUSES = frozenset({401, 402, 403})
 _MAXIMUM_FIELDS = frozenset({"max_tokens", "max_completion_tokens"})
+_UNBILLED = (UpstreamUnreachable, UpstreamRefusedUs, UpstreamRejected)
+"""The failures of a provider that bills nothing for them."""
+
 _AUDIO = b'"audio"'
 _CHUNKED = frozenset({Endpoint.CHAT, Endpoint.COMPLETIONS})
 """The endpoints whose streams report usage only when asked, in `stream_options`."""
@@ -134,6 +137,8 @@ class _Open(msgspec.Struct):
     is_client_gone: bool = False
     is_stopped: bool = False
     """Whether its provider was stopped because the client had left."""
+    is_perhaps_billed: bool = False
+    """Whether a provider has had the call and did not say that it would not bill it."""
     provider_time: Deadline | None = None
     """The limit on what is under way at the provider."""
 
@@ -303,10 +308,12 @@ class Exchange:
         ordered = self._health.ordered(opened.offered, _now(), self._draw)
         for offer in ordered:
             opened.offer = offer
+            was_perhaps_billed, opened.is_perhaps_billed = opened.is_perhaps_billed, True
             self._health.trying(offer.candidate.target, _now())
             try:
                 await self._attempt(opened, answer)
             except UpstreamFailed as exc:
+                opened.is_perhaps_billed = was_perhaps_billed or not isinstance(exc, _UNBILLED)
                 self._judge(opened, exc)
                 if offer is ordered[-1] or answer.is_started or not self._may_fall_back(opened, exc):
                     raise
@@ -584,7 +591,8 @@ class Exchange:
         opened.is_closed = True
         try:
             with within(self._limits.settle_wait_s):
-                await self._ledger.release(_release(opened, "nothing_delivered"))
+                outcome = "perhaps_billed" if opened.is_perhaps_billed else "nothing_delivered"
+                await self._ledger.release(_release(opened, outcome))
         except TimeoutError:
             log.warning("release_deferred", request_id=opened.call.request_id)
 

@@ -338,7 +338,7 @@ def test_a_slow_reader_does_not_fill_the_memory(served, key):
     ],
 )
 def test_what_delivers_nothing_costs_nothing(served, key, endpoint, behaviour, status):
-    """An error in OpenAI's shape, and the hold is given back."""
+    """An error in OpenAI's shape, and the hold is given back; what the provider may still bill is told apart."""
     before = served.balance(key)
     with served.client(key) as http:
         answer = http.post(f"/v1/{endpoint}", json=request(endpoint, **behaviour))
@@ -346,6 +346,7 @@ def test_what_delivers_nothing_costs_nothing(served, key, endpoint, behaviour, s
     assert set(answer.json()["error"]) >= {"message", "type", "param", "code"}
     charge = served.charge(key, answer.headers["x-request-id"])
     assert (charge["state"], charge["charged"]) == ("released", "0")
+    assert charge["outcome"] == ("nothing_delivered" if "status" in behaviour else "perhaps_billed")
     assert served.balance(key) == before
 
 
@@ -398,7 +399,8 @@ def test_a_provider_that_is_silent_is_a_timeout_that_must_not_be_retried(served,
     with served.client(key) as http:
         answer = http.post(f"/v1/{endpoint}", json=request(endpoint, stall="before_headers"))
     assert (answer.status_code, answer.headers["x-should-retry"]) == (504, "false")
-    assert served.charge(key, answer.headers["x-request-id"])["state"] == "released"
+    charge = served.charge(key, answer.headers["x-request-id"])
+    assert (charge["state"], charge["outcome"]) == ("released", "perhaps_billed")
 
 
 def test_a_silent_stream_is_kept_alive(served, key):

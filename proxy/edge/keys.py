@@ -10,12 +10,13 @@ from litestar.params import FromPath, FromQuery, JSONBody
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from proxy.edge.authentication import needs
-from proxy.edge.credits import PAGE_DEFAULT, PAGE_MAX, CallerRequest
+from proxy.edge.credits import CallerRequest
 from proxy.edge.errors import documented
 from proxy.errors import BadRequest
 from proxy.identity.keys import Key, KeyTerms, change_key, create_key, list_keys, read_key, revoke_key
 from proxy.identity.keys import Scope as KeyScope
 from proxy.identity.users import read_user
+from proxy.journal import PAGE_DEFAULT, PAGE_MAX
 from proxy.storage.database import reading, writing
 from proxy.units import (
     AmountError,

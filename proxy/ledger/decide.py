@@ -18,6 +18,7 @@ from typing import assert_never
 
 import msgspec
 
+from proxy.ledger.rollup import PERHAPS_BILLED, DayKey, UsageDay, bounded, day_of
 from proxy.units import MICROS_PER_SECOND, NANOS_MAX, Micros, Nanos
 
 WINDOW = 60 * MICROS_PER_SECOND
@@ -144,6 +145,7 @@ class Reservation(msgspec.Struct, kw_only=True, gc=False):
     refunded: Nanos = 0
     is_late: bool | None = None
     settled_at: Micros | None = None
+    provider: str | None = None
 
 
 class Transaction(msgspec.Struct, frozen=True, kw_only=True, gc=False):
@@ -338,7 +340,7 @@ Outcome = Reserved | Refused | Settled | Released | Credited | Faulted
 
 
 class Changes(msgspec.Struct):
-    """What to write: whole rows, each at most once."""
+    """What to write: whole rows, each at most once; but `days` holds what to add to each row."""
 
     wallets: dict[str, Wallet] = msgspec.field(default_factory=dict)
     keys: dict[str, Key] = msgspec.field(default_factory=dict)
@@ -346,6 +348,7 @@ class Changes(msgspec.Struct):
     closed: dict[str, tuple[Reservation, Receipt]] = msgspec.field(default_factory=dict)
     refunded: dict[str, Reservation] = msgspec.field(default_factory=dict)
     transactions: list[Transaction] = msgspec.field(default_factory=list)
+    days: dict[DayKey, UsageDay] = msgspec.field(default_factory=dict)
 
 
 def decide(state: State, operations: Sequence[Operation]) -> tuple[Changes, list[Outcome]]:
@@ -509,7 +512,9 @@ class _Decider:
         if key is not None and key.available is not None:
             more = min(more, max(0, key.available))
         charged = min(operation.cost, held + more)
-        if not is_late:
+        if is_late:
+            self.count_released(reservation, -1, is_perhaps_billed=True)
+        else:
             self.free(reservation, wallet, key)
         self.charge(reservation, charged, wallet, key)
         self.count_tokens(reservation, operation.tokens, wallet, key)
@@ -518,6 +523,7 @@ class _Decider:
         reservation.shortfall = operation.cost - charged
         reservation.is_late = is_late
         self.close(reservation, ReservationState.SETTLED, operation.receipt)
+        self.count_settled(reservation, operation.receipt)
         return self.settled(reservation, wallet, is_replay=False)
 
     def settled(self, reservation: Reservation, wallet: Wallet, *, is_replay: bool) -> Settled:
@@ -560,7 +566,9 @@ class _Decider:
                 key = self.key_of(reservation)
                 self.free(reservation, wallet, key)
                 self.count_tokens(reservation, 0, wallet, key)
-                self.close(reservation, ReservationState.RELEASED, operation.receipt)
+                receipt = operation.receipt
+                self.close(reservation, ReservationState.RELEASED, receipt)
+                self.count_released(reservation, 1, is_perhaps_billed=receipt.outcome in PERHAPS_BILLED)
                 return Released()
             case ReservationState.SETTLED if operation.is_undelivered:
                 return self.refund_undelivered(reservation, wallet)
@@ -584,6 +592,7 @@ class _Decider:
             self.book(wallet, refund, reservation.user_id)
             reservation.refunded = reservation.charged
             self.changes.refunded[reservation.id] = reservation
+            self.day(reservation).refunded += left
         return Released(reservation.refunded)
 
     def expire(self, operation: Expire) -> Outcome:
@@ -595,6 +604,7 @@ class _Decider:
             return Released(is_replay=True)
         self.free(reservation, wallet, self.key_of(reservation))
         self.close(reservation, ReservationState.EXPIRED, Receipt(outcome="expired"))
+        self.count_released(reservation, 1, is_perhaps_billed=True)
         return Released()
 
     def free(self, reservation: Reservation, wallet: Wallet, key: Key | None) -> None:
@@ -605,7 +615,43 @@ class _Decider:
     def close(self, reservation: Reservation, state: ReservationState, receipt: Receipt) -> None:
         reservation.state = state
         reservation.settled_at = self.state.now
+        reservation.provider = receipt.provider
         self.changes.closed[reservation.id] = (reservation, receipt)
+
+    # -- what ended calls add up to
+
+    def day(self, reservation: Reservation) -> UsageDay:
+        """The row in which an ended call is counted."""
+        key_id, provider = reservation.key_id or "", reservation.provider or ""
+        day, model = day_of(reservation.settled_at or 0), reservation.original_model
+        key = (reservation.wallet_id, day, reservation.user_id, key_id, model, provider)
+        row = self.changes.days.get(key)
+        if row is None:
+            row = self.changes.days[key] = UsageDay(
+                wallet_id=reservation.wallet_id,
+                day=day,
+                user_id=reservation.user_id,
+                key_id=key_id,
+                model=model,
+                provider=provider,
+            )
+        return row
+
+    def count_settled(self, reservation: Reservation, receipt: Receipt) -> None:
+        row = self.day(reservation)
+        row.calls += 1
+        row.add_tokens(receipt.usage)
+        row.charged += reservation.charged
+        row.provider_cost += bounded(receipt.provider_cost or 0)
+        row.shortfall += bounded(reservation.shortfall)
+
+    def count_released(self, reservation: Reservation, number: int, *, is_perhaps_billed: bool) -> None:
+        """Count a call that was released, or with -1 count it no more."""
+        row = self.day(reservation)
+        row.released += number
+        if is_perhaps_billed:
+            row.perhaps_billed += number
+            row.perhaps_billed_amount += number * reservation.amount
 
     # -- credits by hand
 
@@ -625,6 +671,7 @@ class _Decider:
             reservation = self.state.reservations[operation.reservation_id]
             reservation.refunded += operation.amount
             self.changes.refunded[reservation.id] = reservation
+            self.day(reservation).refunded += operation.amount
         return Credited(transaction=transaction)
 
     def refuse_credit(self, operation: Credit, wallet: Wallet) -> Fault | None:

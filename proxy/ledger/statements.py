@@ -75,6 +75,7 @@ RESERVATION_COLUMNS = {
     "refunded": "int",
     "is_late": "bool",
     "settled_at": "int",
+    "provider": "text",
 }
 RESERVED_COLUMNS = {
     "id": "text",
@@ -124,6 +125,27 @@ TRANSACTION_COLUMNS = {
     "idempotency_key": "text",
     "created_at": "int",
 }
+_USAGE_DAY_KEY = {
+    "wallet_id": "text",
+    "day": "int",
+    "user_id": "text",
+    "key_id": "text",
+    "model": "text",
+    "provider": "text",
+}
+_USAGE_DAY_COUNTERS = {
+    "calls": "int",
+    "input_tokens": "int",
+    "cached_input_tokens": "int",
+    "output_tokens": "int",
+    "charged": "int",
+    "provider_cost": "int",
+    "shortfall": "int",
+    "refunded": "int",
+    "released": "int",
+    "perhaps_billed": "int",
+    "perhaps_billed_amount": "int",
+}
 
 
 class Statement(NamedTuple):
@@ -170,6 +192,14 @@ def _update(table: str, columns: dict[str, str]) -> Statement:
     )
 
 
+def _add(table: str, key: dict[str, str], counters: dict[str, str]) -> Statement:
+    """Add to the `counters` of the row with that primary key, which need not be there yet."""
+    insert = _insert(table, {**key, **counters})
+    changes = ", ".join(f"{column} = {table}.{column} + excluded.{column}" for column in counters)
+    conflict = f" ON CONFLICT ({', '.join(key)}) DO UPDATE SET {changes}"
+    return Statement(insert.postgresql + conflict, insert.sqlite + conflict, insert.columns)
+
+
 @cache
 def together(statements: tuple[Statement, ...]) -> str:
     """Those writes as one statement of PostgreSQL, which takes their parameters in the same order.
@@ -204,6 +234,7 @@ INSERT_TRANSACTIONS = _insert("credit_transactions", {"id": "text", **TRANSACTIO
 UPDATE_RESERVATIONS = _update("reservations", CLOSED_COLUMNS)
 UPDATE_REFUNDED = _update("reservations", {"id": "text", "refunded": "int"})
 UPDATE_WALLETS = _update("wallets", {"id": "text", **_WALLET_COUNTERS})
+ADD_USAGE_DAYS = _add("usage_days", _USAGE_DAY_KEY, _USAGE_DAY_COUNTERS)
 UPDATE_KEYS = _update("api_keys", {"id": "text", **_KEY_COUNTERS})
 
 READ_POSTGRESQL = ", ".join(

@@ -33,6 +33,7 @@ from proxy.ledger.decide import (
     Wallet,
     decide,
 )
+from proxy.ledger.rollup import UsageDay
 from proxy.units import new_id, now_micros
 
 Row = tuple[Any, ...]
@@ -179,13 +180,14 @@ def _writes(changes: Changes, owner_id: str | None) -> list[tuple[sql.Statement,
         (sql.UPDATE_RESERVATIONS, closed),
         (sql.UPDATE_REFUNDED, refunded),
         (sql.INSERT_TRANSACTIONS, transactions),
+        (sql.ADD_USAGE_DAYS, _rows(sql.ADD_USAGE_DAYS.columns, changes.days.values())),
         (sql.UPDATE_WALLETS, _rows(sql.UPDATE_WALLETS.columns, changes.wallets.values())),
         (sql.UPDATE_KEYS, _rows(sql.UPDATE_KEYS.columns, changes.keys.values())),
     ]
     return [(statement, rows) for statement, rows in writes if rows]
 
 
-def _rows(columns: Iterable[str], structs: Iterable[Wallet | Key | Transaction]) -> list[Row]:
+def _rows(columns: Iterable[str], structs: Iterable[Wallet | Key | Transaction | UsageDay]) -> list[Row]:
     return list(map(attrgetter(*columns), structs))
 
 

@@ -30,12 +30,18 @@ SCHEMA_HEAD = "0005"
 
 CONNECTIONS_MAX = 5
 STATEMENT_S_MAX = 5
+WHOLE_S_MAX = 3600
+"""For a statement over a whole table, however long that has become."""
+
 _MIGRATION_LOCK = 0x746F6C6C
 """Any number, as long as every migration of Tollgate takes the same one."""
 
 
-def connect(url: str, *, pooled: bool = True) -> AsyncEngine:
-    """An engine for `url`; nothing is opened yet. Not pooled: each connection is opened when asked for."""
+def connect(url: str, *, pooled: bool = True, command_s_max: float = 2 * STATEMENT_S_MAX) -> AsyncEngine:
+    """An engine for `url`; nothing is opened yet. Not pooled: each connection is opened when asked for.
+
+    On PostgreSQL a statement without an answer after `command_s_max` is given up.
+    """
     pool: dict[str, Any] = (
         {"pool_size": CONNECTIONS_MAX, "max_overflow": 0, "pool_timeout": STATEMENT_S_MAX, "pool_pre_ping": True}
         if pooled
@@ -45,7 +51,7 @@ def connect(url: str, *, pooled: bool = True) -> AsyncEngine:
         return create_async_engine(
             url,
             isolation_level="READ COMMITTED",
-            connect_args={"timeout": STATEMENT_S_MAX, "command_timeout": 2 * STATEMENT_S_MAX},
+            connect_args={"timeout": STATEMENT_S_MAX, "command_timeout": command_s_max},
             hide_parameters=True,  # an error's text goes to the log, and hashes of passwords do not
             **pool,
         )
@@ -55,6 +61,20 @@ def connect(url: str, *, pooled: bool = True) -> AsyncEngine:
     sa.event.listen(engine.sync_engine, "connect", _prepare_sqlite)
     sa.event.listen(engine.sync_engine, "begin", _begin_sqlite)
     return engine
+
+
+@asynccontextmanager
+async def patient(engine: AsyncEngine) -> AsyncIterator[AsyncEngine]:
+    """An engine for the same database whose statements may take long: for whoever reads or changes all of it."""
+    if engine.dialect.name == "sqlite":
+        yield engine  # which gives up nothing
+        return
+    url = engine.url.render_as_string(hide_password=False)
+    patient_engine = connect(url, pooled=False, command_s_max=WHOLE_S_MAX)
+    try:
+        yield patient_engine
+    finally:
+        await patient_engine.dispose()
 
 
 def _prepare_sqlite(connection: Any, _record: object) -> None:
@@ -170,7 +190,7 @@ async def migrate(engine: AsyncEngine, target: str = "head") -> None:
     Two at once wait for each other.
     """
     await check_not_newer(engine)
-    async with engine.connect() as connection:
+    async with patient(engine) as patient_engine, patient_engine.connect() as connection:
         await connection.execution_options(is_writing=True)
         async with connection.begin():
             if connection.dialect.name == "postgresql":

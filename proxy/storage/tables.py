@@ -187,7 +187,38 @@ credit_transactions = sa.Table(
         postgresql_where=sa.text("type = 'deduction'"),
         sqlite_where=sa.text("type = 'deduction'"),
     ),
+    sa.Index(
+        "ix_credit_transactions_by_hand",
+        "wallet_id",
+        "seq",
+        postgresql_where=sa.text("type <> 'deduction'"),
+        sqlite_where=sa.text("type <> 'deduction'"),
+    ),
 )
+
+usage_days = sa.Table(
+    "usage_days",
+    metadata,
+    sa.Column("wallet_id", sa.Text, primary_key=True),
+    sa.Column("day", sa.BigInteger, primary_key=True),
+    sa.Column("user_id", sa.Text, primary_key=True),
+    sa.Column("key_id", sa.Text, primary_key=True),
+    sa.Column("model", sa.Text, primary_key=True),
+    sa.Column("provider", sa.Text, primary_key=True),
+    _counter("calls"),
+    _counter("input_tokens"),
+    _counter("cached_input_tokens"),
+    _counter("output_tokens"),
+    _counter("charged"),
+    _counter("provider_cost"),
+    _counter("shortfall"),
+    _counter("refunded"),
+    _counter("released"),
+    _counter("perhaps_billed"),
+    _counter("perhaps_billed_amount"),
+    sa.Index("ix_usage_days_day", "day"),
+)
+"""What ended calls add up to, kept by the ledger (see `ledger.rollup`). No CHECK: a sum must never refuse a charge."""
 
 system_config = sa.Table(
     "system_config",

@@ -1,9 +1,9 @@
 """What the ledger is measured against: the same books, kept by one transaction for each operation.
 
 Each of these locks the wallet, checks the caller, the limits and what is available, writes the reservation or the
-deduction, and moves the counters of wallet and key, as the ledger does; `tollgate audit` passes on what they leave.
-They are written for speed, with as few statements as they can do with, and lack what the benchmark does not ask of
-them: limits by period, instances that were fenced, late settles, and an answer for an operation that is sent again.
+deduction, and moves the counters of wallet, key and day, as the ledger does; `tollgate audit` passes on what they
+leave. They are written for speed, with as few statements as they can do with, and lack what the benchmark does not ask
+of them: limits by period, instances that were fenced, late settles, and an answer for an operation that is sent again.
 """
 
 import asyncio
@@ -23,7 +23,9 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 from sqlalchemy.orm import registry
 
 from proxy.ledger.decide import WINDOW, Reserve, Settle, allows
+from proxy.ledger.rollup import day_of, tokens_of
 from proxy.ledger.statements import (
+    ADD_USAGE_DAYS,
     CLOSED_COLUMNS,
     KEY_COLUMNS,
     RESERVATION_COLUMNS,
@@ -138,11 +140,15 @@ class _Reservation(_Row): ...
 class _Transaction(_Row): ...
 
 
+class _UsageDay(_Row): ...
+
+
 _mapping = registry(metadata=tables.metadata)
 _mapping.map_imperatively(_User, tables.users)
 _mapping.map_imperatively(_Wallet, tables.wallets)
 _mapping.map_imperatively(_Key, tables.api_keys)
 _mapping.map_imperatively(_Reservation, tables.reservations)
+_mapping.map_imperatively(_UsageDay, tables.usage_days)
 _mapping.map_imperatively(  # `metadata` is a name that the ORM keeps to itself
     _Transaction, tables.credit_transactions, properties={"details": tables.credit_transactions.c.metadata}
 )
@@ -219,6 +225,36 @@ class OrmBooker:
             key.spent += charged
             key.period_spent += charged
             _close(reservation, operation, charged, now)
+            row = _usage_day(operation, reservation, charged, now)
+            day = await session.get(_UsageDay, tuple(row[name] for name in _DAY_KEY))
+            if day is None:
+                session.add(_UsageDay(**row))
+                return
+            for name in ADD_USAGE_DAYS.columns[len(_DAY_KEY) :]:
+                setattr(day, name, day[name] + row[name])
+
+
+_DAY_KEY = ADD_USAGE_DAYS.columns[:6]
+
+
+def _usage_day(operation: Settle, reservation: Any, charged: int, now: int) -> dict[str, Any]:
+    """What a settled call adds to the sums of its day, whose first columns are their key."""
+    input_tokens, cached_input_tokens, output_tokens = tokens_of(operation.receipt.usage)
+    return dict.fromkeys(ADD_USAGE_DAYS.columns, 0) | {
+        "wallet_id": operation.wallet_id,
+        "day": day_of(now),
+        "user_id": reservation["user_id"],
+        "key_id": reservation["key_id"],
+        "model": reservation["original_model"],
+        "provider": operation.receipt.provider,
+        "calls": 1,
+        "input_tokens": input_tokens,
+        "cached_input_tokens": cached_input_tokens,
+        "output_tokens": output_tokens,
+        "charged": charged,
+        "provider_cost": operation.receipt.provider_cost,
+        "shortfall": operation.cost - charged,
+    }
 
 
 async def _locked(session: AsyncSession, wallet_id: str) -> _Wallet:
@@ -321,6 +357,9 @@ _SETTLE = (
     .replace(":amount", ":taken"),
     f"UPDATE api_keys SET spent = spent + :charged, period_spent = period_spent + :charged, {_FREE} WHERE id = :key_id",
     f"UPDATE wallets SET balance = :balance_after, seq = :seq, {_FREE} WHERE id = :wallet_id",
+    f"INSERT INTO usage_days ({', '.join(ADD_USAGE_DAYS.columns)})"
+    f" VALUES ({', '.join(f':day_{column}' for column in ADD_USAGE_DAYS.columns)}) ON CONFLICT"
+    + ADD_USAGE_DAYS.sqlite.partition("ON CONFLICT")[2],
 )
 
 
@@ -365,7 +404,9 @@ def _settle_values(operation: Settle, wallet: Any, row: Any) -> dict[str, Any]:
         raise NotBookedError(operation.id)
     call, receipt = _Part(row, "call"), operation.receipt
     charged = _charge(operation, wallet, _Part(row, "key"), call)
+    day = _usage_day(operation, call, charged, now)
     return {
+        **{f"day_{column}": value for column, value in day.items()},
         "id": operation.id,
         "state": "settled",
         "cost": operation.cost,

@@ -358,6 +358,10 @@ class LedgerMachine(RuleBasedStateMachine):
             month=MONTH,
             id=account.person.wallet_id,
         )
+        for there_and_back in (f"{MONTH // MICROS_PER_DAY} - day", "-day"):  # no two rows may meet on the way
+            self.execute(
+                f"UPDATE usage_days SET day = {there_and_back} WHERE wallet_id = :id", id=account.person.wallet_id
+            )
 
     @rule()
     def crash_and_reopen(self):
