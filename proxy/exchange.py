@@ -21,6 +21,7 @@ from proxy import relay, tokens
 from proxy.catalog import Catalog
 from proxy.deadline import Deadline, within
 from proxy.errors import (
+    BadRequest,
     InsufficientCredits,
     LedgerFault,
     ModelNotAllowed,
@@ -312,6 +313,9 @@ class Exchange:
             self._health.trying(offer.candidate.target, _now())
             try:
                 await self._attempt(opened, answer)
+            except BadRequest:  # this candidate has no words for the call, so nothing was sent
+                opened.is_perhaps_billed = was_perhaps_billed
+                raise
             except UpstreamFailed as exc:
                 opened.is_perhaps_billed = was_perhaps_billed or not isinstance(exc, _UNBILLED)
                 self._judge(opened, exc)

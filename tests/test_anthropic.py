@@ -280,6 +280,7 @@ def test_what_cannot_be_expressed(served, funded, client, upstream, param, field
     calls, before = len(upstream.journal), served.balance(funded)["balance"]
     failed = failure(client, **fields)
     assert (failed.status_code, failed.param, failed.code) == (400, param, "unsupported_parameter")
+    assert served.charge(funded, failed.response.headers["x-request-id"])["outcome"] == "nothing_delivered"
     assert (len(upstream.journal), served.balance(funded)["balance"]) == (calls, before)
 
 
