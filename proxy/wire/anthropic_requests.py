@@ -53,6 +53,7 @@ _SAID_ANYHOW: Final[Mapping[str, object]] = {
 }
 """Fields that the Messages API has not, with the value that asks for nothing."""
 
+_NO_CHOICES: Final = (None, "auto", "none")
 _TIERS: Final = {"auto": "auto", "default": "standard_only", "standard": "standard_only", "on_demand": "standard_only"}
 _IMAGE_TYPES: Final = frozenset({"image/jpeg", "image/png", "image/gif", "image/webp"})
 _DETAILS: Final = frozenset({None, "auto", "high", "original"})
@@ -217,6 +218,8 @@ def messages_request(body: bytes, output_tokens_max: int | None) -> bytes:
         chat = _decode_chat(body)
     except UNREADABLE as exc:
         raise bad_request(exc) from exc
+    if chat.stream_options is not None and chat.stream_options.include_obfuscation:
+        raise _refused("stream_options", "'include_obfuscation'")
     named = [maximum for maximum in (chat.max_completion_tokens, chat.max_tokens) if maximum is not None]
     max_tokens = min(named) if named else output_tokens_max or OUTPUT_TOKENS_UNKNOWN
     system, turns = _conversation(chat.messages)
@@ -227,7 +230,7 @@ def messages_request(body: bytes, output_tokens_max: int | None) -> bytes:
         "top_p": None if chat.top_p == 1 else chat.top_p,
         "top_k": chat.top_k,
         "tools": _tools(chat.tools) or None,
-        "tool_choice": _tool_choice(chat) if chat.tools else None,
+        "tool_choice": _tool_choice(chat),
         "metadata": _metadata(chat),
         "service_tier": _service_tier(chat.service_tier),
         "cache_control": _cache(chat.cache_control),
@@ -451,6 +454,10 @@ def _input_schema(parameters: Raw) -> Raw:
 
 
 def _tool_choice(chat: _Chat) -> _Block | None:
+    if not chat.tools:
+        if chat.tool_choice not in _NO_CHOICES:
+            raise unsupported("tool_choice", "'tool_choice' is only allowed when 'tools' are specified.")
+        return None
     choice: _Block
     match chat.tool_choice:
         case None | "auto":

@@ -319,9 +319,14 @@ def test_tools():
     ],
 )
 def test_choices_of_tools(fields, expected):
-    """Each has the API's own words; without tools there is nothing to choose."""
+    """Each has the API's own words."""
     assert sent(tools=[TOOL], **fields).get("tool_choice") == expected
-    assert "tool_choice" not in sent(**fields)
+
+
+@pytest.mark.parametrize("fields", [{"tool_choice": "auto"}, {"tool_choice": "none"}, {"parallel_tool_calls": False}])
+def test_no_choice_without_tools(fields):
+    """There is nothing to choose, and nothing to say."""
+    assert sent(**fields) == sent()
 
 
 @pytest.mark.parametrize(
@@ -411,6 +416,9 @@ def test_models_that_think_by_effort(model, expected):
         ("reasoning_effort", {"reasoning_effort": "low", "thinking": {"type": "enabled", "budget_tokens": 2000}}),
         ("tool_choice", {"tools": [TOOL], "tool_choice": "some"}),
         ("tool_choice", {"tools": [TOOL], "tool_choice": {"type": "allowed_tools", "allowed_tools": {}}}),
+        ("tool_choice", {"tool_choice": "required"}),
+        ("tool_choice", {"tool_choice": {"type": "function", "function": {"name": "f"}}}),
+        ("stream_options", {"stream": True, "stream_options": {"include_obfuscation": True}}),
         ("tools", {"tools": [{"type": "custom", "custom": {"name": "c"}}]}),
         ("tools", {"tools": [{"type": "function", "function": {"name": "f", "parameters": []}}]}),
         ("tools", {"tools": [{"type": "function", "function": {"name": "f", "new": 1}}]}),
