@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from decimal import Decimal
 from typing import Literal
@@ -13,23 +13,24 @@ from litestar.config.cors import CORSConfig
 from litestar.di import Provide
 from litestar.handlers import ASGIRouteHandler
 from litestar.openapi import OpenAPIConfig
-from litestar.openapi.plugins import JsonRenderPlugin
 from litestar.types import ASGIApp, Message, Receive, Scope, Send
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from proxy import __version__
 from proxy.catalog import Catalog, Loader, seed
 from proxy.edge import accounts as account_routes
-from proxy.edge import admin, health, inference, llm, reports
+from proxy.edge import admin, admin_config, admin_credits, admin_records, admin_users, health, inference, llm, reports
 from proxy.edge import credits as credit_routes
 from proxy.edge import keys as key_routes
 from proxy.edge.addresses import Addresses
 from proxy.edge.answer import BodyLimits, identify
 from proxy.edge.authentication import Authentication, authenticated
+from proxy.edge.document import DocumentPlugin, PagePlugin
 from proxy.edge.errors import respond
+from proxy.edge.invoke import Simple
 from proxy.errors import Unavailable, UpstreamFailed
 from proxy.exchange import Exchange, ExchangeLimits
-from proxy.identity.accounts import Accounts
+from proxy.identity.accounts import Accounts, Welcome
 from proxy.identity.attempts import Attempts
 from proxy.identity.issuers import Fetch, Issuers
 from proxy.identity.last_used import LastUsed
@@ -39,7 +40,7 @@ from proxy.ledger.recovery import Lease
 from proxy.ledger.store import PostgresStore, SqliteStore, Store
 from proxy.settings import Configuration, PriceSettings
 from proxy.storage import database
-from proxy.units import SECONDS_PER_DAY, parse_credits
+from proxy.units import SECONDS_PER_DAY
 from proxy.upstream import Provider
 from proxy.upstream.anthropic import AnthropicProvider
 from proxy.upstream.client import CONNECTIONS_MAX, HttpClient, Timeouts
@@ -75,7 +76,7 @@ class Tollgate:
         self.configuration = configuration
         self.engine: AsyncEngine = database.connect(configuration.database_url)
         self.catalog: Catalog
-        self._loader = Loader(configuration, self.engine, _built_in_prices(configuration))
+        self._loader = catalog_loader(configuration, self.engine)
         self.ledger: Ledger
         self.exchange: Exchange
         self.accounts: Accounts
@@ -112,7 +113,7 @@ class Tollgate:
             self.exchange = Exchange(self.ledger, providers, lambda: self.catalog, _limits(self.configuration))
             client = http_client(self.configuration.settings.server.http_client)
             stack.push_async_callback(client.aclose)
-            self.accounts = _accounts(self.configuration, self.engine, self.ledger, client)
+            self.accounts = _accounts(self.configuration, self.engine, self.ledger, client, self._welcome)
             self.authentication = Authentication(self.engine, self.accounts, self.last_used)
             stack.push_async_callback(self.last_used.write)
             writing = asyncio.create_task(self.last_used.keep_writing(), name="last_used")
@@ -127,6 +128,10 @@ class Tollgate:
     def _providers(self) -> dict[str, Provider]:
         """All that could serve: which of them do is the catalogue's to say."""
         return {name: _provider(name, self.configuration) for name in self.configuration.providers}
+
+    def _welcome(self) -> Welcome:
+        policy = self.catalog.policy
+        return Welcome(policy.registration_open, policy.credits_given)
 
     async def refresh_catalog(self) -> None:
         """Look whether the catalogue has changed. Raises `Unavailable`."""
@@ -150,6 +155,7 @@ def routed(tollgate: Tollgate) -> Litestar:
     """Every route, behind authentication."""
     server = tollgate.configuration.settings.server
     addresses = Addresses(server.trusted_proxies)
+    auditor = admin_records.Auditor(tollgate.engine)
     return Litestar(
         route_handlers=[
             *_paid_handlers(tollgate),
@@ -173,6 +179,10 @@ def routed(tollgate: Tollgate) -> Litestar:
             admin.router,
             reports.router,
             reports.overview,
+            admin_users.router,
+            admin_credits.router,
+            admin_config.router,
+            admin_records.router,
             health.live,
             health.ready,
         ],
@@ -184,21 +194,37 @@ def routed(tollgate: Tollgate) -> Litestar:
             "catalog": Provide(lambda: tollgate.catalog, sync_to_thread=False),
             "accounts": Provide(lambda: tollgate.accounts, sync_to_thread=False),
             "addresses": Provide(lambda: addresses, sync_to_thread=False),
+            "settings": Provide(lambda: tollgate.configuration.settings, sync_to_thread=False),
+            "auditor": Provide(lambda: auditor, sync_to_thread=False),
             "refresh": Provide(lambda: tollgate.refresh_catalog, sync_to_thread=False),
         },
         cors_config=_cors(server.cors_origins),
-        openapi_config=OpenAPIConfig(
-            title="Tollgate", version=__version__, path="/schema", render_plugins=[JsonRenderPlugin()]
-        ),
+        openapi_config=_openapi(),
         logging_config=None,
         debug=False,
     )
 
 
+def _openapi() -> OpenAPIConfig:
+    document = DocumentPlugin()
+    return OpenAPIConfig(
+        title="Tollgate",
+        version=__version__,
+        description="OpenAI's API on prepaid credits. Amounts are decimal strings of credits; 1 credit is 1 USD.",
+        path="/schema",
+        use_handler_docstrings=True,
+        render_plugins=[PagePlugin(document), document],
+    )
+
+
 def _paid_handlers(tollgate: Tollgate) -> list[ASGIRouteHandler]:
-    configuration = tollgate.configuration
-    stall_s = configuration.settings.server.stall_s
-    return inference.paid_handlers(tollgate.exchange, _body_limits(configuration), stall_s=stall_s)
+    server = tollgate.configuration.settings.server
+    limits = _body_limits(tollgate.configuration)
+    simple = Simple(tollgate.exchange, lambda: tollgate.catalog, tollgate.engine, limits, server.answer_bytes_max)
+    return [
+        *inference.paid_handlers(tollgate.exchange, limits, stall_s=server.stall_s),
+        *simple.handlers(stall_s=server.stall_s),
+    ]
 
 
 def identified(app: ASGIApp) -> ASGIApp:
@@ -267,7 +293,13 @@ def _cors(origins: list[str]) -> CORSConfig | None:
     return CORSConfig(allow_origins=origins, expose_headers=_EXPOSED_HEADERS) if origins else None
 
 
-def _accounts(configuration: Configuration, engine: AsyncEngine, ledger: Ledger, client: HttpClient) -> Accounts:
+def _accounts(
+    configuration: Configuration,
+    engine: AsyncEngine,
+    ledger: Ledger,
+    client: HttpClient,
+    welcome: Callable[[], Welcome],
+) -> Accounts:
     auth = configuration.settings.auth
     secret = auth.jwt_secret
     if secret is None and configuration.is_embedded:
@@ -282,8 +314,7 @@ def _accounts(configuration: Configuration, engine: AsyncEngine, ledger: Ledger,
         issuers=Issuers(auth.issuers, _fetch(client), clock),
         by_address=Attempts(auth.address_attempts_per_minute, 60, clock),
         by_account=Attempts(auth.account_failures_per_hour, 3600, clock),
-        registration_open=auth.registration_open,
-        starting_credits=parse_credits(str(configuration.settings.credits.starting_credits)),
+        welcome=welcome,
     )
 
 
@@ -358,6 +389,11 @@ def _provider(name: str, configuration: Configuration) -> Provider:
             event_bytes_max=server.event_bytes_max,
         )
     return OpenAIProvider(name, settings.base_url or "", key, client, timeouts, headers=headers)
+
+
+def catalog_loader(configuration: Configuration, engine: AsyncEngine) -> Loader:
+    """What makes the catalogue of `configuration`."""
+    return Loader(configuration, engine, _built_in_prices(configuration))
 
 
 def _built_in_prices(configuration: Configuration) -> dict[str, PriceSettings]:

@@ -9,7 +9,8 @@
     ├── Forbidden                   the caller is known and may not do this
     │   └── ModelNotAllowed
     ├── NotFound                    no such path or thing
-    │   └── ModelNotFound
+    │   ├── ModelNotFound
+    │   └── ProviderNotFound
     ├── Conflict                    the same idempotency key with other values, a name that is taken
     ├── NotCovered                  credits or a limit do not cover the call
     │   ├── InsufficientCredits
@@ -100,16 +101,30 @@ class NotFound(TollgateError):
 
 
 class ModelNotFound(NotFound):
-    """Nothing priced and enabled serves the model that was asked for."""
+    """Nothing priced and enabled serves the model that was asked for; or not the one `provider` that may."""
 
     code = "model_not_found"
     param = "model"
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, model: str, provider: str | None = None) -> None:
+        by = "here" if provider is None else f"by the provider {provider!r}"
         super().__init__(
-            f"The model {model!r} does not exist or is not offered here. GET /v1/models lists those that are."
+            f"The model {model!r} does not exist or is not offered {by}. GET /v1/models lists those that are."
         )
         self.model = model
+
+
+class ProviderNotFound(NotFound):
+    """No provider of this name serves just now."""
+
+    code = "provider_not_found"
+    param = "provider"
+
+    def __init__(self, provider: str) -> None:
+        super().__init__(
+            f"There is no provider {provider!r} that serves here. GET /api/v1/llm/providers lists those that do."
+        )
+        self.provider = provider
 
 
 class Conflict(TollgateError):

@@ -92,7 +92,11 @@ _CHUNKED = frozenset({Endpoint.CHAT, Endpoint.COMPLETIONS})
 
 
 class Call(msgspec.Struct, frozen=True):
-    """One paid call as it came in."""
+    """One paid call as it came in.
+
+    Only `provider` may serve it, where one is named. `on_settled` gets the charge as soon as it is durable, before the
+    end of the answer; never where nothing is charged.
+    """
 
     endpoint: Endpoint
     request_id: str
@@ -100,6 +104,8 @@ class Call(msgspec.Struct, frozen=True):
     caller: Caller
     headers: Headers
     body: bytes
+    provider: str | None = None
+    on_settled: Callable[[Receipt, Settled], None] | None = None
 
 
 class Answer(relay.Answer, Protocol):
@@ -219,7 +225,7 @@ class Exchange:
         """The hook before the provider is called: route, price, estimate, reserve."""
         started = _now()
         catalog = self._catalog()
-        found = candidates(catalog.models, request.model)
+        found = candidates(catalog.models, request.model, call.provider)
         offered = offers(
             found,
             request.service_tier,
@@ -238,8 +244,9 @@ class Exchange:
 
     async def _hold(self, call: Call, request: PaidRequest, offered: tuple[Offer, ...], started: float) -> _Open:
         """Estimate and reserve, for whoever of `offered` will serve. Raises what `Ledger.reserve` does."""
-        if request.is_unsized and any(offer.candidate.is_local for offer in offered):
-            await check_media(call.body)
+        local = [offer.candidate for offer in offered if offer.candidate.is_local] if request.is_unsized else ()
+        if local:
+            await check_media(call.body, resolves=all(candidate.resolves_media for candidate in local))
         estimated = estimate(request, len(call.body), offered)
         try:
             reserved = await self._reserve(call, request, estimated, offered)
@@ -383,8 +390,6 @@ class Exchange:
     async def _relay_plain(self, opened: _Open, response: UpstreamResponse, answer: Answer) -> None:
         with _AtProvider(opened):
             body = await _read_all(response, self._limits.answer_bytes_max, opened.candidate.provider)
-        if not body:
-            raise UpstreamBroken("The provider's answer is empty.", provider=opened.candidate.provider)
         content = self._content(response, body)
         failed = failure_status(content)
         if failed is not None:
@@ -577,6 +582,8 @@ class Exchange:
         except LedgerFault:
             opened.is_closed = False  # what cannot be settled is released
             raise
+        if opened.call.on_settled is not None:
+            opened.call.on_settled(receipt, settled)
         log.info(
             "call",
             request_id=opened.call.request_id,

@@ -163,20 +163,21 @@ class _Reported(msgspec.Struct):
     @property
     def written(self) -> int:
         """Tokens that were written to the cache, for however long."""
-        inside = self.prompt_details
-        return inside.cache_write_tokens or inside.cache_creation_tokens or self.written_beside or self.parts.total
+        inside, parts = self.prompt_details, self.parts
+        said = inside.cache_write_tokens or inside.cache_creation_tokens or self.written_beside
+        return parts.total if parts is not None and not said else said
 
     @property
     def written_beside(self) -> int:
         """Likewise, as Anthropic's shape has them."""
-        if self.cache_creation_input_tokens is not None:
-            return self.cache_creation_input_tokens
-        return (self.cache_creation or _NO_CACHE_CREATION).total
+        if self.cache_creation_input_tokens is not None or self.cache_creation is None:
+            return self.cache_creation_input_tokens or 0
+        return self.cache_creation.total
 
     @property
-    def parts(self) -> _CacheCreation:
-        """What was written, by how long it lasts."""
-        return self.cache_creation or self.prompt_details.cache_creation_token_details or _NO_CACHE_CREATION
+    def parts(self) -> _CacheCreation | None:
+        """What was written, by how long it lasts; None where that is not said."""
+        return self.cache_creation or self.prompt_details.cache_creation_token_details
 
     @property
     def cached(self) -> int:
@@ -398,7 +399,6 @@ _decode_whole_event = _reader(_WholeEvent)
 _decode_response_event = _reader(_ResponseEvent)
 
 _NO_PROMPT_DETAILS = _PromptDetails()
-_NO_CACHE_CREATION = _CacheCreation()
 _NO_COMPLETION_DETAILS = _CompletionDetails()
 
 _USAGE = b'"usage"'
@@ -452,7 +452,8 @@ def read_usage(reported: bytes | Raw, *, has_output: bool = True) -> Usage | Non
         return None
 
     audio = usage.prompt_details.audio_tokens or 0
-    written, for_an_hour = usage.written, usage.parts.ephemeral_1h_input_tokens or 0
+    written, parts = usage.written, usage.parts
+    for_an_hour = 0 if parts is None else parts.ephemeral_1h_input_tokens or 0
     cached = usage.cached
     spoken = usage.completion_details.audio_tokens or 0
     reasoning = usage.completion_details.reasoning_tokens or 0

@@ -142,8 +142,10 @@ def bound(  # noqa: PLR0913 - what the cost depends on
 
 def _beside(price: Price, images: int, tools: Collection[str], tool_uses: int) -> int:
     """The most that is billed beside the tokens."""
-    dearest_tool = max((_tool_price(price, name) for name in tools), default=0)
-    return price.request + images * price.image + tool_uses * dearest_tool
+    beside = price.request + images * price.image
+    if not tools:
+        return beside
+    return beside + tool_uses * max(_tool_price(price, name) for name in tools)
 
 
 def _tool_price(price: Price, name: str) -> int:

@@ -22,6 +22,9 @@ from proxy.wire.sse import EventSplitter, EventTooLong, event_data, with_data
 _KEEP_ALIVE = b": keep-alive\n\n"
 
 _ENCODINGS = {b"gzip": zlib.MAX_WBITS | 16, b"x-gzip": zlib.MAX_WBITS | 16, b"deflate": zlib.MAX_WBITS}
+_NOT_ENCODED = frozenset({b"identity", b"none", b""})
+"""Only the first is a name; servers send the others for what they leave as it is."""
+
 _INFLATED_BYTES = 65_536
 """At most so much comes out of one step, however well it was compressed."""
 
@@ -288,7 +291,7 @@ class StreamRelay:
 def content_encoding(headers: Headers) -> bytes | None:
     """How a body is encoded against our request for identity; None when it is not."""
     for name, value in headers:
-        if name == b"content-encoding" and value.strip().lower() != b"identity":
+        if name == b"content-encoding" and value.strip().lower() not in _NOT_ENCODED:
             return value.strip().lower()
     return None
 

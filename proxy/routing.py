@@ -42,8 +42,9 @@ class Candidate(msgspec.Struct, frozen=True):
     that name no maximum of their own, None where such calls may use none. `service_prices` are those of the service
     tiers beside the standard one, by name, and `dearest_price` costs at least as much as any of them. `markup_bps` is
     for callers without a rule of their own. Of the candidates of a name the lowest `priority` comes first, and among
-    equals as many calls go to each as its `weight` says. `is_local` for a provider in the operator's own network.
-    `added_tokens` is the most that the provider itself puts into a prompt with tools or a format.
+    equals as many calls go to each as its `weight` says. `is_local` for a provider in the operator's own network,
+    which fetches media from names only if it `resolves_media`. `added_tokens` is the most that the provider itself puts
+    into a prompt with tools or a format.
     """
 
     provider: str
@@ -64,6 +65,7 @@ class Candidate(msgspec.Struct, frozen=True):
     weight: int = 1
     is_local: bool = False
     added_tokens: int = 0
+    resolves_media: bool = False
 
     @property
     def target(self) -> str:
@@ -120,11 +122,13 @@ Models = Mapping[str, tuple[Candidate, ...]]
 """Every name a client may ask for, with who may serve it, the preferred one first."""
 
 
-def candidates(models: Models, model: str) -> tuple[Candidate, ...]:
-    """Who may serve `model`, the preferred one first. Raises `ModelNotFound` when nobody does."""
-    found = models.get(model)
+def candidates(models: Models, model: str, provider: str | None = None) -> tuple[Candidate, ...]:
+    """Who may serve `model`, the preferred one first, or only `provider`. Raises `ModelNotFound` when nobody does."""
+    found = models.get(model, ())
+    if provider is not None:
+        found = tuple(candidate for candidate in found if candidate.provider == provider)
     if not found:
-        raise ModelNotFound(model)
+        raise ModelNotFound(model, provider)
     return found
 
 

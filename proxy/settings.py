@@ -130,6 +130,8 @@ class RoutingSettings(_Section, frozen=True):
 
     expose: Literal["listed", "priced"] = "priced"
     """What may be asked for: every model with a price, or only the names that `[models]` lists."""
+    default_model: str | None = None
+    """The name that serves a simple call which names neither model nor provider."""
     may_pay_twice: bool = False
     """Whether a call is sent to the next candidate although the last one may have done, and billed, the work."""
 
@@ -156,11 +158,18 @@ class ProviderSettings(_Section, frozen=True):
     """Likewise, with the names of the environment variables that hold their values, such as `api-key`."""
     connections_max: PositiveInt = 1000
     """Calls at once."""
+    default_model: str | None = None
+    """The one of its models that serves a simple call which names the provider and no model."""
     price_list: str | None = None
     """The name under which the price book knows it, if that is not its own; of the kind `anthropic`, `anthropic`."""
     is_local: bool | None = None
     """Whether it stands in the operator's own network, and must not fetch media from there for clients; none: if its
     address says so."""
+    resolves_media: bool = False
+    """Whether a local provider may fetch media from names on the public internet, not only from addresses there.
+
+    Names are looked up here and once more by the provider: whoever owns one may answer it with a private address then.
+    """
     connect_s: Seconds = 5
     first_byte_s: Seconds = 300
     idle_s: Seconds = 120

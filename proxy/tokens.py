@@ -14,8 +14,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Final
 
-import msgspec
 import tiktoken
+
+from proxy.wire.objects import decode_any
 
 SLICE_CHARACTERS_MAX = 100_000
 """The time for one slice grows with the square of its length when all of it is one word."""
@@ -59,7 +60,7 @@ def count_bound(tokenizer: str, body: bytes) -> int:
     Names and punctuation stand for what a provider's template has in their place.
     """
     texts: list[str] = []
-    structure = _gather(msgspec.json.decode(body), texts)
+    structure = _gather(decode_any(body), texts)
     return TEMPLATE_TOKENS + structure + count(tokenizer, texts)
 
 
@@ -72,7 +73,7 @@ class TokenCounter:
     def prompt(self, body: bytes) -> int:
         """The tokens of all strings in the JSON `body`, names apart: nearly what its prompt has."""
         texts: list[str] = []
-        _gather(msgspec.json.decode(body), texts, with_names=False)
+        _gather(decode_any(body), texts, with_names=False)
         return count(self._tokenizer, texts)
 
     def texts(self, texts: Iterable[str]) -> int:

@@ -79,7 +79,10 @@ async def test_the_names_of_what_is_on_offer(books, tmp_path):
     assert [candidate.is_local for candidate in catalog.models["alias"]] == [False, True]
     assert [(each.target, each.priority) for each in catalog.models["m"]] == [("one/m", 0), ("two/m", 1)]
     assert catalog.models["one/m"][0].maximum_field == "max_completion_tokens"
-    assert catalog.remarks == ("two/m: a price is no whole number of nano-dollars and was rounded up",)
+    assert catalog.remarks == (
+        "two/m: a price is no whole number of nano-dollars and was rounded up",
+        'models."alias": one/nowhere has no price, or no bound, so it serves nothing',
+    )
 
 
 async def test_only_what_is_listed_if_the_operator_says_so(books, tmp_path):
@@ -87,6 +90,17 @@ async def test_only_what_is_listed_if_the_operator_says_so(books, tmp_path):
     await put(books, row("m", entry(1)))
     catalog = await loader_of(books, tmp_path, "listed").load()
     assert set(catalog.models) == {"alias"}
+
+
+async def test_a_candidate_that_cannot_serve_is_said(books, tmp_path):
+    """A name may be misspelt, or its price missing: the operator reads it at the start."""
+    await put(books, row("only", entry(1)))
+    catalog = await loader_of(books, tmp_path).load()
+    assert [candidate.target for candidate in catalog.models["alias"]] == ["two/m"]
+    assert 'models."alias": one/m has no price, or no bound, so it serves nothing' in catalog.remarks
+    await administration.set_provider(books.engine, "usr_1", catalog.providers, "one", is_enabled=False)
+    remarks = (await loader_of(books, tmp_path).load()).remarks
+    assert not any("alias" in remark for remark in remarks), "a provider that is off is no mistake"
 
 
 async def test_a_name_that_holds_a_slash_is_not_taken_for_anothers_model(books, tmp_path):

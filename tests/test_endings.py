@@ -129,14 +129,20 @@ class Leaver:
         if buffer_bytes is not None:
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer_bytes)
         self.socket.connect((url.hostname, url.port))
-        payload = json.dumps(body).encode()
+        payload = body if isinstance(body, bytes) else json.dumps(body).encode()
+        path = endpoint if endpoint.startswith("/") else f"/v1/{endpoint}"
         self.client_id = f"leaver-{time.monotonic_ns()}"
-        self.socket.sendall(
-            f"POST /v1/{endpoint} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {key}\r\n"
+        self.request = (
+            f"POST {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {key}\r\n"
             f"X-Client-Request-Id: {self.client_id}\r\nContent-Length: {len(payload)}\r\n\r\n".encode()
             + payload
         )
         self.read = b""
+        self.ask()
+
+    def ask(self) -> None:
+        """Send the request, be it once more."""
+        self.socket.sendall(self.request)
 
     def read_until(self, text: bytes) -> None:
         while text not in self.read:
@@ -259,6 +265,31 @@ def test_leaving_a_stream_of_which_only_usage_has_come_costs_that(served, key):
     charge = awaited()
     assert paid(charge) == ("settled", "client_left", "reported")
     assert charge["usage"] == {"input": 50}
+
+
+def test_numbers_that_nobody_can_count_are_no_way_out(served, key):
+    """What JSON allows and Python cannot hold, in a field that is only passed on, is counted as well as anything."""
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"maximum": "huge"}}}
+    body = request(Endpoint.CHAT, "counted", stream=True, tokens=4000, pace_s=0.02)
+    payload = json.dumps({**body, "tools": [tool]}).replace('"huge"', "1e999").encode()
+    client = Leaver(served, key, Endpoint.CHAT, payload)
+    client.read_until(b"fox")
+    client.leave()
+    charge = served.ended(key, client.request_id, within_s=3)
+    assert paid(charge) == ("settled", "client_left", "counted")
+    assert charge["usage"]["output"] > 0
+
+
+def test_leaving_with_requests_in_line_is_leaving(served, key):
+    """The one that is being answered is charged, those behind it never begin, and nothing of it is an error."""
+    client = Leaver(served, key, Endpoint.CHAT, request(Endpoint.CHAT, "counted", stream=True, stall="mid"))
+    client.ask()
+    client.read_until(b"The")
+    client.leave()
+    charge = served.ended(key, client.request_id, within_s=1.5)
+    assert paid(charge) == ("settled", "client_left", "counted")
+    assert Decimal(served.balance(key)["reserved"]) == 0
+    assert "ASGI" not in served.log()
 
 
 def test_leaving_an_idle_stream_that_cannot_be_counted_costs_the_reservation(served, key):

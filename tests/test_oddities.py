@@ -153,20 +153,21 @@ def test_errors(client, status, shown, error_body, error_code, stream):
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("endpoint", Endpoint)
-@pytest.mark.parametrize(
-    "behaviour",
-    [
-        {"raw": "<html>\n\n<p>Sign in.</p></html>", "content_type": "text/html; charset=utf-8"},
-        {"raw": "", "content_type": "application/json"},
-    ],
-    ids=["a page", "nothing"],
-)
-def test_what_is_no_answer_costs_nothing(client, endpoint, stream, behaviour):
-    """A page for people, or nothing at all, is a provider that broke, whatever its status says."""
-    answer = asked(client, endpoint=endpoint, stream=stream, **behaviour)
+def test_a_page_for_people_costs_nothing(client, endpoint, stream):
+    """It is a provider that broke, whatever its status says."""
+    page = {"raw": "<html>\n\n<p>Sign in.</p></html>", "content_type": "text/html; charset=utf-8"}
+    answer = asked(client, endpoint=endpoint, stream=stream, **page)
     assert (answer.status_code, answer.json()["error"]["code"]) == (502, "provider_broke_off")
     charge = charge_of(client, answer)
     assert (charge["state"], charge["charged"]) == ("released", "0")
+
+
+@pytest.mark.parametrize("octets", [b"[" * 100_000, b'{"error": {"message": "\xff"}}', b'{"error": 1e999}', b"{}"])
+def test_an_error_that_cannot_be_read(client, octets):
+    """It is an error of ours in its place, of the same status."""
+    answer = asked(client, status=400, raw_base64=base64.b64encode(octets).decode())
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "provider_error")
+    assert charge_of(client, answer)["state"] == "released"
 
 
 def test_an_error_that_is_encoded_is_read(client):
@@ -220,6 +221,14 @@ def test_every_member_of_an_encoding_is_relayed(client):
     packed = base64.b64encode(gzip.compress(USED[:20].encode()) + gzip.compress(USED[20:].encode())).decode()
     answer = asked(client, raw_base64=packed, extra_headers=GZIP)
     assert charge_of(client, answer)["usage"] == {"input": 9, "output": 4}
+
+
+@pytest.mark.parametrize("encoding", ["identity", "none", ""])
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_is_said_to_have_no_encoding_has_none(client, upstream, stream, encoding):
+    """Servers have several ways to say so."""
+    answer = asked(client, stream=stream, tokens=12, extra_headers={"content-encoding": encoding})
+    check_usage(client, answer, upstream, output=12)
 
 
 def test_an_encoding_that_is_cut_off_is_a_stream_that_broke(client):

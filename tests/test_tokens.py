@@ -61,6 +61,14 @@ def test_a_text_that_the_tokenizer_cannot_take_counts_as_its_bytes():
     assert 0 < tokens.count("o200k_base", [spaces]) <= len(spaces)
 
 
+def test_numbers_of_any_size_are_counted():
+    """JSON has them, whatever Python makes of them."""
+    for number in ("1e999", "-1e999", "9" * 5_000):
+        body = b'{"messages": [{"content": "hello world"}], "odd": %b}' % number.encode()
+        assert tokens.count_bound("o200k_base", body) > 2
+        assert tokens.TokenCounter("o200k_base").prompt(body) >= 2
+
+
 def test_special_tokens_are_ordinary_text():
     """A prompt cannot make itself look smaller, nor be refused, by spelling one out."""
     assert tokens.count("o200k_base", ["<|endoftext|>"]) > 1

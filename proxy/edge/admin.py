@@ -24,12 +24,10 @@ from proxy.edge.prices import shown_price
 from proxy.errors import BadRequest, NotFound
 from proxy.identity.keys import Caller, Scope
 from proxy.identity.users import find_user
-from proxy.pricebook import entry_of
 from proxy.pricing import TOOL_CLASSES, TOOL_USES_MAX, MarkupKind, cost, provider_cost
 from proxy.routing import Candidate, candidates
-from proxy.settings import PriceSettings, check_price
 from proxy.storage.database import reading
-from proxy.units import AmountError, Usage, format_credits, format_instant, format_percent
+from proxy.units import Usage, format_credits, format_instant, format_percent
 
 AdminRequest = Request[Caller, Any, Any]
 Percent = str | int | float
@@ -237,7 +235,11 @@ async def preview(
     data: JSONBody[Hypothesis],
 ) -> Preview:
     """What a hypothetical call would be charged, and by which rule."""
-    user_id = None if data.user is None else await _user_id(engine, data.user)
+    return quoted(catalog, None if data.user is None else await _user_id(engine, data.user), data)
+
+
+def quoted(catalog: Catalog, user_id: str | None, data: Hypothesis) -> Preview:
+    """What the call that `data` describes would be charged to a user. Raises `BadRequest`, `NotFound`."""
     quotes = [
         _quote(catalog, user_id, data, candidate)
         for candidate in candidates(catalog.models, data.model)
@@ -319,6 +321,11 @@ def prices(
     model: FromQuery[str | None] = None,
 ) -> PriceItems:
     """What the models on offer cost the operator, of one provider or of one model if asked so."""
+    return price_list(catalog, provider, model)
+
+
+def price_list(catalog: Catalog, provider: str | None, model: str | None) -> PriceItems:
+    """The models on offer at the provider's prices, of one provider or of one model unless those are None."""
     found = {candidate.target: candidate for offered in catalog.models.values() for candidate in offered}
     return PriceItems(
         [
@@ -356,12 +363,7 @@ async def set_price(
     provider, model = _parts(data.target)
     if provider not in catalog.providers:
         raise NotFound(f"There is no provider {provider!r} in the configuration.")
-    try:
-        settings = msgspec.convert(data.price, PriceSettings, strict=False)
-        check_price(settings)
-    except (msgspec.ValidationError, AmountError) as exc:
-        raise BadRequest(f"price: {exc}", param="price", code="invalid_value") from exc
-    entry, _ = entry_of(settings)
+    entry = administration.entry_from(data.price)
     await administration.set_price(engine, admin.user_id, provider, model, entry)
     await refresh()
     return _past((await administration.price_history(engine, provider, model))[0])

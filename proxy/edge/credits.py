@@ -195,6 +195,13 @@ class Stats(Range, kw_only=True):
 CallerRequest = Request[Caller, Any, Any]
 
 
+def check_page(limit: int, cursor: str | None, prefix: str) -> None:
+    """Raises `BadRequest` unless a page may have `limit` items, and `cursor` is an id with this prefix or None."""
+    check_limit(limit)
+    if cursor is not None and not is_id(cursor, prefix):
+        raise BadRequest("This cursor was not given out here.", param="cursor", code="invalid_cursor")
+
+
 async def read_balance(connection: AsyncConnection, wallet_id: str) -> Balance:
     """The balance of `wallet_id`. Raises `NotFound` when there is no such wallet."""
     row = (await connection.execute(sa.select(wallets).where(wallets.c.id == wallet_id))).one_or_none()
@@ -256,7 +263,7 @@ async def transactions(  # noqa: PLR0913, PLR0917 - what can be asked
         stream = Stream(lines, media_type=CSV_MEDIA_TYPE, headers=headers)
         return cast("Response[TransactionPage]", stream)  # the document says what else there is: see `ListOrCsv`
     next_cursor = None if page.before is None else cursor_at(page.before)
-    return Response(TransactionPage([_item(entry) for entry in page.entries], next_cursor))
+    return Response(TransactionPage([item_of(entry) for entry in page.entries], next_cursor))
 
 
 def _filter(
@@ -279,7 +286,8 @@ def _prefers_csv(request: CallerRequest) -> bool:
     return request.accept.best_match([MediaType.JSON, CSV_MEDIA_TYPE]) == CSV_MEDIA_TYPE
 
 
-def _item(entry: Entry) -> TransactionItem:
+def item_of(entry: Entry) -> TransactionItem:
+    """A transaction, as it is shown."""
     return TransactionItem(
         id=entry.id,
         type=entry.type,
@@ -298,7 +306,7 @@ async def _csv(engine: AsyncEngine, wallet_id: str, wanted: Filter, span: Span, 
     """The lines of an export, from its first page on; no connection is held while the client takes them."""
     yield _lines([list(TransactionItem.__struct_fields__)])
     while True:
-        yield _lines([[_harmless(value) for value in msgspec.structs.astuple(_item(one))] for one in page.entries])
+        yield _lines([[_harmless(value) for value in msgspec.structs.astuple(item_of(one))] for one in page.entries])
         if page.before is None:
             return
         async with reading(engine) as connection:

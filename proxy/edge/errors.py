@@ -12,6 +12,7 @@ from litestar.openapi import ResponseSpec
 
 from proxy import errors
 from proxy.units import format_credits
+from proxy.wire.objects import UNREADABLE
 
 log = structlog.get_logger(__name__)
 
@@ -31,6 +32,7 @@ TABLE: dict[type[errors.TollgateError], tuple[int, str, str | None]] = {
     errors.ModelNotAllowed: (403, "permission_error", None),
     errors.NotFound: (404, "invalid_request_error", None),
     errors.ModelNotFound: (404, "invalid_request_error", None),
+    errors.ProviderNotFound: (404, "invalid_request_error", None),
     errors.Conflict: (409, "invalid_request_error", None),
     errors.RateLimited: (429, "rate_limit_error", "rate_limit_exceeded"),
     errors.UpstreamUnreachable: (502, "upstream_error", "provider_unreachable"),
@@ -218,5 +220,5 @@ def _passed_status(status: int) -> int:
 def _is_openai_error(error: errors.UpstreamRejected) -> bool:
     try:
         return isinstance(msgspec.json.decode(error.body)["error"], dict)
-    except (msgspec.DecodeError, KeyError, TypeError):
+    except (*UNREADABLE, KeyError, TypeError):
         return False

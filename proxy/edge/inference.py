@@ -149,7 +149,7 @@ def _paid_handler(
             if answer.is_started:
                 log.exception("answer_cut_off", request_id=request_id)
                 raise
-            await _refuse(exc, answer, request_id)
+            await refuse(exc, answer, request_id)
         finally:
             answer.close()
 
@@ -157,7 +157,8 @@ def _paid_handler(
     return asgi(f"/v1/{endpoint}", opt=options, copy_scope=False)(serve)
 
 
-async def _refuse(error: Exception, answer: AsgiAnswer, request_id: str) -> None:
+async def refuse(error: Exception, answer: AsgiAnswer, request_id: str) -> None:
+    """Answer with `error`."""
     said = answer_to(error, request_id)
     await answer.start(said.status, [*said.headers, (b"content-length", str(len(said.body)).encode())])
     await answer.end(said.body)
@@ -187,7 +188,7 @@ def shortcut(
         except Exception as exc:
             if scope.get("user") is not None:
                 raise  # it was let in, and the handler has answered what it could
-            await _refuse(exc, AsgiAnswer(request_id, send, scope["state"][CONNECTION], stall_s=stall_s), request_id)
+            await refuse(exc, AsgiAnswer(request_id, send, scope["state"][CONNECTION], stall_s=stall_s), request_id)
 
     return serve
 
@@ -217,14 +218,14 @@ async def _call(endpoint: Endpoint, scope: HTTPScope, receive: Receive, body_lim
     return Call(
         endpoint=endpoint,
         request_id=scope["state"]["request_id"],
-        client_request_id=_client_request_id(scope["headers"]),
+        client_request_id=client_request_id(scope["headers"]),
         caller=scope["user"],
         headers=list(scope["headers"]),
         body=await read_body(scope, receive, scope["state"][CONNECTION], body_limits),
     )
 
 
-def _client_request_id(headers: Iterable[tuple[bytes, bytes]]) -> str | None:
+def client_request_id(headers: Iterable[tuple[bytes, bytes]]) -> str | None:
     """The id by which the client knows its call: stored beside ours, never used instead of it."""
     for name, value in headers:
         if name in _CLIENT_IDS:

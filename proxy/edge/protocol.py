@@ -105,6 +105,8 @@ class LimitedProtocol(HttpToolsProtocol):
         self._is_in_head = True
         self._head_bytes = 0
         self._head_timer: asyncio.TimerHandle | None = None
+        self._cycles: list[RequestResponseCycle] = []
+        """The requests that have not been answered, of which the first is being answered."""
         self.on_lost: Callable[[], None] | None = None
         """Whom to call when the connection is lost: the call that is being answered on it."""
 
@@ -142,8 +144,12 @@ class LimitedProtocol(HttpToolsProtocol):
         self._expect_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Wait no longer, and tell the call."""
+        """Wait no longer, and tell the call; uvicorn tells only the last of those that came one after the other."""
         self._stop_waiting()
+        for cycle in self._cycles:
+            if not cycle.response_complete:
+                cycle.disconnected = True
+                cycle.message_event.set()
         super().connection_lost(exc)
         if self.on_lost is not None:
             self.on_lost()
@@ -176,6 +182,8 @@ class LimitedProtocol(HttpToolsProtocol):
         if sum(map(len, chain.from_iterable(self.headers))) + len(self.url) > HEAD_BYTES_MAX:
             raise ValueError("the head is too large")  # the parser turns it into its own error, and that into a 400
         super().on_headers_complete()
+        self._cycles = [cycle for cycle in self._cycles if not cycle.response_complete]
+        self._cycles.append(self.cycle)
         if self.scope["http_version"] == "1.0":
             self.cycle.__class__ = _UnframedCycle  # before its task runs for the first time
 

@@ -19,7 +19,7 @@ from typing import assert_never
 import msgspec
 
 from proxy.ledger.rollup import PERHAPS_BILLED, DayKey, UsageDay, bounded, day_of
-from proxy.units import MICROS_PER_SECOND, NANOS_MAX, Micros, Nanos
+from proxy.units import MICROS_PER_SECOND, NANOS_MAX, Micros, Nanos, format_credits
 
 WINDOW = 60 * MICROS_PER_SECOND
 """Rate limits are counted by the clock minute."""
@@ -164,6 +164,17 @@ class Transaction(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     created_at: Micros
 
 
+class Event(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """A row of `admin_events`: what `actor` did; `before` and `after` are JSON."""
+
+    actor: str
+    action: str
+    subject: str
+    before: str
+    after: str
+    created_at: Micros
+
+
 class State(msgspec.Struct, kw_only=True):
     """What one transaction has read, by id. `decide` uses it up: afterwards it is what the database will hold.
 
@@ -239,15 +250,17 @@ class Expire(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 class Credit(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """Book `amount` into a wallet by hand: a top-up, a refund of the charge of `reservation_id`, an adjustment.
 
-    `idempotency_key` makes it happen once however often it is sent.
+    A refund without an amount gives back all that is left of the charge. `idempotency_key` makes it happen once however
+    often it is sent. `actor` is the operator who does it, and is put on record; None for what Tollgate does by itself.
     """
 
     wallet_id: str
     type: CreditType
-    amount: Nanos
+    amount: Nanos | None
     description: str
     idempotency_key: str | None = None
     reservation_id: str | None = None
+    actor: str | None = None
 
 
 Operation = Reserve | Settle | Release | Expire | Credit
@@ -349,6 +362,7 @@ class Changes(msgspec.Struct):
     refunded: dict[str, Reservation] = msgspec.field(default_factory=dict)
     transactions: list[Transaction] = msgspec.field(default_factory=list)
     days: dict[DayKey, UsageDay] = msgspec.field(default_factory=dict)
+    events: list[Event] = msgspec.field(default_factory=list)
 
 
 def decide(state: State, operations: Sequence[Operation]) -> tuple[Changes, list[Outcome]]:
@@ -543,7 +557,7 @@ class _Decider:
             description=reservation.original_model,
             reservation_id=reservation.id,
         )
-        self.book(wallet, deduction, reservation.user_id)
+        self.book(wallet, deduction, -charged, reservation.user_id)
         if key is not None:
             key.spent += charged
             key.period_spent += charged
@@ -589,7 +603,7 @@ class _Decider:
                 description="the answer was not delivered",
                 reservation_id=reservation.id,
             )
-            self.book(wallet, refund, reservation.user_id)
+            self.book(wallet, refund, left, reservation.user_id)
             reservation.refunded = reservation.charged
             self.changes.refunded[reservation.id] = reservation
             self.day(reservation).refunded += left
@@ -662,59 +676,47 @@ class _Decider:
         if operation.idempotency_key is not None:
             booked = self.state.transactions.get((wallet.id, operation.idempotency_key))
             if booked is not None:
-                return _replayed_credit(booked, operation)
-        fault = self.refuse_credit(operation, wallet)
-        if fault is not None:
-            return Faulted(fault)
-        transaction = self.book(wallet, operation, wallet.owner_id)
+                return _replayed_credit(booked, operation, self.left_of(operation, wallet))
+        left = self.left_of(operation, wallet)
+        amount = left if operation.amount is None else operation.amount
+        fault = _refuse_credit(operation, amount, left, wallet)
+        if fault is not None or amount is None:
+            return Faulted(fault or Fault.OUT_OF_RANGE)
+        transaction = self.book(wallet, operation, amount, wallet.owner_id)
         if operation.type == CreditType.REFUND and operation.reservation_id is not None:
             reservation = self.state.reservations[operation.reservation_id]
-            reservation.refunded += operation.amount
+            reservation.refunded += amount
             self.changes.refunded[reservation.id] = reservation
-            self.day(reservation).refunded += operation.amount
+            self.day(reservation).refunded += amount
+        if operation.actor is not None:
+            self.changes.events.append(_event(transaction, operation.actor))
         return Credited(transaction=transaction)
 
-    def refuse_credit(self, operation: Credit, wallet: Wallet) -> Fault | None:
-        amount = operation.amount
-        if not 0 <= wallet.balance + amount <= NANOS_MAX:
-            return Fault.OUT_OF_RANGE
-        match operation.type:
-            case CreditType.TOPUP:
-                return None if amount > 0 else Fault.OUT_OF_RANGE
-            case CreditType.ADJUSTMENT:
-                if not amount:
-                    return Fault.OUT_OF_RANGE
-                return Fault.BELOW_RESERVED if wallet.balance + amount < wallet.reserved else None
-            case CreditType.REFUND:
-                reservation = self.state.reservations.get(operation.reservation_id or "")
-                if reservation is None or reservation.wallet_id != wallet.id:
-                    return Fault.UNKNOWN_RESERVATION
-                if amount <= 0:
-                    return Fault.OUT_OF_RANGE
-                return Fault.ABOVE_CHARGE if amount > reservation.charged - reservation.refunded else None
-            case CreditType.DEDUCTION:
-                return Fault.OUT_OF_RANGE
-            case _:
-                assert_never(operation.type)
+    def left_of(self, operation: Credit, wallet: Wallet) -> Nanos | None:
+        """What a refund can give back of its charge; None where the wallet has no such charge."""
+        reservation = self.state.reservations.get(operation.reservation_id or "")
+        if reservation is None or reservation.wallet_id != wallet.id:
+            return None
+        return reservation.charged - reservation.refunded
 
     # -- shared
 
-    def book(self, wallet: Wallet, credit: Credit, user_id: str) -> Transaction:
+    def book(self, wallet: Wallet, credit: Credit, amount: Nanos, user_id: str) -> Transaction:
         wallet.seq += 1
         transaction = Transaction(
             wallet_id=wallet.id,
             user_id=user_id,
             seq=wallet.seq,
             type=credit.type,
-            amount=credit.amount,
+            amount=amount,
             description=credit.description,
             balance_before=wallet.balance,
-            balance_after=wallet.balance + credit.amount,
+            balance_after=wallet.balance + amount,
             reservation_id=credit.reservation_id,
             idempotency_key=credit.idempotency_key,
             created_at=self.state.now,
         )
-        wallet.balance += credit.amount
+        wallet.balance += amount
         self.changes.wallets[wallet.id] = wallet
         self.changes.transactions.append(transaction)
         if credit.idempotency_key is not None:
@@ -793,12 +795,55 @@ def _replayed_reserve(existing: Reservation, operation: Reserve) -> Outcome:
     return Reserved(existing.amount, is_replay=True)
 
 
-def _replayed_credit(booked: Transaction, operation: Credit) -> Outcome:
+def _refuse_credit(operation: Credit, amount: Nanos | None, left: Nanos | None, wallet: Wallet) -> Fault | None:
+    """Why a credit of `amount` cannot be booked; `left` is what a refund may give back."""
+    if operation.type == CreditType.REFUND and left is None:
+        return Fault.UNKNOWN_RESERVATION
+    if amount is None or wallet.balance + amount > NANOS_MAX:
+        return Fault.OUT_OF_RANGE
+    match operation.type:
+        case CreditType.TOPUP:
+            return None if amount > 0 else Fault.OUT_OF_RANGE
+        case CreditType.ADJUSTMENT:
+            if not amount:
+                return Fault.OUT_OF_RANGE
+            return Fault.BELOW_RESERVED if wallet.balance + amount < wallet.reserved else None
+        case CreditType.REFUND:
+            if operation.amount is not None and amount <= 0:
+                return Fault.OUT_OF_RANGE
+            return None if 0 < amount <= (left or 0) else Fault.ABOVE_CHARGE
+        case CreditType.DEDUCTION:
+            return Fault.OUT_OF_RANGE
+        case _:
+            assert_never(operation.type)
+
+
+def _replayed_credit(booked: Transaction, operation: Credit, left: Nanos | None) -> Outcome:
+    """The transaction that was booked under this key. A refund of all was booked if nothing is `left` of the charge."""
+    amount = booked.amount if operation.amount is None and not left else operation.amount
     if (booked.type, booked.amount, booked.reservation_id, booked.description) != (
         operation.type,
-        operation.amount,
+        amount,
         operation.reservation_id,
         operation.description,
     ):
         return Faulted(Fault.OTHER_VALUES)
     return Credited(transaction=booked, is_replay=True)
+
+
+def _event(transaction: Transaction, actor: str) -> Event:
+    after = {
+        "balance": format_credits(transaction.balance_after),
+        "amount": format_credits(transaction.amount),
+        "description": transaction.description,
+        "request_id": transaction.reservation_id,
+        "idempotency_key": transaction.idempotency_key,
+    }
+    return Event(
+        actor=actor,
+        action=f"credits.{transaction.type}",
+        subject=transaction.user_id,
+        before=msgspec.json.encode({"balance": format_credits(transaction.balance_before)}).decode(),
+        after=msgspec.json.encode(after).decode(),
+        created_at=transaction.created_at,
+    )

@@ -206,11 +206,15 @@ def _credit_fault(fault: Fault) -> TollgateError:
         case Fault.UNKNOWN_RESERVATION:
             return NotFound("There is no such charge.")
         case Fault.BELOW_RESERVED:
-            return BadRequest("This would take the balance below what open calls hold.", param="amount")
+            return BadRequest(
+                "This would take the balance below what open calls hold.", param="amount", code="below_reserved"
+            )
         case Fault.ABOVE_CHARGE:
-            return BadRequest("A refund gives back at most what its charge took.", param="amount")
+            return BadRequest(
+                "A refund gives back at most what is left of its charge.", param="amount", code="refund_above_charge"
+            )
         case Fault.OUT_OF_RANGE:
-            return BadRequest("The amount is out of range.", param="amount")
+            return BadRequest("The amount is out of range.", param="amount", code="invalid_value")
         case Fault.NOT_OPEN:
             return LedgerFault(f"credit: {fault}")
         case _:

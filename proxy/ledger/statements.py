@@ -147,6 +147,15 @@ _USAGE_DAY_COUNTERS = {
     "perhaps_billed_amount": "int",
 }
 
+EVENT_COLUMNS = {
+    "actor": "text",
+    "action": "text",
+    "subject": "text",
+    "before": "json",
+    "after": "json",
+    "created_at": "int",
+}
+
 
 class Statement(NamedTuple):
     """One statement in both dialects; `columns` are those of the rows it reads, or takes as its parameter."""
@@ -231,6 +240,7 @@ READ_TRANSACTIONS = Statement(
 
 INSERT_RESERVATIONS = _insert("reservations", RESERVED_COLUMNS)
 INSERT_TRANSACTIONS = _insert("credit_transactions", {"id": "text", **TRANSACTION_COLUMNS})
+INSERT_EVENTS = _insert("admin_events", {"id": "text", **EVENT_COLUMNS})
 UPDATE_RESERVATIONS = _update("reservations", CLOSED_COLUMNS)
 UPDATE_REFUNDED = _update("reservations", {"id": "text", "refunded": "int"})
 UPDATE_WALLETS = _update("wallets", {"id": "text", **_WALLET_COUNTERS})

@@ -22,6 +22,7 @@ from proxy.ledger import statements as sql
 from proxy.ledger.decide import (
     Changes,
     Credit,
+    Event,
     Key,
     Operation,
     Outcome,
@@ -181,13 +182,14 @@ def _writes(changes: Changes, owner_id: str | None) -> list[tuple[sql.Statement,
         (sql.UPDATE_REFUNDED, refunded),
         (sql.INSERT_TRANSACTIONS, transactions),
         (sql.ADD_USAGE_DAYS, _rows(sql.ADD_USAGE_DAYS.columns, changes.days.values())),
+        (sql.INSERT_EVENTS, [(new_id("event"), *row) for row in _rows(sql.EVENT_COLUMNS, changes.events)]),
         (sql.UPDATE_WALLETS, _rows(sql.UPDATE_WALLETS.columns, changes.wallets.values())),
         (sql.UPDATE_KEYS, _rows(sql.UPDATE_KEYS.columns, changes.keys.values())),
     ]
     return [(statement, rows) for statement, rows in writes if rows]
 
 
-def _rows(columns: Iterable[str], structs: Iterable[Wallet | Key | Transaction | UsageDay]) -> list[Row]:
+def _rows(columns: Iterable[str], structs: Iterable[Wallet | Key | Transaction | UsageDay | Event]) -> list[Row]:
     return list(map(attrgetter(*columns), structs))
 
 

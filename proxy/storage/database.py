@@ -25,7 +25,7 @@ from proxy.units import Micros, now_micros
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-SCHEMA_HEAD = "0005"
+SCHEMA_HEAD = "0006"
 """The revision this code is written for: the newest file in `migrations/versions`."""
 
 CONNECTIONS_MAX = 5

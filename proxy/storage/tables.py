@@ -285,4 +285,6 @@ admin_events = sa.Table(
     sa.Column("before", sa.JSON(none_as_null=True)),
     sa.Column("after", sa.JSON(none_as_null=True)),
     sa.Column("created_at", sa.BigInteger, nullable=False),
+    sa.Index("ix_admin_events_subject_id", "subject", "id"),
+    sa.Index("ix_admin_events_actor_id", "actor", "id"),
 )

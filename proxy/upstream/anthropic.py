@@ -54,7 +54,8 @@ class AnthropicProvider:
         event_bytes_max: int,
     ) -> None:
         self.name = name
-        self._url = f"{checked_base_url(base_url or BASE_URL, provider=name)}/messages"
+        address, query = checked_base_url(base_url or BASE_URL, provider=name)
+        self._url = f"{address}/messages{query}"
         own: Headers = [] if not api_key else [(b"x-api-key", checked_key(api_key, provider=name))]
         own += checked_headers(headers, beside=own, provider=name)
         if not any(field == b"anthropic-version" for field, _ in own):

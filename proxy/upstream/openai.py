@@ -77,6 +77,8 @@ _DROPPED_PREFIXES = (
 class OpenAIProvider:
     """A server with OpenAI's API under `base_url`, such as `https://api.openai.com/v1`.
 
+    A query in it goes with every call: Azure wants `?api-version=…` there.
+
     Without an `api_key` no authorization is sent, as servers in one's own network often want it. `headers` go with
     every call, and before those of the client.
 
@@ -95,7 +97,7 @@ class OpenAIProvider:
         headers: Sequence[tuple[str, str]] = (),
     ) -> None:
         self.name = name
-        self._base_url = checked_base_url(base_url, provider=name)
+        self._base_url, self._query = checked_base_url(base_url, provider=name)
         self._own_headers = _authorization(api_key, provider=name)
         self._own_headers += checked_headers(headers, beside=self._own_headers, provider=name)
         self._client = client
@@ -106,7 +108,7 @@ class OpenAIProvider:
         return await self._client.send(
             provider=self.name,
             method="POST",
-            url=f"{self._base_url}/{call.path}",
+            url=f"{self._base_url}/{call.path}{self._query}",
             headers=self._headers(call),
             body=call.body,
             timeouts=self._timeouts,
@@ -157,8 +159,8 @@ def _crossing(headers: Headers) -> Headers:
     ]
 
 
-def checked_base_url(base_url: str, *, provider: str) -> str:
-    """`base_url` without slashes at its end. Raises `SettingsError` when it is no plain HTTP address."""
+def checked_base_url(base_url: str, *, provider: str) -> tuple[str, str]:
+    """What stands before the path of a call, and what behind it. Raises `SettingsError` for no plain HTTP address."""
     # The messages do not quote the address: it may hold a password.
     place = f"The base_url of provider {provider!r}"
     try:
@@ -172,9 +174,10 @@ def checked_base_url(base_url: str, *, provider: str) -> str:
         raise SettingsError(f"{place} must begin with http:// or https:// and a host, and be plain ASCII.")
     if "@" in parts.netloc:
         raise SettingsError(f"{place} must not hold credentials: put the key into the environment.")
-    if "?" in base_url or "#" in base_url:
-        raise SettingsError(f"{place} must not have a query or a fragment: paths are appended to it.")
-    return base_url.rstrip("/")
+    if "#" in base_url:
+        raise SettingsError(f"{place} must not have a fragment: no server would see it.")
+    path, mark, query = base_url.partition("?")
+    return path.rstrip("/"), f"{mark}{query}" if query else ""
 
 
 def checked_headers(headers: Sequence[tuple[str, str]], *, beside: Headers, provider: str) -> Headers:

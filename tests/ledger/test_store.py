@@ -29,6 +29,7 @@ from proxy.ledger.decide import Credit, CreditType, Expire, Released, Reserved, 
 from proxy.ledger.ledger import Ledger
 from proxy.ledger.store import PostgresStore, SqliteStore, StoreLostError, StoreRefusedError
 from proxy.storage import database
+from proxy.storage.tables import admin_events
 from proxy.units import NANOS_MAX, new_id
 from tests.books import OFFERS, Books, release_of, reserve_of, second_store, settle_of
 
@@ -204,6 +205,32 @@ async def test_credits_by_hand_are_on_record(books):
     ]
     assert booked[2]["idempotency_key"] == "once"
     assert (await books.row("reservations", reserve.id))["refunded"] == 20
+    assert await books.ids("admin_events") == []
+
+
+async def test_who_books_by_hand_is_written_with_it(books):
+    """In the transaction of the credit: together with it, or not at all."""
+    person = await books.person(100)
+    credit = Credit(
+        wallet_id=person.wallet_id,
+        type=CreditType.TOPUP,
+        amount=10,
+        description='with "quotes", ü',
+        idempotency_key="once",
+        actor="boss",
+    )
+    for _ in range(2):
+        await books.ledger.credit(credit)
+    (event_id,) = await books.ids("admin_events")
+    async with database.reading(books.engine) as connection:
+        row = (await connection.execute(sa.select(admin_events))).one()
+    assert (row.id, row.actor, row.action, row.subject) == (event_id, "boss", "credits.topup", person.user_id)
+    assert row.before == {"balance": "0.0000001"}
+    assert row.after["description"] == 'with "quotes", ü'
+    await books.execute("CREATE UNIQUE INDEX one_each ON admin_events (actor)")
+    with pytest.raises(LedgerFault):
+        await books.ledger.credit(msgspec.structs.replace(credit, idempotency_key="other"))
+    assert (await books.row("wallets", person.wallet_id))["balance"] == 110
 
 
 # ---- what is read

@@ -91,7 +91,7 @@ async def test_the_operators_version(line):
     assert b"x-api-key" not in head
 
 
-@pytest.mark.parametrize("base_url", ["ftp://acme.test", "http://user:pw@acme.test", "http://acme.test/?x"])
+@pytest.mark.parametrize("base_url", ["ftp://acme.test", "http://user:pw@acme.test", "http://acme.test/#x"])
 async def test_addresses_that_are_none(line, base_url):
     """They are refused at once."""
     with pytest.raises(SettingsError):

@@ -77,6 +77,14 @@ def test_every_prompt_has_its_choices(fields, choices):
     assert decode(Endpoint.COMPLETIONS, body(Endpoint.COMPLETIONS, prompt=["a", "b"], **fields)).choices == choices
 
 
+@pytest.mark.parametrize("endpoint", Endpoint)
+def test_bytes_that_are_no_utf8_are_refused(endpoint):
+    """In any place: nobody knows what a provider would read."""
+    with pytest.raises(BadRequest) as raised:
+        decode(endpoint, body(endpoint, user="?").replace(b"?", b"\xff"))
+    assert raised.value.code == "invalid_json"
+
+
 def test_the_best_of_several_is_not_streamed():
     """As at OpenAI: whoever leaves such a stream would get what it does not show for nothing."""
     with pytest.raises(BadRequest) as raised:
