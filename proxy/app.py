@@ -45,6 +45,7 @@ from proxy.settings import Configuration, PriceSettings
 from proxy.storage import database
 from proxy.units import SECONDS_PER_DAY
 from proxy.upstream import Provider
+from proxy.upstream.anthropic import AnthropicProvider
 from proxy.upstream.client import CONNECTIONS_MAX, HttpClient, Timeouts
 from proxy.upstream.demo import (
     DEMO_CONTEXT_TOKENS,
@@ -427,14 +428,22 @@ def _provider(name: str, configuration: Configuration) -> Provider:
     settings = configuration.providers[name]
     if settings.kind == "demo":
         return DemoProvider(name)
-    return OpenAIProvider(
-        name,
-        settings.base_url or "",
-        configuration.api_keys.get(name),
-        http_client(configuration.settings.server.http_client, settings.connections_max),
-        Timeouts(connect_s=settings.connect_s, first_byte_s=settings.first_byte_s, idle_s=settings.idle_s),
-        headers=configuration.headers[name],
-    )
+    server = configuration.settings.server
+    client = http_client(server.http_client, settings.connections_max)
+    timeouts = Timeouts(connect_s=settings.connect_s, first_byte_s=settings.first_byte_s, idle_s=settings.idle_s)
+    key, headers = configuration.api_keys.get(name), configuration.headers[name]
+    if settings.kind == "anthropic":
+        return AnthropicProvider(
+            name,
+            settings.base_url,
+            key,
+            client,
+            timeouts,
+            headers=headers,
+            answer_bytes_max=server.answer_bytes_max,
+            event_bytes_max=server.event_bytes_max,
+        )
+    return OpenAIProvider(name, settings.base_url or "", key, client, timeouts, headers=headers)
 
 
 def catalog_loader(configuration: Configuration, engine: AsyncEngine) -> Loader:

@@ -28,6 +28,11 @@ VERSION = "catalog_version"
 """The row of `system_config` that is another one after each change of prices, rules or providers."""
 
 
+ANTHROPIC_ADDED_TOKENS = 2_048
+"""More than what Anthropic puts into a prompt to explain tools, at most 804 tokens for Claude Opus 4.7
+(https://platform.claude.com/docs/en/about-claude/pricing#tool-use-pricing), and the format of an answer."""
+
+
 class ProviderState(msgspec.Struct, frozen=True):
     """A provider of the configuration, and whether it serves; `is_ready` when it has all that it needs to."""
 
@@ -125,7 +130,8 @@ class Loader:
         }
 
     def _list_name(self, provider: str) -> str:
-        return self._configuration.settings.providers[provider].price_list or provider
+        settings = self._configuration.settings.providers[provider]
+        return settings.price_list or ("anthropic" if settings.kind == "anthropic" else provider)
 
     def _models(
         self,
@@ -265,6 +271,7 @@ def _candidate(settings: ProviderSettings, state: ProviderState, model: str, ent
         service_prices=entry.service_prices,
         dearest_price=dearest_price((entry.price, *entry.service_prices.values())) if entry.service_prices else None,
         is_local=state.is_local,
+        added_tokens=ANTHROPIC_ADDED_TOKENS if settings.kind == "anthropic" else 0,
         resolves_media=settings.resolves_media,
     )
 

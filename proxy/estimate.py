@@ -174,7 +174,9 @@ def _input_tokens(request: PaidRequest, prompt_tokens: int, candidate: Candidate
 
 
 def _tokens_with_images(request: PaidRequest, prompt_tokens: int, candidate: Candidate) -> int:
-    """The bound of a prompt in which images become as much as they can, whatever bytes they have in the body."""
+    """The bound of a prompt with what the provider adds, and images as large as they can be, whatever their bytes."""
+    if request.has_instructions:
+        prompt_tokens += candidate.added_tokens
     if not request.is_unsized:
         return prompt_tokens
     return prompt_tokens - request.image_bytes + request.images * (candidate.image_tokens_max or 0)

@@ -22,6 +22,7 @@ from proxy import relay, tokens
 from proxy.catalog import Catalog
 from proxy.deadline import Deadline, within
 from proxy.errors import (
+    BadRequest,
     InsufficientCredits,
     LedgerFault,
     ModelNotAllowed,
@@ -379,6 +380,9 @@ class Exchange:
             self._health.trying(offer.candidate.target, _now())
             try:
                 await self._attempt(opened, answer)
+            except BadRequest:  # this candidate has no words for the call, so nothing was sent
+                opened.is_perhaps_billed = was_perhaps_billed
+                raise
             except UpstreamFailed as exc:
                 opened.is_perhaps_billed = was_perhaps_billed or not isinstance(exc, _UNBILLED)
                 self._judge(opened, exc)
@@ -765,6 +769,7 @@ def _provider_call(opened: _Open) -> ProviderCall:
         body=patch(body, changes) if changes else body,
         headers=opened.call.headers,
         stream=request.is_stream,
+        output_tokens_max=candidate.output_tokens_max,
     )
 
 

@@ -255,6 +255,7 @@ class _Chunk(msgspec.Struct):
     choices: list[_End] | None = None
     usage: Raw = NULL  # `Raw | None` would take nothing but null
     x_groq: Raw = NULL
+    x_tollgate: Raw = NULL
     error: Any = None
     type: Any = None
     code: Any = None
@@ -263,11 +264,12 @@ class _Chunk(msgspec.Struct):
 
     @property
     def reported(self) -> Raw:
-        """The usage, which Groq has in a field of its own as long as nobody asks for it."""
-        if _is_object(self.usage) or not _is_object(self.x_groq):
+        """The usage, which Groq has in a field of its own as long as nobody asks, and we where a stream begins."""
+        beside = self.x_groq if _is_object(self.x_groq) else self.x_tollgate
+        if _is_object(self.usage) or not _is_object(beside):
             return self.usage
         try:
-            return _decode_groq(self.x_groq).usage
+            return _decode_groq(beside).usage
         except UNREADABLE:
             return self.usage
 
@@ -405,6 +407,17 @@ _ERROR = b'"error"'
 _ERROR_VALUE = re.compile(rb'"error"\s*:\s*[^\sn]')
 """Anything but null, which some providers send with every chunk."""
 
+_STATUSES = {
+    "invalid_request_error": 400,
+    "authentication_error": 401,
+    "billing_error": 402,
+    "permission_error": 403,
+    "not_found_error": 404,
+    "rate_limit_error": 429,
+    "overloaded_error": 529,
+}
+"""What Anthropic means by its words for errors (https://platform.claude.com/docs/en/api/errors)."""
+
 _DONE = b"[DONE]"
 _NOTHING = frozenset({b"null", b"[]"})
 _ITEM = b"response.output_item."
@@ -466,7 +479,7 @@ def failure_status(body: bytes) -> int | None:
     """The HTTP status that an error in a body or event stands for, though it came with status 200; None without one.
 
     Some providers put it into `error.code`, as a number or its digits, or into the `code` of an event of the type
-    `error`; 502 where they do not.
+    `error`, others a word; 502 where they do not.
     """
     if _ERROR not in body:
         return None
@@ -479,7 +492,9 @@ def failure_status(body: bytes) -> int | None:
         return None
     code = answer.error.get("code") if isinstance(answer.error, dict) else answer.code
     text = str(code)
-    return int(text) if len(text) == 3 and text.isdecimal() and 400 <= int(text) <= 599 else 502
+    if len(text) == 3 and text.isdecimal() and 400 <= int(text) <= 599:
+        return int(text)
+    return _STATUSES.get(text, 502)
 
 
 _TOOL_ITEMS = {

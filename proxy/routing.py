@@ -43,7 +43,8 @@ class Candidate(msgspec.Struct, frozen=True):
     tiers beside the standard one, by name, and `dearest_price` costs at least as much as any of them. `markup_bps` is
     for callers without a rule of their own. Of the candidates of a name the lowest `priority` comes first, and among
     equals as many calls go to each as its `weight` says. `is_local` for a provider in the operator's own network,
-    which fetches media from names only if it `resolves_media`.
+    which fetches media from names only if it `resolves_media`. `added_tokens` is the most that the provider itself puts
+    into a prompt with tools or a format.
     """
 
     provider: str
@@ -63,6 +64,7 @@ class Candidate(msgspec.Struct, frozen=True):
     priority: int = 0
     weight: int = 1
     is_local: bool = False
+    added_tokens: int = 0
     resolves_media: bool = False
 
     @property

@@ -161,9 +161,10 @@ class ProviderSettings(_Section, frozen=True):
     at run time; what they say stands from then on.
     """
 
-    kind: Literal["openai", "demo"]
+    kind: Literal["openai", "anthropic", "demo"]
     enabled: bool | Literal["auto"] = True
     base_url: str | None = None
+    """Of the kind `anthropic`, Anthropic's own unless another one is said."""
     api_key_env: str | None = None
     knows_stream_options: bool = True
     """Whether it accepts `stream_options.include_usage`; if not, usage it does not report is counted."""
@@ -178,7 +179,7 @@ class ProviderSettings(_Section, frozen=True):
     default_model: str | None = None
     """The one of its models that serves a simple call which names the provider and no model."""
     price_list: str | None = None
-    """The name under which the price book knows it, if that is not its own."""
+    """The name under which the price book knows it, if that is not its own; of the kind `anthropic`, `anthropic`."""
     is_local: bool | None = None
     """Whether it stands in the operator's own network, and must not fetch media from there for clients; none: if its
     address says so."""
@@ -544,17 +545,23 @@ def _is_enabled(name: str, provider: ProviderSettings, environ: Mapping[str, str
 
 def _fault_of(provider: ProviderSettings, environ: Mapping[str, str]) -> str | None:
     """What keeps a provider from serving, with its place; None when nothing does."""
-    if provider.kind == "openai":
-        if not provider.base_url or not provider.base_url.startswith(("http://", "https://")):
-            return ".base_url: an http:// or https:// address is needed"
-    elif provider.base_url or provider.api_key_env:
-        return ": a demo provider takes neither base_url nor api_key_env"
+    if provider.kind == "demo":
+        if provider.base_url or provider.api_key_env:
+            return ": a demo provider takes neither base_url nor api_key_env"
+    elif not _has_address(provider):
+        return ".base_url: an http:// or https:// address is needed"
     places = [("api_key_env", provider.api_key_env)]
     places += [(f"headers_env.{field}", variable) for field, variable in provider.headers_env.items()]
     for place, variable in places:
         if variable and not environ.get(variable):
             return f".{place}: the environment variable {variable} is not set (or set `enabled = false`)"
     return None
+
+
+def _has_address(provider: ProviderSettings) -> bool:
+    if provider.kind == "anthropic" and provider.base_url is None:
+        return True
+    return (provider.base_url or "").startswith(("http://", "https://"))
 
 
 def _checked_postgresql(url: str, password: str | None) -> str:

@@ -280,6 +280,25 @@ def test_dollars_become_an_entry():
     assert entry_of(settings)[0].price.cache_write_1h == 3 * 10**9
 
 
+async def test_anthropic_has_its_own_list(books, tmp_path):
+    """Whatever the provider is called; a prompt with tools there has what explains them on top."""
+    file = tmp_path / "config.toml"
+    file.write_text('[providers.claude]\nkind = "anthropic"\napi_key_env = "KEY"\n[providers.one]\nkind = "demo"\n')
+    shipped = pricebook.shipped()
+    await put(books, *shipped.rows, row("m", entry(1), provider="one"))
+    configuration = load({"TOLLGATE_DATABASE_URL": books.url, "KEY": "k"}, config=str(file))
+    models = (await Loader(configuration, books.engine, {}).load()).models
+    assert models["one/m"][0].added_tokens == 0
+    (opus,) = models["claude/claude-opus-5"]
+    assert (opus.context_tokens, opus.output_tokens_max, opus.is_reasoning) == (1_000_000, 128_000, True)
+    (haiku,) = models["claude-haiku-4-5"]
+    assert (haiku.context_tokens, haiku.output_tokens_max, haiku.is_reasoning) == (200_000, 64_000, False)
+    assert haiku.price.cache_write * 4 == haiku.price.input * 5
+    assert haiku.added_tokens > 804
+    claudes = [model for name, (model, *_) in models.items() if name.startswith("claude/")]
+    assert len([model for model in claudes if model.output_tokens_max is None]) <= 2
+
+
 def test_the_list_that_ships_can_be_booked():
     """Every row of it: no step down, within 64 bits, and the models that matter are there."""
     rows = pricebook.shipped().rows

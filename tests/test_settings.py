@@ -54,6 +54,9 @@ def written(tmp_path):
         ('[credits]\nstarting_credits = "1"', "credits.starting_credits"),
         ('[providers.x]\nkind = "magic"', "providers.x.kind"),
         ('[providers.x]\nkind = "openai"', "providers.x.base_url"),
+        ('[providers.x]\nkind = "anthropic"\nbase_url = "api.anthropic.com"', "providers.x.base_url"),
+        ('[providers.x]\nkind = "anthropic"\nbase_url = ""', "providers.x.base_url"),
+        ('[providers.x]\nkind = "anthropic"\napi_key_env = "NOBODY_HAS_IT"', "providers.x.api_key_env"),
         ('[providers."a/b"]\nkind = "demo"', "a/b"),
         (OPENAI, "providers.openai.api_key_env"),
         (DEMO + '[prices."demo/x"]\ninput = "cheap"', "prices.demo/x.input"),
@@ -109,6 +112,13 @@ def test_the_shipped_file_needs_no_environment():
     configuration = load({"OPENAI_API_KEY": "sk-x"}, config="config.toml")
     assert set(configuration.providers) == {"openai", "demo"}
     assert configuration.api_keys == {"openai": "sk-x"}
+
+
+def test_anthropic_needs_nothing_but_its_key(written):
+    """The address is Anthropic's own; the shipped file enables it once the key is there."""
+    text = '[providers.claude]\nkind = "anthropic"\napi_key_env = "CLAUDE_KEY"'
+    assert load({"CLAUDE_KEY": "sk-ant"}, config=written(text)).api_keys == {"claude": "sk-ant"}
+    assert "anthropic" in load({"ANTHROPIC_API_KEY": "sk-ant"}, config="config.toml").enabled
 
 
 def test_a_provider_that_is_off_may_lack_something(written):

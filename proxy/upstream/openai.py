@@ -97,9 +97,9 @@ class OpenAIProvider:
         headers: Sequence[tuple[str, str]] = (),
     ) -> None:
         self.name = name
-        self._base_url, self._query = _checked_base_url(base_url, provider=name)
+        self._base_url, self._query = checked_base_url(base_url, provider=name)
         self._own_headers = _authorization(api_key, provider=name)
-        self._own_headers += _checked_headers(headers, beside=self._own_headers, provider=name)
+        self._own_headers += checked_headers(headers, beside=self._own_headers, provider=name)
         self._client = client
         self._timeouts = timeouts
 
@@ -159,8 +159,8 @@ def _crossing(headers: Headers) -> Headers:
     ]
 
 
-def _checked_base_url(base_url: str, *, provider: str) -> tuple[str, str]:
-    """What stands before the path of a call, and what behind it."""
+def checked_base_url(base_url: str, *, provider: str) -> tuple[str, str]:
+    """What stands before the path of a call, and what behind it. Raises `SettingsError` for no plain HTTP address."""
     # The messages do not quote the address: it may hold a password.
     place = f"The base_url of provider {provider!r}"
     try:
@@ -180,7 +180,8 @@ def _checked_base_url(base_url: str, *, provider: str) -> tuple[str, str]:
     return path.rstrip("/"), f"{mark}{query}" if query else ""
 
 
-def _checked_headers(headers: Sequence[tuple[str, str]], *, beside: Headers, provider: str) -> Headers:
+def checked_headers(headers: Sequence[tuple[str, str]], *, beside: Headers, provider: str) -> Headers:
+    """The operator's header fields. Raises `SettingsError` for one that cannot be sent or is `beside` them already."""
     checked: Headers = []
     for name, value in headers:
         field, text = name.lower().encode(), value.strip().encode("latin-1", "replace")
@@ -192,8 +193,11 @@ def _checked_headers(headers: Sequence[tuple[str, str]], *, beside: Headers, pro
 
 
 def _authorization(api_key: str | None, *, provider: str) -> Headers:
-    if not api_key:
-        return []
+    return [(b"authorization", b"Bearer " + checked_key(api_key, provider=provider))] if api_key else []
+
+
+def checked_key(api_key: str, *, provider: str) -> bytes:
+    """The key as a header has it. Raises `SettingsError` when it cannot be sent."""
     if not re.fullmatch(r"[\x21-\x7e]+", api_key):
         raise SettingsError(f"The key of provider {provider!r} has a space, line break or other unusable character.")
-    return [(b"authorization", b"Bearer " + api_key.encode())]
+    return api_key.encode()

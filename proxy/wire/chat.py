@@ -124,6 +124,7 @@ def decode_chat(body: bytes) -> PaidRequest:
         has_only_images=bool(images)
         and images == len(media)
         and not (tools or is_set(fields.get("mm_processor_kwargs"))),
+        has_instructions=bool(request.tools) or is_set(fields.get("response_format")),
         images=images,
         image_bytes=image_bytes(parts) if images else 0,
         tools=tools,

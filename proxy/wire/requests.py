@@ -47,9 +47,10 @@ class PaidRequest(msgspec.Struct, frozen=True, kw_only=True):
     outputs for all `prompts` together. `prediction_tokens` bounds what may be billed of each choice on top of the
     maximum, `thinking_tokens` is the budget for reasoning inside of it. `is_unsized` says that some of the prompt is no
     text in the body; `images` counts the images in it, which have `image_bytes` of the body, and `has_only_images` says
-    that they are all of it. `tools` are those that the provider runs, by what they are priced as, with what the request
-    calls them; `tool_calls_max` bounds the uses of all of them together. `wants_audio` says that the answer may be
-    spoken, `must_unstore` that the provider would keep it unless it is told not to.
+    that they are all of it. `has_instructions` says that a provider may explain to the model, in words of its own, what
+    the request has: tools, or a format of the answer. `tools` are those that the provider runs, by what they are priced
+    as, with what the request calls them; `tool_calls_max` bounds the uses of all of them together. `wants_audio` says
+    that the answer may be spoken, `must_unstore` that the provider would keep it unless it is told not to.
     """
 
     endpoint: Endpoint
@@ -65,6 +66,7 @@ class PaidRequest(msgspec.Struct, frozen=True, kw_only=True):
     service_tier: str | None = None
     is_unsized: bool = False
     has_only_images: bool = False
+    has_instructions: bool = False
     wants_audio: bool = False
     images: int = 0
     image_bytes: int = 0

@@ -58,6 +58,7 @@ def test_the_fields_we_read():
         maxima={"max_tokens": 5, "max_completion_tokens": 7},
         choices=2,
         service_tier="auto",
+        has_instructions=True,
         must_unstore=True,
     )
 

@@ -2,7 +2,7 @@
 
 from types import ModuleType
 
-from tests.fakes.provider import chat, completions, embeddings, responses
+from tests.fakes.provider import chat, completions, embeddings, messages, responses
 from tests.fakes.provider.answer import CREATED_AT, MODELS, Answer, Piece, error, plain, wished_error
 from tests.fakes.provider.journal import Served
 
@@ -17,6 +17,8 @@ _ENDPOINTS = {
 
 def decide(served: Served) -> Answer:
     """The answer to a request that was read; fills in the journal's counts and behaviour."""
+    if served.method == "POST" and served.path.endswith("/messages"):
+        return messages.decide(served)
     endpoint = _endpoint(served) if served.method == "POST" else None
     is_models = served.method == "GET" and served.path.partition("?")[0].endswith("/models")
     if endpoint is None and not is_models:
