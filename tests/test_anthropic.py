@@ -407,3 +407,13 @@ def test_a_key_is_enough(tmp_path):
         with server.client(key) as http:
             model = http.get("/v1/models/claude-opus-5").json()
     assert (model["providers"], model["max_output_tokens"]) == (["anthropic"], 128_000)
+
+
+@once
+def test_the_simple_api(served, funded):
+    """It answers with Claude as with any other model."""
+    body = {"model": MODEL, "prompt": "Hello", "max_tokens": 50}
+    with served.client(funded) as http:
+        answer = http.post("/api/v1/llm/invoke", json=body).json()
+    assert (answer["content"], answer["provider"]) == ("The quick brown fox ", "claude")
+    assert Decimal(answer["credits_charged"]) == expected({"input": len("Hello") + 4, "output": 20})
