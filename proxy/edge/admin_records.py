@@ -7,7 +7,8 @@ from typing import Annotated, Any
 import msgspec
 from litestar import Router, get
 from litestar.di import NamedDependency
-from litestar.params import FromQuery
+from litestar.openapi.spec.enums import OpenAPIFormat
+from litestar.params import FromQuery, QueryParameter
 from msgspec import Meta
 from sqlalchemy.ext.asyncio import AsyncEngine
 
@@ -27,6 +28,8 @@ AUDIT_S_MAX = 60.0
 """How long an audit by HTTP may take; that of the command line takes as long as the books need."""
 
 SUBJECT_CHARACTERS_MAX = 300
+
+Instant = Annotated[str | None, QueryParameter(format=OpenAPIFormat.DATE_TIME)]  # a number is no instant
 
 
 class EventItem(msgspec.Struct):
@@ -63,8 +66,8 @@ async def admin_events(  # noqa: PLR0913, PLR0917 - one parameter a filter
     actor: FromQuery[str | None] = None,
     action: FromQuery[str | None] = None,
     subject: FromQuery[str | None] = None,
-    since: FromQuery[datetime | None] = None,
-    until: FromQuery[datetime | None] = None,
+    since: Instant = None,
+    until: Instant = None,
     limit: FromQuery[int] = PAGE_DEFAULT,
     cursor: FromQuery[str | None] = None,
 ) -> EventPage:
@@ -96,9 +99,13 @@ def _text(text: str | None, param: str) -> str | None:
     return text
 
 
-def _instant(instant: datetime | None, param: str) -> int | None:
-    if instant is None:
+def _instant(text: str | None, param: str) -> int | None:
+    if text is None:
         return None
+    try:
+        instant = msgspec.convert(text, datetime)
+    except msgspec.ValidationError as exc:
+        raise BadRequest(f"{param}: not an instant of ISO 8601.", param=param, code="invalid_value") from exc
     if instant.tzinfo is None:
         raise BadRequest(f"{param}: a time zone is needed, such as Z.", param=param, code="invalid_value")
     return micros_of(instant)

@@ -27,6 +27,7 @@ from proxy.edge.keys import (
     shown,
     terms_of,
 )
+from proxy.errors import BadRequest
 from proxy.identity.accounts import Accounts
 from proxy.identity.keys import Caller, Scope
 from proxy.identity.users import Standing, list_users, read_standing, read_user
@@ -111,6 +112,7 @@ class UserPage(msgspec.Struct):
 
 
 _ERRORS = documented(400, 404, 409, 413)
+_BOOLEANS = frozenset({"is_active", "is_admin", "email_verified"})
 
 
 @get("/", summary="The users", responses=documented(400))
@@ -140,6 +142,7 @@ async def make_user(
     data: JSONBody[NewUser],
 ) -> UserItem:
     """Add a user with an empty wallet."""
+    await _check_booleans(request)
     wanted = msgspec.structs.asdict(data)
     password = wanted.pop("password")
     user = await users_by_admins.create(engine, accounts.passwords, request.user.user_id, wanted, password=password)
@@ -160,11 +163,12 @@ async def alter_user(
 
     Who is deactivated or demoted has to log in anew. The last active admin can be neither.
     """
+    await _check_booleans(request)
     await users_by_admins.change(engine, request.user.user_id, user_id, given(data))
     return await _read(engine, user_id)
 
 
-@delete("/{user_id:str}", summary="Deactivate a user", responses=documented(404, 409))
+@delete("/{user_id:str}", summary="Deactivate a user", responses=documented(400, 404, 409))
 async def deactivate_user(request: AdminRequest, engine: NamedDependency[AsyncEngine], user_id: FromPath[str]) -> None:
     """Refuse everything to a user from its very next call on. Its keys, wallet and charges stay in the books."""
     await users_by_admins.change(engine, request.user.user_id, user_id, {"is_active": False})
@@ -188,6 +192,14 @@ async def set_user_password(
     async with reading(engine) as connection:
         found = await read_user(connection, user_id)
     await users_by_admins.set_password(engine, accounts.passwords, request.user.user_id, found, data.password)
+
+
+async def _check_booleans(request: AdminRequest) -> None:
+    """Raises `BadRequest` for numbers and words, which the framework takes for true and false."""
+    body = await request.json()
+    for name in _BOOLEANS & body.keys():
+        if not isinstance(body[name], bool):
+            raise BadRequest(f"{name}: true or false is expected.", param=name, code="invalid_value")
 
 
 async def _read(engine: AsyncEngine, user_id: str) -> UserItem:
