@@ -100,7 +100,8 @@ class Tollgate:
                 lease_s=self.configuration.settings.database.lease_s,
             )
             books = self._store()
-            self.ledger = Ledger(books, lambda: lease.id)
+            server = self.configuration.settings.server
+            self.ledger = Ledger(books, lambda: lease.id, end_wait_s=server.settle_wait_s)
             stack.push_async_callback(self.ledger.aclose)
             await books.check()
             self.ledger.start()
@@ -109,7 +110,7 @@ class Tollgate:
             for provider in providers.values():
                 stack.push_async_callback(provider.aclose)
             self.exchange = Exchange(self.ledger, providers, lambda: self.catalog, _limits(self.configuration))
-            client = http_client(self.configuration.settings.server.http_client)
+            client = http_client(server.http_client)
             stack.push_async_callback(client.aclose)
             self.accounts = _accounts(self.configuration, self.engine, self.ledger, client)
             self.authentication = Authentication(self.engine, self.accounts, self.last_used)
@@ -321,7 +322,6 @@ def _limits(configuration: Configuration) -> ExchangeLimits:
         answer_bytes_max=server.answer_bytes_max,
         event_bytes_max=server.event_bytes_max,
         call_s=server.call_s,
-        settle_wait_s=server.settle_wait_s,
         keep_alive_s=server.keep_alive_s,
         may_pay_twice=configuration.settings.routing.may_pay_twice,
     )

@@ -19,7 +19,7 @@ import structlog
 
 from proxy import relay, tokens
 from proxy.catalog import Catalog
-from proxy.deadline import Deadline, within
+from proxy.deadline import Deadline
 from proxy.errors import (
     InsufficientCredits,
     LedgerFault,
@@ -111,7 +111,6 @@ class ExchangeLimits(msgspec.Struct, frozen=True):
     answer_bytes_max: int
     event_bytes_max: int
     call_s: float
-    settle_wait_s: float
     keep_alive_s: float
     may_pay_twice: bool = False
 
@@ -535,8 +534,7 @@ class Exchange:
         )
         opened.is_closed = True
         try:
-            with within(self._limits.settle_wait_s):
-                settled = await self._ledger.settle(operation)
+            settled = await self._ledger.settle(operation)
         except TimeoutError as exc:
             raise Unavailable("The ledger is out of reach just now.", retry_after_s=5) from exc
         except LedgerFault:
@@ -559,8 +557,7 @@ class Exchange:
     async def _release(self, opened: _Open) -> None:
         opened.is_closed = True
         try:
-            with within(self._limits.settle_wait_s):
-                await self._ledger.release(_release(opened, "nothing_delivered"))
+            await self._ledger.release(_release(opened, "nothing_delivered"))
         except TimeoutError:
             log.warning("release_deferred", request_id=opened.call.request_id)
 

@@ -22,7 +22,18 @@ import msgspec
 import structlog
 
 from proxy.errors import LedgerFault, TollgateError, Unavailable
-from proxy.ledger.decide import Credit, Faulted, Operation, Outcome, Receipt, Release, Reserve, Reserved
+from proxy.ledger.decide import (
+    Credit,
+    Expire,
+    Faulted,
+    Operation,
+    Outcome,
+    Receipt,
+    Release,
+    Reserve,
+    Reserved,
+    Settle,
+)
 from proxy.ledger.store import Store, StoreLostError
 from proxy.units import new_id
 
@@ -40,18 +51,24 @@ _RETRY_S = (0.05, 0.1, 0.2, 0.5, 1.0)
 CLOSE_WAIT_S_MAX = 30.0
 """How long closing waits for a database that is out of reach."""
 
+_ENDS = Settle | Release | Expire
+
 Waiting = tuple[Operation, "asyncio.Future[Outcome]"]
 
 
 class Batcher:
     """The queue before one `Store`, and the task that empties it.
 
-    `owner_id` names the instance on whose lease reservations are held; it is asked at each batch.
+    `owner_id` names the instance on whose lease reservations are held; it is asked at each batch. `on_ended` is called
+    with the id of each call whose end is booked, or never will be, whether anybody still waits for it or not.
     """
 
-    def __init__(self, store: Store, owner_id: Callable[[], str | None]) -> None:
+    def __init__(
+        self, store: Store, owner_id: Callable[[], str | None], on_ended: Callable[[str], None] = lambda _: None
+    ) -> None:
         self._store = store
         self._owner_id = owner_id
+        self._on_ended = on_ended
         self._queue: deque[Waiting] = deque()
         self._reserves_waiting = 0
         self._work = asyncio.Event()
@@ -113,7 +130,7 @@ class Batcher:
         return [
             (operation, future)
             for operation, future in batch
-            if not (isinstance(operation, Reserve) and future.cancelled())
+            if not (isinstance(operation, Reserve) and future.done())
         ]
 
     async def _write(self, batch: list[Waiting]) -> None:
@@ -133,13 +150,13 @@ class Batcher:
             log.exception("ledger_refused", operation=repr(operations[0]))
             fault = LedgerFault("The ledger could not book this operation.")
             fault.__cause__ = exc
-            for _, future in batch:
-                _fail(future, fault)
+            for operation, future in batch:
+                self._fail(operation, future, fault)
             return
         if outcomes is None:
             log.error("ledger_given_up", operations=[repr(operation) for operation in operations])
-            for _, future in batch:
-                _fail(future, Unavailable("The ledger is out of reach just now."))
+            for operation, future in batch:
+                self._fail(operation, future, Unavailable("The ledger is out of reach just now."))
             return
         for (operation, future), position in zip(batch, answered_by, strict=True):
             self._answer(operation, future, outcomes[position])
@@ -174,8 +191,11 @@ class Batcher:
             future.set_result(outcome)
         elif isinstance(operation, Reserve) and isinstance(outcome, Reserved):
             self.submit(Release(id=operation.id, wallet_id=operation.wallet_id, receipt=Receipt(outcome="caller_gone")))
+        if isinstance(operation, _ENDS):
+            self._on_ended(operation.id)
 
-
-def _fail(future: "asyncio.Future[Outcome]", error: TollgateError) -> None:
-    if not future.done():
-        future.set_exception(error)
+    def _fail(self, operation: Operation, future: "asyncio.Future[Outcome]", error: TollgateError) -> None:
+        if not future.done():
+            future.set_exception(error)
+        if isinstance(operation, _ENDS):
+            self._on_ended(operation.id)
