@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from decimal import Decimal
 from typing import Literal
@@ -27,6 +27,7 @@ from proxy.edge.addresses import Addresses
 from proxy.edge.answer import BodyLimits, identify
 from proxy.edge.authentication import Authentication, authenticated
 from proxy.edge.errors import respond
+from proxy.edge.protocol import Way
 from proxy.errors import Unavailable, UpstreamFailed
 from proxy.exchange import Exchange, ExchangeLimits
 from proxy.identity.accounts import Accounts
@@ -139,11 +140,28 @@ class Tollgate:
                 await self.refresh_catalog()
 
 
-def build(tollgate: Tollgate) -> ASGIApp:
+class Application:
+    """An ASGI application, and the direct ways of its paid paths beside it (see `edge.protocol`)."""
+
+    def __init__(self, app: ASGIApp, ways: Mapping[bytes, Way]) -> None:
+        self._app = app
+        self.ways = ways
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve what takes ASGI's way."""
+        await self._app(scope, receive, send)
+
+
+def build(tollgate: Tollgate) -> Application:
     """The web application over an open `tollgate`."""
-    stall_s = tollgate.configuration.settings.server.stall_s
-    app = identified(routed(tollgate))
-    return inference.shortcut(app, _paid_handlers(tollgate), tollgate.authentication, stall_s=stall_s)
+    configuration = tollgate.configuration
+    ways = inference.paid_ways(
+        tollgate.exchange,
+        tollgate.authentication,
+        _body_limits(configuration),
+        stall_s=configuration.settings.server.stall_s,
+    )
+    return Application(identified(routed(tollgate)), ways)
 
 
 def routed(tollgate: Tollgate) -> Litestar:

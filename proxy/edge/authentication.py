@@ -68,6 +68,15 @@ class Authentication:
         self._known: dict[str, tuple[Credential, Micros]] = {}
         self._flights = Flights[Credential | None]()
 
+    async def payer(self, headers: Iterable[tuple[bytes, bytes]]) -> Caller:
+        """Who sent a paid call with `headers`, from memory where that is fresh; the ledger checks it again.
+
+        Raises as `caller`, and `Forbidden` when its scope does not allow it.
+        """
+        caller = await self.caller(headers, from_memory=True)
+        _check_scope(caller, KeyScope.INFERENCE)
+        return caller
+
     async def caller(self, headers: Iterable[tuple[bytes, bytes]], *, from_memory: bool) -> Caller:
         """Who sent `headers`.
 
