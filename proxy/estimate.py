@@ -54,7 +54,8 @@ def estimate(request: PaidRequest, prompt_tokens: int, offered: Sequence[Offer])
 
     Raises `BadRequest` when more of it is not in its body, and a candidate's context is not known.
     """
-    prompt_tokens = max(0, prompt_tokens - request.maxima_bytes)
+    if request.maxima:
+        prompt_tokens = max(0, prompt_tokens - request.maxima_bytes)
     at_least = at_most = input_most = output_most = 0
     images = request.images
     for offer in offered:
@@ -63,8 +64,12 @@ def estimate(request: PaidRequest, prompt_tokens: int, offered: Sequence[Offer])
         maximum = output_tokens_max(request, candidate)
         outputs = (maximum + request.prediction_tokens) * request.choices
         useful = (_useful_output_tokens(request, candidate, maximum) + request.prediction_tokens) * request.choices
-        at_most = max(at_most, bound(inputs, outputs, offer.price, offer.markup_bps, images=images))
-        at_least = max(at_least, bound(inputs, useful, offer.price, offer.markup_bps, images=images))
+        most = bound(inputs, outputs, offer.price, offer.markup_bps, images=images)
+        least = most
+        if useful != outputs:
+            least = bound(inputs, useful, offer.price, offer.markup_bps, images=images)
+        at_most = max(at_most, most)
+        at_least = max(at_least, least)
         input_most = max(input_most, inputs)
         output_most = max(output_most, outputs)
     return Estimate(

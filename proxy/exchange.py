@@ -46,8 +46,17 @@ from proxy.estimate import (
 from proxy.identity.keys import Caller
 from proxy.ledger.decide import Receipt, Release, Reserve, Settle, Settled
 from proxy.ledger.ledger import Ledger
-from proxy.metering import BY_BYTES, Metered, StreamMeter, UsageSource, failure_status, meter_plain, stream_meter
-from proxy.pricing import Price, billed, cost, dearest_usage, provider_cost, tokens_payable_max
+from proxy.metering import (
+    BY_BYTES,
+    Metered,
+    StreamMeter,
+    UsageSource,
+    failure_status,
+    meter_plain,
+    meter_reported,
+    stream_meter,
+)
+from proxy.pricing import Price, billed, costs, dearest_usage
 from proxy.relay import Head, StreamRelay
 from proxy.routing import Candidate, Health, Offer, candidates, offers, retry_after_s
 from proxy.units import Usage, format_credits
@@ -126,6 +135,8 @@ class _Open(msgspec.Struct):
     started: float
     deadline: float
     offer: Offer
+    candidate: Candidate
+    """That of `offer`."""
     first_byte: float | None = None
     is_closed: bool = False
     is_client_gone: bool = False
@@ -133,11 +144,6 @@ class _Open(msgspec.Struct):
     """Whether its provider was stopped because the client had left."""
     provider_time: Deadline | None = None
     """The limit on what is under way at the provider."""
-
-    @property
-    def candidate(self) -> Candidate:
-        """The candidate of `offer`."""
-        return self.offer.candidate
 
     def begin(self) -> None:
         """The first of the answer has come."""
@@ -183,6 +189,9 @@ class Exchange:
         self._counting = asyncio.Semaphore(COUNTS_AT_ONCE_MAX)
         self._health = Health()
         self._draw = random.Random().random  # noqa: S311 - it spreads calls, and guards nothing
+        self._offers_of: Catalog | None = None
+        self._offers: dict[tuple[str, str | None, int | None, bool], tuple[Offer, ...]] = {}
+        """Those of the catalogue `_offers_of`, by what they depend on."""
 
     async def serve(self, call: Call, answer: Answer) -> None:
         """Serve one call, streamed or not.
@@ -209,14 +218,7 @@ class Exchange:
     async def _preflight(self, call: Call, request: PaidRequest) -> _Open:
         """The hook before the provider is called: route, price, estimate, reserve."""
         started = _now()
-        catalog = self._catalog()
-        found = candidates(catalog.models, request.model)
-        offered = offers(
-            found,
-            request.service_tier,
-            catalog.user_markups.get(call.caller.user_id),
-            wants_audio=request.wants_audio,
-        )
+        offered = self._offered(call, request)
         if request.is_unsized and any(offer.candidate.is_local for offer in offered):
             await check_media(call.body)
         estimated = estimate(request, len(call.body), offered)
@@ -240,7 +242,23 @@ class Exchange:
             started=started,
             deadline=started + self._limits.call_s,
             offer=offered[0],
+            candidate=offered[0].candidate,
         )
+
+    def _offered(self, call: Call, request: PaidRequest) -> tuple[Offer, ...]:
+        """Who may serve the call, and at what price. Raises what `candidates` and `offers` do."""
+        catalog = self._catalog()
+        if catalog is not self._offers_of:
+            self._offers_of = catalog
+            self._offers = {}
+        markup_bps = catalog.user_markups.get(call.caller.user_id)
+        key = (request.model, request.service_tier, markup_bps, request.wants_audio)
+        offered = self._offers.get(key)
+        if offered is None:
+            found = candidates(catalog.models, request.model)
+            offered = offers(found, request.service_tier, markup_bps, wants_audio=request.wants_audio)
+            self._offers[key] = offered
+        return offered
 
     async def _reserve(self, call: Call, request: PaidRequest, estimated: Estimate, offered: tuple[Offer, ...]) -> int:
         """Hold what `estimated` says; returns the amount. Raises what `Ledger.reserve` does."""
@@ -253,7 +271,7 @@ class Exchange:
                 at_least=estimated.at_least,
                 at_most=estimated.at_most,
                 window_tokens=estimated.window_tokens,
-                models=tuple(offer.candidate.target for offer in offered),
+                models=tuple([offer.candidate.target for offer in offered]),
                 original_model=request.model,
                 is_stream=request.is_stream,
                 token_version=call.caller.token_version,
@@ -284,9 +302,12 @@ class Exchange:
 
     async def _try_each(self, opened: _Open, answer: Answer) -> None:
         """Let the first candidate that takes the call serve it. Raises the failure of the last one that was tried."""
-        ordered = self._health.ordered(opened.offered, _now(), self._draw)
+        ordered = opened.offered
+        if len(ordered) > 1:
+            ordered = self._health.ordered(ordered, _now(), self._draw)
         for offer in ordered:
             opened.offer = offer
+            opened.candidate = offer.candidate
             self._health.trying(offer.candidate.target, _now())
             try:
                 await self._attempt(opened, answer)
@@ -298,17 +319,23 @@ class Exchange:
                 return
 
     async def _attempt(self, opened: _Open, answer: Answer) -> None:
-        with _AtProvider(opened):
-            response = await self._providers[opened.candidate.provider].send(_provider_call(opened))
-        if response.status >= 300:
-            raise await self._rejection(opened, response)
+        provider = opened.candidate.provider
+        response: UpstreamResponse | None = None
+        body: bytes | None = None
         try:
-            if _is_stream(opened.request, response.headers):
+            with _AtProvider(opened):
+                response = await self._providers[provider].send(_provider_call(opened))
+                if response.status < 300 and not _is_stream(opened.request, response.headers):
+                    body = await _read_all(response, self._limits.answer_bytes_max, provider)
+            if response.status >= 300:
+                raise await self._rejection(opened, response)
+            if body is None:
                 await self._relay_stream(opened, response, answer)
             else:
-                await self._relay_plain(opened, response, answer)
+                await self._relay_plain(opened, response, body, answer)
         finally:
-            await response.aclose()
+            if response is not None:
+                await response.aclose()
 
     def _may_fall_back(self, opened: _Open, failure: UpstreamFailed) -> bool:
         """Whether another candidate may get the call: not if this one may have billed it, and somebody still waits."""
@@ -351,9 +378,7 @@ class Exchange:
 
     # ---- plain answers
 
-    async def _relay_plain(self, opened: _Open, response: UpstreamResponse, answer: Answer) -> None:
-        with _AtProvider(opened):
-            body = await _read_all(response, self._limits.answer_bytes_max, opened.candidate.provider)
+    async def _relay_plain(self, opened: _Open, response: UpstreamResponse, body: bytes, answer: Answer) -> None:
         content = self._content(response, body)
         failed = failure_status(content)
         if failed is not None:
@@ -388,6 +413,11 @@ class Exchange:
         return body if encoding is None else relay.inflate(body, encoding, self._limits.answer_bytes_max)
 
     async def _metered_plain(self, opened: _Open, content: bytes) -> Metered:
+        tokens_max = _plausible_max(opened)
+        reported = meter_reported(opened.call.endpoint, content, tokens_max=tokens_max)
+        if reported is not None:
+            return reported
+
         def metered(counter: tokens.TokenCounter | None = None) -> Metered:
             return meter_plain(
                 opened.call.endpoint,
@@ -395,7 +425,7 @@ class Exchange:
                 prompt=opened.call.body,
                 bound=_bound(opened),
                 counter=counter or BY_BYTES,
-                tokens_max=_plausible_max(opened),
+                tokens_max=tokens_max,
             )
 
         by_bytes = metered()
@@ -413,8 +443,8 @@ class Exchange:
 
     def _take_back(self, opened: _Open) -> None:
         """An answer that is not delivered costs nothing, whether its settle is booked in the end or not."""
-        release = self._ledger.release(_release(opened, "undelivered", is_undelivered=True))
-        self._background.add(task := asyncio.get_running_loop().create_task(release))
+        release = _release(opened, "undelivered", is_undelivered=True)
+        self._background.add(task := asyncio.get_running_loop().create_task(self._released(release)))
         task.add_done_callback(self._background.discard)
 
     # ---- streams
@@ -512,6 +542,7 @@ class Exchange:
         candidate, markup_bps = opened.candidate, opened.offer.markup_bps
         price = _price_charged(opened, metered)
         usage = billed(metered.usage, price, opened.request.images)
+        charge, paid = costs(usage, price, markup_bps)
         receipt = Receipt(
             outcome=outcome,
             provider=candidate.provider,
@@ -519,16 +550,16 @@ class Exchange:
             response_model=_storable(metered.response_model),
             usage=msgspec.json.encode(usage).decode(),
             usage_source=metered.source,
-            price=msgspec.json.encode(price).decode(),
+            price=price.as_json,
             markup_bps=markup_bps,
-            provider_cost=provider_cost(usage, price),
+            provider_cost=paid,
             ttft_ms=None if opened.first_byte is None else _milliseconds(opened.first_byte - opened.started),
             duration_ms=_milliseconds(_now() - opened.started),
         )
         operation = Settle(
             id=opened.call.request_id,
             wallet_id=opened.call.caller.wallet_id,
-            cost=cost(usage, price, markup_bps),
+            cost=charge,
             tokens=metered.usage.input_tokens + metered.usage.output_tokens,
             receipt=receipt,
         )
@@ -549,17 +580,21 @@ class Exchange:
             outcome=outcome,
             usage_source=metered.source,
             charged=format_credits(settled.charged),
-            shortfall=format_credits(settled.shortfall),
+            shortfall=format_credits(settled.shortfall) if settled.shortfall else "0",
             duration_ms=receipt.duration_ms,
         )
         return settled
 
     async def _release(self, opened: _Open) -> None:
         opened.is_closed = True
+        await self._released(_release(opened, "nothing_delivered"))
+
+    async def _released(self, operation: Release) -> None:
+        """Free what a call holds; what is not booked in time is booked later."""
         try:
-            await self._ledger.release(_release(opened, "nothing_delivered"))
+            await self._ledger.release(operation)
         except TimeoutError:
-            log.warning("release_deferred", request_id=opened.call.request_id)
+            log.warning("release_deferred", request_id=operation.id)
 
 
 def _with_affordable(refused: NotCovered, estimated: Estimate, offered: tuple[Offer, ...]) -> NotCovered:
@@ -680,7 +715,7 @@ def _storable(name: str | None) -> str | None:
 
 def _plausible_max(opened: _Open) -> int:
     """The most tokens that a provider can have used: by the model's limits, and by what can be booked at all."""
-    by_price = tokens_payable_max(opened.offer.price, opened.offer.markup_bps)
+    by_price = opened.offer.tokens_payable_max
     by_model = plausible_tokens_max(opened.request, opened.candidate)
     return by_price if by_model is None else min(by_price, by_model)
 
@@ -767,7 +802,11 @@ def _error_event(failure: TollgateError, endpoint: Endpoint) -> bytes:
 
 def _is_stream(request: PaidRequest, headers: Headers) -> bool:
     """Whether an answer is a stream of events: it says so, or it was asked for and does not say that it is not."""
-    content_type = next((value.lower() for name, value in headers if name == b"content-type"), b"")
+    content_type = b""
+    for name, value in headers:
+        if name == b"content-type":
+            content_type = value.lower()
+            break
     if content_type.startswith(b"text/event-stream"):
         return True
     return request.is_stream and b"json" not in content_type

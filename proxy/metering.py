@@ -339,6 +339,7 @@ def read_usage(reported: bytes | Raw) -> Usage | None:
     except UNREADABLE:
         return None
     prompt, completion, total = usage.prompt, usage.completion, usage.total_tokens or 0
+    inside, outside = usage.prompt_details, usage.completion_details
     if prompt is None:
         if completion is None:
             return None
@@ -348,12 +349,12 @@ def read_usage(reported: bytes | Raw) -> Usage | None:
     if prompt + output > _INT64_MAX:
         return None
 
-    audio = usage.prompt_details.audio_tokens or 0
+    audio = inside.audio_tokens or 0
     written = usage.written
     cached = usage.cached
-    spoken = usage.completion_details.audio_tokens or 0
-    reasoning = usage.completion_details.reasoning_tokens or 0
-    if max(audio, written, cached) > prompt or max(spoken, reasoning) > output:
+    spoken = outside.audio_tokens or 0
+    reasoning = outside.reasoning_tokens or 0
+    if audio > prompt or written > prompt or cached > prompt or spoken > output or reasoning > output:
         return None
     # A token may be in two details, such as audio that was cached: it counts once, where it is dearer.
     written = min(written, prompt - audio)
@@ -389,6 +390,22 @@ def failure_status(body: bytes) -> int | None:
     return int(text) if len(text) == 3 and text.isdecimal() and 400 <= int(text) <= 599 else 502
 
 
+def meter_reported(endpoint: Endpoint, body: bytes, *, tokens_max: int | None = None) -> Metered | None:
+    """The usage that a whole answer reports, as `meter_plain` has it; None where its text must be looked at."""
+    answer = _decoded(endpoint, body)
+    usage = _plausible(answer.usage, tokens_max)
+    if usage is not None and (usage.output_tokens or endpoint is Endpoint.EMBEDDINGS):
+        return Metered(usage, UsageSource.REPORTED, answer.model, service_tier=_tier(answer))
+    return None
+
+
+def _decoded(endpoint: Endpoint, body: bytes) -> "_Chunk | _Response":
+    try:
+        return _decode_response(body) if endpoint is Endpoint.RESPONSES else _decode_chunk(body)
+    except UNREADABLE:
+        return _Chunk()
+
+
 def meter_plain(  # noqa: PLR0913 - what it depends on
     endpoint: Endpoint,
     body: bytes,
@@ -403,15 +420,11 @@ def meter_plain(  # noqa: PLR0913 - what it depends on
     `prompt` is the request's body, of which the input is counted, `bound` the most that may be counted. Reported
     usage of more than `tokens_max`, where that is known, cannot be right. Blocks as long as `counter` does.
     """
-    is_response = endpoint is Endpoint.RESPONSES
-    try:
-        answer = _decode_response(body) if is_response else _decode_chunk(body)
-    except UNREADABLE:
-        answer = _Chunk()
+    if (reported := meter_reported(endpoint, body, tokens_max=tokens_max)) is not None:
+        return reported
+    answer = _decoded(endpoint, body)
     usage = _plausible(answer.usage, tokens_max)
-    if usage is not None and (usage.output_tokens or endpoint is Endpoint.EMBEDDINGS):
-        return Metered(usage, UsageSource.REPORTED, answer.model, service_tier=_tier(answer))
-    model, texts = _response_texts(body) if is_response else _chat_texts(body)
+    model, texts = _response_texts(body) if endpoint is Endpoint.RESPONSES else _chat_texts(body)
     if usage is not None and not texts:
         return Metered(usage, UsageSource.REPORTED, answer.model, service_tier=_tier(answer))
     return Metered(
@@ -622,11 +635,10 @@ def stream_meter(endpoint: Endpoint, kept_bytes_max: int, *, tokens_max: int | N
 
 def _plausible(reported: Raw, tokens_max: int | None) -> Usage | None:
     usage = read_usage(reported)
-    if usage is None or not usage.input_tokens + usage.output_tokens:
+    if usage is None:
         return None
-    if tokens_max is not None and usage.input_tokens + usage.output_tokens > tokens_max:
-        return None
-    return usage
+    tokens = usage.input_tokens + usage.output_tokens
+    return usage if tokens and (tokens_max is None or tokens <= tokens_max) else None
 
 
 def _counted(reported: Usage | None, prompt_tokens: int, output_tokens: int, bound: Usage) -> Usage:

@@ -7,6 +7,7 @@ what was reserved for the bound.
 from collections.abc import Mapping, Sequence
 from decimal import ROUND_CEILING, Decimal
 from enum import StrEnum
+from functools import cached_property
 from typing import Final, TypeVar
 
 import msgspec
@@ -21,7 +22,7 @@ _OUTPUT_CLASSES: Final = ("output", "audio_output")
 TOKEN_CLASSES: Final = (*_INPUT_CLASSES, *_OUTPUT_CLASSES)
 
 
-class Rates(msgspec.Struct, frozen=True):
+class Rates(msgspec.Struct, frozen=True, dict=True):
     """Nano-dollars per million tokens of each class."""
 
     input: int
@@ -31,12 +32,12 @@ class Rates(msgspec.Struct, frozen=True):
     output: int
     audio_output: int
 
-    @property
+    @cached_property
     def dearest_input(self) -> int:
         """The most that any input token can cost."""
         return max(self.input, self.cached_input, self.cache_write, self.audio_input)
 
-    @property
+    @cached_property
     def dearest_output(self) -> int:
         """The most that any output token can cost."""
         return max(self.output, self.audio_output)
@@ -60,6 +61,11 @@ class Price(Rates, frozen=True, kw_only=True, omit_defaults=True):
     request: int = 0
     long_context: tuple[LongContext, ...] = ()
     service_tier: str | None = None
+
+    @cached_property
+    def as_json(self) -> str:
+        """The price in JSON, as receipts have it."""
+        return msgspec.json.encode(self).decode()
 
     def at(self, input_tokens: int) -> Rates:
         """The rates of a call with so much input."""
@@ -88,6 +94,12 @@ def price_nanos_per_mtok(dollars_per_mtok: Decimal) -> tuple[int, bool]:
     nanos = dollars_per_mtok * NANOS_PER_CREDIT
     whole = int(nanos.to_integral_value(rounding=ROUND_CEILING))
     return whole, whole == nanos
+
+
+def costs(usage: Usage, price: Price, markup_bps: int) -> tuple[Nanos, Nanos]:
+    """`cost` and `provider_cost`."""
+    total = _provider_total(usage, price)
+    return _charge(total, markup_bps), _charge(total, 0)
 
 
 def cost(usage: Usage, price: Price, markup_bps: int) -> Nanos:

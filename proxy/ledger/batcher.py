@@ -24,7 +24,6 @@ import structlog
 from proxy.errors import LedgerFault, TollgateError, Unavailable
 from proxy.ledger.decide import (
     Credit,
-    Expire,
     Faulted,
     Operation,
     Outcome,
@@ -32,7 +31,6 @@ from proxy.ledger.decide import (
     Release,
     Reserve,
     Reserved,
-    Settle,
 )
 from proxy.ledger.store import Store, StoreLostError
 from proxy.units import new_id
@@ -50,8 +48,6 @@ _RETRY_S = (0.05, 0.1, 0.2, 0.5, 1.0)
 
 CLOSE_WAIT_S_MAX = 30.0
 """How long closing waits for a database that is out of reach."""
-
-_ENDS = Settle | Release | Expire
 
 Waiting = tuple[Operation, "asyncio.Future[Outcome]"]
 
@@ -101,14 +97,14 @@ class Batcher:
         The future fails with `LedgerFault` when the operation cannot be booked. Raises `Unavailable` for a reserve
         when too many wait, and once the ledger is closing.
         """
-        if isinstance(operation, Credit) and operation.idempotency_key is None:
+        if isinstance(operation, Reserve):
+            if self._is_closing or self._reserves_waiting >= RESERVES_WAITING_MAX:
+                raise Unavailable("Too many calls are waiting. Try again shortly.")
+            self._reserves_waiting += 1
+        elif isinstance(operation, Credit) and operation.idempotency_key is None:
             operation = msgspec.structs.replace(operation, idempotency_key=new_id("idem"))
-        is_reserve = isinstance(operation, Reserve)
-        if is_reserve and (self._is_closing or self._reserves_waiting >= RESERVES_WAITING_MAX):
-            raise Unavailable("Too many calls are waiting. Try again shortly.")
         future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
         self._queue.append((operation, future))
-        self._reserves_waiting += is_reserve
         self._work.set()
         return future
 
@@ -120,18 +116,19 @@ class Batcher:
                 self._work.clear()
                 await self._work.wait()
                 continue
-            batch = [self._queue.popleft() for _ in range(min(BATCH_MAX, len(self._queue)))]
-            self._reserves_waiting -= sum(isinstance(operation, Reserve) for operation, _ in batch)
-            await self._write(self._without_the_gone(batch))
+            await self._write(self._next_batch())
 
-    @staticmethod
-    def _without_the_gone(batch: list[Waiting]) -> list[Waiting]:
-        """Reserves whose callers left before anything was sent are dropped; nothing else may be."""
-        return [
-            (operation, future)
-            for operation, future in batch
-            if not (isinstance(operation, Reserve) and future.done())
-        ]
+    def _next_batch(self) -> list[Waiting]:
+        """What waits, as far as it fits into one; reserves whose callers have left are dropped, and nothing else is."""
+        batch: list[Waiting] = []
+        for _ in range(min(BATCH_MAX, len(self._queue))):
+            operation, future = self._queue.popleft()
+            if isinstance(operation, Reserve):
+                self._reserves_waiting -= 1
+                if future.done():
+                    continue
+            batch.append((operation, future))
+        return batch
 
     async def _write(self, batch: list[Waiting]) -> None:
         if not batch:
@@ -187,15 +184,18 @@ class Batcher:
     def _answer(self, operation: Operation, future: "asyncio.Future[Outcome]", outcome: Outcome) -> None:
         if isinstance(outcome, Faulted) and not isinstance(operation, Credit):
             log.error("ledger_fault", request_id=operation.id, operation=type(operation).__name__, fault=outcome.fault)
-        if not future.done():
+        is_waited_for = not future.done()
+        if is_waited_for:
             future.set_result(outcome)
-        elif isinstance(operation, Reserve) and isinstance(outcome, Reserved):
-            self.submit(Release(id=operation.id, wallet_id=operation.wallet_id, receipt=Receipt(outcome="caller_gone")))
-        if isinstance(operation, _ENDS):
+        if isinstance(operation, Reserve):
+            if not is_waited_for and isinstance(outcome, Reserved):
+                receipt = Receipt(outcome="caller_gone")
+                self.submit(Release(id=operation.id, wallet_id=operation.wallet_id, receipt=receipt))
+        elif not isinstance(operation, Credit):
             self._on_ended(operation.id)
 
     def _fail(self, operation: Operation, future: "asyncio.Future[Outcome]", error: TollgateError) -> None:
         if not future.done():
             future.set_exception(error)
-        if isinstance(operation, _ENDS):
+        if not isinstance(operation, Reserve | Credit):
             self._on_ended(operation.id)

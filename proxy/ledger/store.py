@@ -17,6 +17,7 @@ import asyncpg
 import msgspec
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
+from proxy.deadline import within
 from proxy.errors import SettingsError, Unavailable
 from proxy.ledger import statements as sql
 from proxy.ledger.decide import (
@@ -224,7 +225,7 @@ class PostgresStore:
     async def transact(self, operations: Sequence[Operation], *, owner_id: str | None) -> list[Outcome]:
         """See `Store`."""
         try:
-            async with asyncio.timeout(TRANSACTION_S_MAX):
+            with within(TRANSACTION_S_MAX):
                 if self._driver is None:
                     await self._connect()
                 return await self._transact(self._driver, operations, owner_id)
