@@ -171,7 +171,11 @@ class DirectAnswer:
 
     async def write(self, chunk: bytes) -> None:
         """Send `chunk`; returns when the client's connection can take more."""
-        await self._send(self._framed(chunk))
+        connection = self._connection
+        if self._is_gone or connection.flow.write_paused or connection.wire.is_closing():
+            await self._send(self._framed(chunk))
+        elif data := self._framed(chunk):
+            connection.wire.write(data)
 
     async def end(self, chunk: bytes = b"") -> None:
         """Send `chunk` and the end of the answer."""

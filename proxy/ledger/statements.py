@@ -181,9 +181,9 @@ def literal(text: str) -> str:
     return "'" + text.replace("'", "''") + "'"
 
 
-def array_literal(texts: Iterable[str]) -> str:
-    """`texts` as a constant of the type `text[]`; raises as `literal`."""
-    return f"ARRAY[{', '.join(map(literal, texts))}]::text[]"
+def array(texts: Iterable[str]) -> str:
+    """`texts` as the text of a `text[]`, which costs the driver far less to send than a list does."""
+    return "{" + ",".join(['"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"' for text in texts]) + "}"
 
 
 @cache
@@ -232,13 +232,14 @@ READ_POSTGRESQL = ", ".join(
     [
         f"SELECT {MICROS_POSTGRESQL} AS now",
         "(SELECT is_fenced FROM instances WHERE id = $1) AS is_fenced",
-        _as_json("wallets", WALLET_COLUMNS, "id = ANY($5::text[])"),
-        _as_json("users", USER_COLUMNS, "id = ANY($2::text[])"),
-        _as_json("reservations", RESERVATION_COLUMNS, "id = ANY($4::text[])"),
+        _as_json("wallets", WALLET_COLUMNS, "id = ANY($5::text::text[])"),
+        _as_json("users", USER_COLUMNS, "id = ANY($2::text::text[])"),
+        _as_json("reservations", RESERVATION_COLUMNS, "id = ANY($4::text::text[])"),
         _as_json(
             "api_keys",
             KEY_COLUMNS,
-            "id IN (SELECT unnest($3::text[]) UNION SELECT key_id FROM reservations WHERE id = ANY($4::text[]))",
+            "id IN (SELECT unnest($3::text::text[])"
+            " UNION SELECT key_id FROM reservations WHERE id = ANY($4::text::text[]))",
         ),
     ]
 )

@@ -219,6 +219,7 @@ class PostgresStore:
         self._engine = engine
         self._connection: AsyncConnection | None = None
         self._driver: Any = None
+        self._reading: Any = None
         self._prepared: dict[tuple[sql.Statement, ...], str] = {}
         """The writes that this session has prepared, with what executes them."""
 
@@ -267,15 +268,17 @@ class PostgresStore:
             self._driver = raw.driver_connection
             self._prepared.clear()
             await self._driver.execute(_SESSION)
+            self._reading = await self._driver.prepare(sql.READ_POSTGRESQL)
         except Exception as exc:
             raise StoreLostError(str(exc) or type(exc).__name__) from exc
 
     async def _transact(self, driver: Any, operations: Sequence[Operation], owner_id: str | None) -> list[Outcome]:
         ids = _ids(operations)
-        await self._send(
-            "BEGIN ISOLATION LEVEL READ COMMITTED", f"{sql.LOCK_POSTGRESQL}({sql.array_literal(ids.wallets)})"
+        wallets = sql.array(ids.wallets)
+        await self._send("BEGIN ISOLATION LEVEL READ COMMITTED", f"{sql.LOCK_POSTGRESQL}({sql.literal(wallets)})")
+        found = await self._read(
+            owner_id, sql.array(ids.users), sql.array(ids.keys), sql.array(ids.reservations), wallets
         )
-        found = await driver.fetchrow(sql.READ_POSTGRESQL, owner_id, ids.users, ids.keys, ids.reservations, ids.wallets)
         booked = (
             await driver.fetch(sql.READ_TRANSACTIONS.postgresql, ids.wallets, ids.idempotency_keys)
             if ids.idempotency_keys
@@ -306,6 +309,10 @@ class PostgresStore:
             await self._driver.execute(f"PREPARE {name}({types}) AS {sql.together(statements)}")
             self._prepared[statements] = execute = f"EXECUTE {name}"
         return f"{execute}({', '.join(sql.literal(_as_json(one.columns, rows)) for one, rows in writes)})"
+
+    async def _read(self, *values: str | None) -> Any:
+        """The one row that `READ_POSTGRESQL` answers."""
+        return await self._reading.fetchrow(*values)
 
     async def _send(self, *statements: str) -> None:
         """Run `statements`, which answer nothing, in one message."""

@@ -42,6 +42,11 @@ class SteppedStore(PostgresStore):
             if statement == "COMMIT":
                 await self.step()
 
+    async def _read(self, *values: str | None) -> Any:
+        await self.step()
+        self.statements.append(sql.READ_POSTGRESQL)
+        return await super()._read(*values)
+
     async def step(self) -> None:
         """Wait if this is the place."""
         if len(self.statements) == self.stop:
@@ -58,15 +63,9 @@ class _SteppedDriver:
         self.execute = driver.execute
 
     async def fetch(self, statement: str, *values: object) -> Any:
-        return await self._run(self._driver.fetch, statement, *values)
-
-    async def fetchrow(self, statement: str, *values: object) -> Any:
-        return await self._run(self._driver.fetchrow, statement, *values)
-
-    async def _run(self, method: Any, statement: str, *values: object) -> Any:
         await self._store.step()
         self._store.statements.append(statement)
-        return await method(statement, *values)
+        return await self._driver.fetch(statement, *values)
 
     def is_closed(self) -> bool:
         return self._driver.is_closed()
