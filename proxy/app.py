@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from decimal import Decimal
 from typing import Literal
@@ -13,24 +13,27 @@ from litestar.config.cors import CORSConfig
 from litestar.di import Provide
 from litestar.handlers import ASGIRouteHandler
 from litestar.openapi import OpenAPIConfig
-from litestar.openapi.plugins import JsonRenderPlugin
 from litestar.types import ASGIApp, Message, Receive, Scope, Send
-from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from proxy import __version__
 from proxy.catalog import Catalog, Loader, seed
 from proxy.edge import accounts as account_routes
-from proxy.edge import admin, health, inference, llm
+from proxy.edge import admin, admin_config, admin_credits, admin_records, admin_users, health, inference, llm, reports
 from proxy.edge import credits as credit_routes
 from proxy.edge import keys as key_routes
 from proxy.edge.addresses import Addresses
 from proxy.edge.answer import BodyLimits, identify
 from proxy.edge.authentication import Authentication, authenticated
+from proxy.edge.document import DocumentPlugin, PagePlugin
 from proxy.edge.errors import respond
+from proxy.edge.health import Exposition, Readiness
+from proxy.edge.invoke import Simple
 from proxy.edge.protocol import Way
 from proxy.errors import Unavailable, UpstreamFailed
 from proxy.exchange import Exchange, ExchangeLimits
-from proxy.identity.accounts import Accounts
+from proxy.gauges import REFRESH_S, Gauges
+from proxy.identity.accounts import Accounts, Welcome
 from proxy.identity.attempts import Attempts
 from proxy.identity.issuers import Fetch, Issuers
 from proxy.identity.last_used import LastUsed
@@ -38,10 +41,12 @@ from proxy.identity.tokens import Tokens, kept_secret
 from proxy.ledger.ledger import Ledger
 from proxy.ledger.recovery import Lease
 from proxy.ledger.store import PostgresStore, SqliteStore, Store
+from proxy.metrics import Metrics
 from proxy.settings import Configuration, PriceSettings
 from proxy.storage import database
-from proxy.units import SECONDS_PER_DAY, parse_credits
+from proxy.units import SECONDS_PER_DAY
 from proxy.upstream import Provider
+from proxy.upstream.anthropic import AnthropicProvider
 from proxy.upstream.client import CONNECTIONS_MAX, HttpClient, Timeouts
 from proxy.upstream.demo import (
     DEMO_CONTEXT_TOKENS,
@@ -71,16 +76,24 @@ _FETCH_S_MAX = 8.0
 class Tollgate:
     """One process's parts, alive between `open` and the end of its block."""
 
-    def __init__(self, configuration: Configuration) -> None:
+    def __init__(self, configuration: Configuration, metrics: Metrics | None = None) -> None:
         self.configuration = configuration
+        self.metrics = metrics or Metrics()
         self.engine: AsyncEngine = database.connect(configuration.database_url)
         self.catalog: Catalog
-        self._loader = Loader(configuration, self.engine, _built_in_prices(configuration))
+        self._loader = catalog_loader(configuration, self.engine)
         self.ledger: Ledger
         self.exchange: Exchange
+        self.readiness: Readiness
+        self.gauges: Gauges
         self.accounts: Accounts
         self.authentication: Authentication
         self.last_used = LastUsed(self.engine)
+        self.is_stopping = False
+
+    def stop(self) -> None:
+        """Turn readiness red: the server is about to end."""
+        self.is_stopping = True
 
     @asynccontextmanager
     async def open(self) -> AsyncIterator[None]:
@@ -102,7 +115,7 @@ class Tollgate:
             )
             books = self._store()
             server = self.configuration.settings.server
-            self.ledger = Ledger(books, lambda: lease.id, end_wait_s=server.settle_wait_s)
+            self.ledger = Ledger(books, lambda: lease.id, self.metrics, end_wait_s=server.settle_wait_s)
             stack.push_async_callback(self.ledger.aclose)
             await books.check()
             self.ledger.start()
@@ -110,16 +123,29 @@ class Tollgate:
             providers = self._providers()
             for provider in providers.values():
                 stack.push_async_callback(provider.aclose)
-            self.exchange = Exchange(self.ledger, providers, lambda: self.catalog, _limits(self.configuration))
+            limits = _limits(self.configuration)
+            self.exchange = Exchange(self.ledger, providers, lambda: self.catalog, limits, self.metrics)
+            self.gauges = Gauges(self.metrics, self.ledger, lease, self.exchange, self.engine)
+            self.readiness = Readiness(
+                engine=self.engine,
+                ledger=self.ledger,
+                lease=lease,
+                exchange=self.exchange,
+                catalog=lambda: self.catalog,
+                is_stopping=lambda: self.is_stopping,
+                providers=tuple(providers),
+            )
             client = http_client(server.http_client)
             stack.push_async_callback(client.aclose)
-            self.accounts = _accounts(self.configuration, self.engine, self.ledger, client)
+            self.accounts = _accounts(self.configuration, self.engine, self.ledger, client, self._welcome)
             self.authentication = Authentication(self.engine, self.accounts, self.last_used)
             stack.push_async_callback(self.last_used.write)
             writing = asyncio.create_task(self.last_used.keep_writing(), name="last_used")
             stack.push_async_callback(_ended, writing)
             refreshing = asyncio.create_task(self._keep_catalog_fresh(), name="catalog")
             stack.callback(refreshing.cancel)
+            measuring = asyncio.create_task(self._keep_measuring(), name="gauges")
+            stack.callback(measuring.cancel)
             yield
 
     def _store(self) -> Store:
@@ -128,6 +154,10 @@ class Tollgate:
     def _providers(self) -> dict[str, Provider]:
         """All that could serve: which of them do is the catalogue's to say."""
         return {name: _provider(name, self.configuration) for name in self.configuration.providers}
+
+    def _welcome(self) -> Welcome:
+        policy = self.catalog.policy
+        return Welcome(policy.registration_open, policy.credits_given)
 
     async def refresh_catalog(self) -> None:
         """Look whether the catalogue has changed. Raises `Unavailable`."""
@@ -138,6 +168,19 @@ class Tollgate:
             await asyncio.sleep(CATALOG_REFRESH_S)
             with suppress(Unavailable):
                 await self.refresh_catalog()
+
+    async def _keep_measuring(self) -> None:
+        clock = asyncio.get_running_loop().time
+        while True:
+            self.gauges.refresh()
+            due = clock() + REFRESH_S
+            await asyncio.sleep(REFRESH_S)
+            self.gauges.lag(clock() - due)
+
+    def metrics_text(self) -> str:
+        """What all processes of this server count, this one up to now."""
+        self.gauges.refresh()
+        return self.metrics.shared.text()
 
 
 class Application:
@@ -160,6 +203,7 @@ def build(tollgate: Tollgate) -> Application:
         tollgate.authentication,
         _body_limits(configuration),
         stall_s=configuration.settings.server.stall_s,
+        metrics=tollgate.metrics,
     )
     return Application(identified(routed(tollgate)), ways)
 
@@ -168,6 +212,8 @@ def routed(tollgate: Tollgate) -> Litestar:
     """Every route, behind authentication."""
     server = tollgate.configuration.settings.server
     addresses = Addresses(server.trusted_proxies)
+    auditor = admin_records.Auditor(tollgate.engine)
+    exposition = Exposition(tollgate.metrics_text, server.metrics_token)
     return Litestar(
         route_handlers=[
             *_paid_handlers(tollgate),
@@ -176,6 +222,8 @@ def routed(tollgate: Tollgate) -> Litestar:
             inference.model,
             credit_routes.balance,
             credit_routes.transactions,
+            credit_routes.stats,
+            credit_routes.charges,
             credit_routes.charge,
             account_routes.register,
             account_routes.login,
@@ -187,8 +235,15 @@ def routed(tollgate: Tollgate) -> Litestar:
             key_routes.drop_key,
             llm.router,
             admin.router,
+            reports.router,
+            reports.overview,
+            admin_users.router,
+            admin_credits.router,
+            admin_config.router,
+            admin_records.router,
             health.live,
             health.ready,
+            health.metrics,
         ],
         middleware=[lambda app: authenticated(app, tollgate.authentication)],
         exception_handlers={Exception: respond},
@@ -198,21 +253,46 @@ def routed(tollgate: Tollgate) -> Litestar:
             "catalog": Provide(lambda: tollgate.catalog, sync_to_thread=False),
             "accounts": Provide(lambda: tollgate.accounts, sync_to_thread=False),
             "addresses": Provide(lambda: addresses, sync_to_thread=False),
+            "settings": Provide(lambda: tollgate.configuration.settings, sync_to_thread=False),
+            "auditor": Provide(lambda: auditor, sync_to_thread=False),
+            "readiness": Provide(lambda: tollgate.readiness, sync_to_thread=False),
+            "exposition": Provide(lambda: exposition, sync_to_thread=False),
             "refresh": Provide(lambda: tollgate.refresh_catalog, sync_to_thread=False),
         },
         cors_config=_cors(server.cors_origins),
-        openapi_config=OpenAPIConfig(
-            title="Tollgate", version=__version__, path="/schema", render_plugins=[JsonRenderPlugin()]
-        ),
+        openapi_config=_openapi(),
         logging_config=None,
         debug=False,
     )
 
 
+def _openapi() -> OpenAPIConfig:
+    document = DocumentPlugin()
+    return OpenAPIConfig(
+        title="Tollgate",
+        version=__version__,
+        description="OpenAI's API on prepaid credits. Amounts are decimal strings of credits; 1 credit is 1 USD.",
+        path="/schema",
+        use_handler_docstrings=True,
+        render_plugins=[PagePlugin(document), document],
+    )
+
+
 def _paid_handlers(tollgate: Tollgate) -> list[ASGIRouteHandler]:
-    configuration = tollgate.configuration
-    stall_s = configuration.settings.server.stall_s
-    return inference.paid_handlers(tollgate.exchange, _body_limits(configuration), stall_s=stall_s)
+    server, metrics = tollgate.configuration.settings.server, tollgate.metrics
+    limits = _body_limits(tollgate.configuration)
+    simple = Simple(
+        tollgate.exchange,
+        lambda: tollgate.catalog,
+        tollgate.engine,
+        limits,
+        answer_bytes_max=server.answer_bytes_max,
+        metrics=metrics,
+    )
+    return [
+        *inference.paid_handlers(tollgate.exchange, limits, stall_s=server.stall_s, metrics=metrics),
+        *simple.handlers(stall_s=server.stall_s),
+    ]
 
 
 def identified(app: ASGIApp) -> ASGIApp:
@@ -243,12 +323,17 @@ async def prepare(configuration: Configuration) -> None:
 
     Raises `SettingsError` when an embedded database is served or migrated by another process.
     """
-    engine = database.connect(configuration.database_url)
+    engine = database.connect(configuration.database_url, pooled=False)
+
+    async def seeded(connection: AsyncConnection) -> None:
+        await seed(connection, configuration.settings.credits.markup_percent)
+
     try:
         if await database.revision(engine) != database.SCHEMA_HEAD:
-            await database.migrate(engine)
-        async with database.writing(engine) as connection:
-            await seed(connection, configuration.settings.credits.markup_percent)
+            await database.migrate(engine, then=seeded)
+        else:
+            async with database.writing(engine) as connection:
+                await seeded(connection)
     finally:
         await engine.dispose()
 
@@ -281,7 +366,13 @@ def _cors(origins: list[str]) -> CORSConfig | None:
     return CORSConfig(allow_origins=origins, expose_headers=_EXPOSED_HEADERS) if origins else None
 
 
-def _accounts(configuration: Configuration, engine: AsyncEngine, ledger: Ledger, client: HttpClient) -> Accounts:
+def _accounts(
+    configuration: Configuration,
+    engine: AsyncEngine,
+    ledger: Ledger,
+    client: HttpClient,
+    welcome: Callable[[], Welcome],
+) -> Accounts:
     auth = configuration.settings.auth
     secret = auth.jwt_secret
     if secret is None and configuration.is_embedded:
@@ -296,8 +387,7 @@ def _accounts(configuration: Configuration, engine: AsyncEngine, ledger: Ledger,
         issuers=Issuers(auth.issuers, _fetch(client), clock),
         by_address=Attempts(auth.address_attempts_per_minute, 60, clock),
         by_account=Attempts(auth.account_failures_per_hour, 3600, clock),
-        registration_open=auth.registration_open,
-        starting_credits=parse_credits(str(configuration.settings.credits.starting_credits)),
+        welcome=welcome,
     )
 
 
@@ -355,14 +445,27 @@ def _provider(name: str, configuration: Configuration) -> Provider:
     settings = configuration.providers[name]
     if settings.kind == "demo":
         return DemoProvider(name)
-    return OpenAIProvider(
-        name,
-        settings.base_url or "",
-        configuration.api_keys.get(name),
-        http_client(configuration.settings.server.http_client, settings.connections_max),
-        Timeouts(connect_s=settings.connect_s, first_byte_s=settings.first_byte_s, idle_s=settings.idle_s),
-        headers=configuration.headers[name],
-    )
+    server = configuration.settings.server
+    client = http_client(server.http_client, settings.connections_max)
+    timeouts = Timeouts(connect_s=settings.connect_s, first_byte_s=settings.first_byte_s, idle_s=settings.idle_s)
+    key, headers = configuration.api_keys.get(name), configuration.headers[name]
+    if settings.kind == "anthropic":
+        return AnthropicProvider(
+            name,
+            settings.base_url,
+            key,
+            client,
+            timeouts,
+            headers=headers,
+            answer_bytes_max=server.answer_bytes_max,
+            event_bytes_max=server.event_bytes_max,
+        )
+    return OpenAIProvider(name, settings.base_url or "", key, client, timeouts, headers=headers)
+
+
+def catalog_loader(configuration: Configuration, engine: AsyncEngine) -> Loader:
+    """What makes the catalogue of `configuration`."""
+    return Loader(configuration, engine, _built_in_prices(configuration))
 
 
 def _built_in_prices(configuration: Configuration) -> dict[str, PriceSettings]:

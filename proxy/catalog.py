@@ -13,21 +13,24 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from proxy import pricebook
+from proxy.policy import MARKUP_PERCENT, SETTINGS, Policy, policy_of
 from proxy.pricebook import ADMIN, LIST, Entry, Targets, entry_of, is_payable
 from proxy.pricing import Markup, MarkupKind, MarkupRules, dearest_price
 from proxy.routing import Candidate, Models
-from proxy.settings import CandidateSettings, Configuration, PriceSettings, ProviderSettings
+from proxy.settings import CandidateSettings, Configuration, PriceSettings, ProviderSettings, Settings
 from proxy.storage.database import database_now, reading
 from proxy.storage.tables import markup_rules, system_config
 from proxy.storage.tables import providers as provider_rows
-from proxy.units import Micros, new_id, now_micros, parse_percent
+from proxy.units import Micros, new_id, now_micros
 from proxy.wire.media import host_of, is_private_name
-
-MARKUP_PERCENT = "markup_percent"
-"""The row of `system_config` that holds the default rule."""
 
 VERSION = "catalog_version"
 """The row of `system_config` that is another one after each change of prices, rules or providers."""
+
+
+ANTHROPIC_ADDED_TOKENS = 2_048
+"""More than what Anthropic puts into a prompt to explain tools, at most 804 tokens for Claude Opus 4.7
+(https://platform.claude.com/docs/en/about-claude/pricing#tool-use-pricing), and the format of an answer."""
 
 
 class ProviderState(msgspec.Struct, frozen=True):
@@ -43,16 +46,20 @@ class ProviderState(msgspec.Struct, frozen=True):
 class Catalog(msgspec.Struct, frozen=True):
     """What may be sold just now, and at what price.
 
-    `rules` are for previews and people: each candidate has its markup, and `user_markups` are those of users who have
-    a rule of their own. `stamp` is what the snapshot was made of, `changes_at` when a price becomes valid by itself.
-    `remarks` tell the operator what is not on offer, and why.
+    `policy` holds the settings that operators change. `default_models` are the names that serve simple calls which name
+    none, by the provider that they name; None is for those that name neither. `rules` are for previews and people: each
+    candidate has its markup, and `user_markups` are those of users who have a rule of their own. `stamp` is what the
+    snapshot was made of, `changes_at` when a price becomes valid by itself. `remarks` tell the operator what is not on
+    offer, and why.
     """
 
     models: Models
+    policy: Policy
     rules: MarkupRules
     providers: Mapping[str, ProviderState]
     stamp: Mapping[str, object]
     changes_at: Micros | None
+    default_models: Mapping[str | None, str] = {}
     remarks: tuple[str, ...] = ()
 
     @property
@@ -89,31 +96,23 @@ class Loader:
             now = await database_now(connection)
             if known is not None and known.stamp == stamp and (known.changes_at is None or now < known.changes_at):
                 return known
-            rules = await self._rules(connection, stamp)
+            policy, remarks = policy_of(self._configuration.settings, stamp)
+            rules = await _rules(connection, policy)
             providers = await self._providers(connection)
             names = {*providers, *(self._list_name(name) for name in providers)}
             book = await pricebook.current(connection, now, names)
             changes_at = await pricebook.next_change_at(connection, now)
-        remarks = list(self._remarks)
+        remarks = [*self._remarks, *remarks]
+        models = self._models(book, providers, policy, rules, remarks)
         return Catalog(
-            models=self._models(book, providers, rules, remarks),
+            models=models,
+            policy=policy,
+            default_models=_default_models(self._configuration.settings, models, remarks),
             rules=rules,
             providers=providers,
             stamp=stamp,
             changes_at=changes_at,
             remarks=tuple(remarks),
-        )
-
-    async def _rules(self, connection: AsyncConnection, stamp: Mapping[str, object]) -> MarkupRules:
-        percent = stamp.get(MARKUP_PERCENT, self._configuration.settings.credits.markup_percent)
-        found: dict[str, dict[str, int]] = {}
-        for row in await connection.execute(sa.select(markup_rules)):
-            found.setdefault(row.kind, {})[row.subject] = row.markup_bps
-        return MarkupRules(
-            default_bps=parse_percent(Decimal(str(percent))),
-            users=found.get(MarkupKind.USER, {}),
-            models=found.get(MarkupKind.MODEL, {}),
-            providers=found.get(MarkupKind.PROVIDER, {}),
         )
 
     async def _providers(self, connection: AsyncConnection) -> dict[str, ProviderState]:
@@ -131,12 +130,14 @@ class Loader:
         }
 
     def _list_name(self, provider: str) -> str:
-        return self._configuration.settings.providers[provider].price_list or provider
+        settings = self._configuration.settings.providers[provider]
+        return settings.price_list or ("anthropic" if settings.kind == "anthropic" else provider)
 
     def _models(
         self,
         book: Mapping[str, Targets],
         providers: Mapping[str, ProviderState],
+        policy: Policy,
         rules: MarkupRules,
         remarks: list[str],
     ) -> Models:
@@ -150,15 +151,25 @@ class Loader:
                     offered[f"{name}/{model}"] = _candidate(settings.providers[name], state, model, entry)
                 elif fault is not None and ((name, model) in self._configured or (name, model) in book[ADMIN]):
                     remarks.append(f"{name}/{model}: {fault}, so it is not on offer")
-        models = self._named(offered)
+        remarks += self._missing(offered, providers)
+        models = self._named(offered, policy)
         return {name: _marked_up(name, found, rules) for name, found in models.items() if found}
 
-    def _named(self, offered: Mapping[str, Candidate]) -> dict[str, list[Candidate]]:
+    def _missing(self, offered: Mapping[str, Candidate], providers: Mapping[str, ProviderState]) -> list[str]:
+        """The candidates of the configuration's names that serve nothing although their provider is enabled."""
+        return [
+            f'models."{alias}": {each.target} has no price, or no bound, so it serves nothing'
+            for alias, settings in self._configuration.settings.models.items()
+            for each, _ in _prioritized(settings.candidates)
+            if each.target not in offered and providers[each.target.partition("/")[0]].is_enabled
+        ]
+
+    def _named(self, offered: Mapping[str, Candidate], policy: Policy) -> dict[str, list[Candidate]]:
         """Those that are `offered`: aliases as configured, and unless only those count all by full and by bare name."""
         settings = self._configuration.settings
         models: dict[str, list[Candidate]] = {}
         # Of several providers with a model of the same bare name, the one that the configuration names first.
-        if settings.routing.expose == "priced":
+        if policy.expose == "priced":
             for candidate in offered.values():
                 if candidate.model not in offered:
                     others = models.setdefault(candidate.model, [])
@@ -181,6 +192,43 @@ class Loader:
                 if of == name:
                     entries[model] = entry.completed(entries.get(model))
         return entries
+
+
+async def _rules(connection: AsyncConnection, policy: Policy) -> MarkupRules:
+    found: dict[str, dict[str, int]] = {}
+    for row in await connection.execute(sa.select(markup_rules)):
+        found.setdefault(row.kind, {})[row.subject] = row.markup_bps
+    return MarkupRules(
+        default_bps=policy.markup_bps,
+        users=found.get(MarkupKind.USER, {}),
+        models=found.get(MarkupKind.MODEL, {}),
+        providers=found.get(MarkupKind.PROVIDER, {}),
+    )
+
+
+def _default_models(settings: Settings, models: Models, remarks: list[str]) -> dict[str | None, str]:
+    """For each provider its `default_model`; else the first of `[models]` that it serves, or the only one there is.
+
+    For calls that name no provider: `routing.default_model`, else the first of `[models]`, else the first provider's.
+    What is configured and not on offer is passed over, with a remark.
+    """
+    defaults: dict[str | None, str] = {}
+    for provider, said in settings.providers.items():
+        names = [name for name, found in models.items() if any(each.provider == provider for each in found)]
+        wish = said.default_model
+        wishes = [] if wish is None else [f"{provider}/{wish}", wish]
+        if names and wishes and not set(wishes).intersection(names):
+            remarks.append(f"providers.{provider}.default_model: it does not offer {wish!r}")
+        targets = {each.target for name in names for each in models[name] if each.provider == provider}
+        only = names[:1] if len(targets) == 1 else []
+        found_default = next((name for name in (*wishes, *settings.models, *only) if name in names), None)
+        if found_default is not None:
+            defaults[provider] = found_default
+    wish = settings.routing.default_model
+    if wish is not None and wish not in models:
+        remarks.append(f"routing.default_model: {wish!r} is not on offer")
+    overall = next((name for name in (wish, *settings.models, *defaults.values()) if name in models), None)
+    return defaults if overall is None else {None: overall, **defaults}
 
 
 def _fault(entry: Entry) -> str | None:
@@ -219,9 +267,12 @@ def _candidate(settings: ProviderSettings, state: ProviderState, model: str, ent
         knows_stream_options=settings.knows_stream_options,
         tokenizer=entry.tokenizer,
         image_tokens_max=entry.image_tokens_max,
+        tool_calls_max=entry.tool_calls_max,
         service_prices=entry.service_prices,
         dearest_price=dearest_price((entry.price, *entry.service_prices.values())) if entry.service_prices else None,
         is_local=state.is_local,
+        added_tokens=ANTHROPIC_ADDED_TOKENS if settings.kind == "anthropic" else 0,
+        resolves_media=settings.resolves_media,
     )
 
 
@@ -237,7 +288,7 @@ def _is_local(settings: ProviderSettings) -> bool:
 
 async def _stamp(connection: AsyncConnection) -> dict[str, object]:
     rows = await connection.execute(
-        sa.select(system_config.c.key, system_config.c.value).where(system_config.c.key.in_((MARKUP_PERCENT, VERSION)))
+        sa.select(system_config.c.key, system_config.c.value).where(system_config.c.key.in_((*SETTINGS, VERSION)))
     )
     return {row.key: row.value for row in rows}
 
@@ -259,7 +310,7 @@ async def put_config(connection: AsyncConnection, key: str, value: object, descr
     )
 
 
-MARKUP_DESCRIPTION = "The operator's markup on the provider's cost, in percent, where no rule says otherwise."
+MARKUP_DESCRIPTION = SETTINGS[MARKUP_PERCENT].description
 
 
 async def seed(connection: AsyncConnection, percent: Decimal) -> None:

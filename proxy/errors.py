@@ -7,8 +7,10 @@
     ├── Unauthenticated             no key or token, or one that is unknown, revoked or expired
     │   └── WrongPassword
     ├── Forbidden                   the caller is known and may not do this
+    │   └── ModelNotAllowed
     ├── NotFound                    no such path or thing
-    │   └── ModelNotFound
+    │   ├── ModelNotFound
+    │   └── ProviderNotFound
     ├── Conflict                    the same idempotency key with other values, a name that is taken
     ├── NotCovered                  credits or a limit do not cover the call
     │   ├── InsufficientCredits
@@ -21,6 +23,7 @@
     │   ├── UpstreamRefusedUs         its 401, 402 or 403: the operator's problem, not the caller's
     │   └── UpstreamRejected          its own error, to be passed on as it is
     ├── Unavailable                 the database or every provider is out of reach just now
+    │   └── NotReady                    this process should get no calls
     ├── LedgerFault                 one ledger operation cannot be booked; others can
     └── SettingsError               the configuration is wrong; says where
 
@@ -83,6 +86,14 @@ class Forbidden(TollgateError):
         self.code = code
 
 
+class ModelNotAllowed(Forbidden):
+    """The caller may not use all of what would serve; `allowed` (`provider/model`) is what it may use of it."""
+
+    def __init__(self, allowed: tuple[str, ...]) -> None:
+        super().__init__("This caller may not use this model.", code="model_not_allowed")
+        self.allowed = allowed
+
+
 class NotFound(TollgateError):
     """There is no such thing, or none that this caller may know of."""
 
@@ -91,16 +102,30 @@ class NotFound(TollgateError):
 
 
 class ModelNotFound(NotFound):
-    """Nothing priced and enabled serves the model that was asked for."""
+    """Nothing priced and enabled serves the model that was asked for; or not the one `provider` that may."""
 
     code = "model_not_found"
     param = "model"
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, model: str, provider: str | None = None) -> None:
+        by = "here" if provider is None else f"by the provider {provider!r}"
         super().__init__(
-            f"The model {model!r} does not exist or is not offered here. GET /v1/models lists those that are."
+            f"The model {model!r} does not exist or is not offered {by}. GET /v1/models lists those that are."
         )
         self.model = model
+
+
+class ProviderNotFound(NotFound):
+    """No provider of this name serves just now."""
+
+    code = "provider_not_found"
+    param = "provider"
+
+    def __init__(self, provider: str) -> None:
+        super().__init__(
+            f"There is no provider {provider!r} that serves here. GET /api/v1/llm/providers lists those that do."
+        )
+        self.provider = provider
 
 
 class Conflict(TollgateError):
@@ -215,6 +240,14 @@ class Unavailable(TollgateError):
     def __init__(self, message: str, *, retry_after_s: int = 1) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class NotReady(Unavailable):
+    """This process should get no calls just now; `checks` has what was looked at, and what was found."""
+
+    def __init__(self, checks: dict[str, str]) -> None:
+        super().__init__("This server is not ready for calls.", retry_after_s=2)
+        self.checks = checks
 
 
 class LedgerFault(TollgateError):

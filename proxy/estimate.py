@@ -28,7 +28,8 @@ class Estimate(msgspec.Struct, frozen=True):
 
     `input_tokens` and `output_tokens` are of the largest candidate, `output_tokens` for all `choices` together,
     `input_tokens` for all `prompts`. `prediction_tokens` of them come on top of the maximum of each choice. `images`
-    are billed beside the tokens where they have a price.
+    are billed beside the tokens where they have a price, and so is each use of `tools`, of which the client allows
+    `tool_calls_max` unless it leaves that to us.
     """
 
     input_tokens: int
@@ -37,6 +38,8 @@ class Estimate(msgspec.Struct, frozen=True):
     choices: int
     prediction_tokens: int
     images: int
+    tools: tuple[str, ...]
+    tool_calls_max: int | None
     is_maximum_named: bool
     at_least: Nanos
     at_most: Nanos
@@ -57,17 +60,15 @@ def estimate(request: PaidRequest, prompt_tokens: int, offered: Sequence[Offer])
     if request.maxima:
         prompt_tokens = max(0, prompt_tokens - request.maxima_bytes)
     at_least = at_most = input_most = output_most = 0
-    images = request.images
     for offer in offered:
         candidate = offer.candidate
         inputs = _input_tokens(request, prompt_tokens, candidate)
         maximum = output_tokens_max(request, candidate)
         outputs = (maximum + request.prediction_tokens) * request.choices
         useful = (_useful_output_tokens(request, candidate, maximum) + request.prediction_tokens) * request.choices
-        most = bound(inputs, outputs, offer.price, offer.markup_bps, images=images)
-        least = most
+        most = least = _held(request, offer, inputs, outputs)
         if useful != outputs:
-            least = bound(inputs, useful, offer.price, offer.markup_bps, images=images)
+            least = _held(request, offer, inputs, useful)
         at_most = max(at_most, most)
         at_least = max(at_least, least)
         input_most = max(input_most, inputs)
@@ -78,10 +79,25 @@ def estimate(request: PaidRequest, prompt_tokens: int, offered: Sequence[Offer])
         prompts=request.prompts,
         choices=request.choices,
         prediction_tokens=request.prediction_tokens,
-        images=images,
+        images=request.images,
+        tools=tuple(request.tools),
+        tool_calls_max=request.tool_calls_max,
         is_maximum_named=request.maximum is not None or not request.has_output,
         at_least=at_least,
         at_most=at_most,
+    )
+
+
+def _held(request: PaidRequest, offer: Offer, input_tokens: int, output_tokens: int) -> Nanos:
+    uses = tool_uses_max(request, offer.candidate)
+    return bound(
+        input_tokens,
+        output_tokens,
+        offer.price,
+        offer.markup_bps,
+        images=request.images,
+        tools=request.tools,
+        tool_uses=uses,
     )
 
 
@@ -95,9 +111,22 @@ def input_bound(estimated: Estimate, candidate: Candidate) -> int:
 def maximum_bought(estimated: Estimate, offer: Offer, amount: Nanos) -> int | None:
     """The output tokens of each choice that `amount` covers at this candidate; None when it covers any number."""
     tokens = output_tokens_affordable(
-        amount, input_bound(estimated, offer.candidate), offer.price, offer.markup_bps, images=estimated.images
+        amount,
+        input_bound(estimated, offer.candidate),
+        offer.price,
+        offer.markup_bps,
+        images=estimated.images,
+        tools=estimated.tools,
+        tool_uses=tool_uses_max(estimated, offer.candidate),
     )
     return None if tokens is None else max(0, max(0, tokens) // estimated.choices - estimated.prediction_tokens)
+
+
+def tool_uses_max(asked: PaidRequest | Estimate, candidate: Candidate) -> int:
+    """The most uses of the provider's tools in one call at this candidate: the client's maximum, else the model's."""
+    if not asked.tools:
+        return 0
+    return (asked.tool_calls_max or candidate.tool_calls_max or 0) * asked.choices
 
 
 def maximum_taken(estimated: Estimate, candidate: Candidate, bought: int) -> int:
@@ -124,11 +153,15 @@ def maximum_affordable(estimated: Estimate, offered: Sequence[Offer], amount: Na
 
 
 def plausible_tokens_max(request: PaidRequest, candidate: Candidate) -> int | None:
-    """The most tokens that this candidate can have used, even if it ignores maxima; None where nobody knows."""
+    """The most tokens that this candidate can have used, even if it ignores maxima; None where nobody knows.
+
+    After each use of a tool the model reads everything once more, and some providers add that up.
+    """
     if candidate.context_tokens is None:
         return None
     maximum = max(output_tokens_max(request, candidate), candidate.output_tokens_max or candidate.context_tokens)
-    return candidate.context_tokens * request.prompts + (maximum + request.prediction_tokens) * request.choices
+    readings = request.prompts + tool_uses_max(request, candidate)
+    return candidate.context_tokens * readings + (maximum + request.prediction_tokens) * request.choices
 
 
 def _input_tokens(request: PaidRequest, prompt_tokens: int, candidate: Candidate) -> int:
@@ -145,7 +178,9 @@ def _input_tokens(request: PaidRequest, prompt_tokens: int, candidate: Candidate
 
 
 def _tokens_with_images(request: PaidRequest, prompt_tokens: int, candidate: Candidate) -> int:
-    """The bound of a prompt in which images become as much as they can, whatever bytes they have in the body."""
+    """The bound of a prompt with what the provider adds, and images as large as they can be, whatever their bytes."""
+    if request.has_instructions:
+        prompt_tokens += candidate.added_tokens
     if not request.is_unsized:
         return prompt_tokens
     return prompt_tokens - request.image_bytes + request.images * (candidate.image_tokens_max or 0)

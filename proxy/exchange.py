@@ -10,6 +10,7 @@ call ends.
 import asyncio
 import random
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping
 from types import TracebackType
 from typing import Protocol, Self
@@ -21,8 +22,10 @@ from proxy import relay, tokens
 from proxy.catalog import Catalog
 from proxy.deadline import Deadline
 from proxy.errors import (
+    BadRequest,
     InsufficientCredits,
     LedgerFault,
+    ModelNotAllowed,
     NotCovered,
     TollgateError,
     Unavailable,
@@ -42,6 +45,7 @@ from proxy.estimate import (
     maximum_taken,
     output_tokens_max,
     plausible_tokens_max,
+    tool_uses_max,
 )
 from proxy.identity.keys import Caller
 from proxy.ledger.decide import Receipt, Release, Reserve, Settle, Settled
@@ -56,9 +60,19 @@ from proxy.metering import (
     meter_reported,
     stream_meter,
 )
-from proxy.pricing import Price, billed, costs, dearest_usage
+from proxy.metrics import (
+    COOL_DOWNS,
+    DEFERRED,
+    IMPLAUSIBLE,
+    PROVIDER_ERRORS,
+    REFUSED_OPERATOR,
+    CallEnd,
+    Charge,
+    Metrics,
+)
+from proxy.pricing import TOOL_CLASSES, Price, billed, costs, dearest_usage
 from proxy.relay import Head, StreamRelay
-from proxy.routing import Candidate, Health, Offer, candidates, offers, retry_after_s
+from proxy.routing import Candidate, Health, Offer, candidates, offers, retry_after_s, terms
 from proxy.units import Usage, format_credits
 from proxy.upstream import Headers, Provider, ProviderCall, UpstreamResponse
 from proxy.upstream.media import check_media
@@ -86,16 +100,32 @@ NAME_CHARACTERS_MAX = 200
 FITTING_BYTES_PER_TOKEN = 16
 """Nobody writes texts of longer tokens: where not even a token for so many bytes fits, nothing needs to be counted."""
 
+_REASONS: dict[type[UpstreamFailed], str] = {
+    UpstreamUnreachable: "unreachable",
+    UpstreamTimeout: "timeout",
+    UpstreamBroken: "broken",
+    UpstreamRejected: "rejected",
+    UpstreamRefusedUs: "refused_operator",
+}
+"""What failures are called in metrics."""
+
 _PASSING_STATUSES = frozenset({408, 429})
 _OPERATOR_STATUSES = frozenset({401, 402, 403})
 _MAXIMUM_FIELDS = frozenset({"max_tokens", "max_completion_tokens"})
+_UNBILLED = (UpstreamUnreachable, UpstreamRefusedUs, UpstreamRejected)
+"""The failures of a provider that bills nothing for them."""
+
 _AUDIO = b'"audio"'
 _CHUNKED = frozenset({Endpoint.CHAT, Endpoint.COMPLETIONS})
 """The endpoints whose streams report usage only when asked, in `stream_options`."""
 
 
 class Call(msgspec.Struct, frozen=True):
-    """One paid call as it came in."""
+    """One paid call as it came in.
+
+    Only `provider` may serve it, where one is named. `on_settled` gets the charge as soon as it is durable, before the
+    end of the answer; never where nothing is charged.
+    """
 
     endpoint: Endpoint
     request_id: str
@@ -103,6 +133,8 @@ class Call(msgspec.Struct, frozen=True):
     caller: Caller
     headers: Headers
     body: bytes
+    provider: str | None = None
+    on_settled: Callable[[Receipt, Settled], None] | None = None
 
 
 class Answer(relay.Answer, Protocol):
@@ -140,10 +172,16 @@ class _Open(msgspec.Struct):
     first_byte: float | None = None
     is_closed: bool = False
     is_client_gone: bool = False
+    is_ended: bool = False
+    """Whether the server stops and could not wait for it any longer."""
     is_stopped: bool = False
     """Whether its provider was stopped because the client had left."""
+    is_perhaps_billed: bool = False
+    """Whether a provider has had the call and did not say that it would not bill it."""
     provider_time: Deadline | None = None
     """The limit on what is under way at the provider."""
+    provider_s: float = 0.0
+    """How long the call has been at its providers, the passing on of what they sent included."""
 
     def begin(self) -> None:
         """The first of the answer has come."""
@@ -154,6 +192,13 @@ class _Open(msgspec.Struct):
         self.is_client_gone = True
         if self.provider_time is not None and self.is_countable:
             self.is_stopped = True
+            self.provider_time.end_now()
+
+    def end(self) -> None:
+        """The server stops: the time for providers is over."""
+        self.is_ended = True
+        self.deadline = 0.0
+        if self.provider_time is not None:
             self.provider_time.end_now()
 
     @property
@@ -180,17 +225,20 @@ class Exchange:
         providers: Mapping[str, Provider],
         catalog: Callable[[], Catalog],
         limits: ExchangeLimits,
+        metrics: Metrics | None = None,
     ) -> None:
+        self._metrics = metrics or Metrics()
         self._ledger = ledger
         self._providers = providers
         self._catalog = catalog
         self._limits = limits
         self._background: set[asyncio.Task[object]] = set()
+        self._calls: dict[asyncio.Task[object] | None, _Open] = {}
         self._counting = asyncio.Semaphore(COUNTS_AT_ONCE_MAX)
         self._health = Health()
         self._draw = random.Random().random  # noqa: S311 - it spreads calls, and guards nothing
         self._offers_of: Catalog | None = None
-        self._offers: dict[tuple[str, str | None, int | None, bool], tuple[Offer, ...]] = {}
+        self._offers: dict[tuple[str, str | None, str | None, int | None, bool], tuple[Offer, ...]] = {}
         """Those of the catalogue `_offers_of`, by what they depend on."""
 
     async def serve(self, call: Call, answer: Answer) -> None:
@@ -202,16 +250,42 @@ class Exchange:
         check_nesting(call.body, self._limits.nesting_max)
         request = decode(call.endpoint, call.body)
         opened = await self._preflight(call, request)
+        task = asyncio.current_task()
+        self._calls[task] = opened
         answer.on_gone(opened.leave)
         try:
             await self._try_each(opened, answer)
         except UpstreamTimeout:
-            if opened.is_client_gone and not opened.is_closed:
+            if opened.is_client_gone and not opened.is_closed and not opened.is_ended:
                 await self._settle(opened, _assumed(opened), "client_left")
             raise
         finally:
-            if not opened.is_closed:
-                await self._release(opened)
+            try:
+                if not opened.is_closed:
+                    await self._release(opened)
+            finally:
+                del self._calls[task]
+
+    def calls_by_provider(self) -> dict[str, int]:
+        """How many calls are in flight, by who serves them."""
+        return dict(Counter(opened.candidate.provider for opened in self._calls.values()))
+
+    def cooling(self) -> list[str]:
+        """The targets that are left alone just now."""
+        return self._health.cooling(_now())
+
+    async def end_calls(self, wait_s: float) -> None:
+        """End every call that is at its provider, since the server stops: each as it would at its own time limit.
+
+        Returns when they have ended, after `wait_s` seconds at the latest. What waits for its charge, and nothing else,
+        is left alone.
+        """
+        at_provider = [(task, opened) for task, opened in self._calls.items() if opened.provider_time is not None]
+        for opened in self._calls.values():
+            opened.end()
+        ending = [task for task, _ in at_provider if task is not None]
+        if ending:
+            await asyncio.wait(ending, timeout=wait_s)
 
     # ---- before the provider is called
 
@@ -219,8 +293,19 @@ class Exchange:
         """The hook before the provider is called: route, price, estimate, reserve."""
         started = _now()
         offered = self._offered(call, request)
-        if request.is_unsized and any(offer.candidate.is_local for offer in offered):
-            await check_media(call.body)
+        try:
+            return await self._hold(call, request, offered, started)
+        except ModelNotAllowed as exc:
+            allowed = tuple(offer for offer in offered if offer.candidate.target in exc.allowed)
+            if not allowed:
+                raise
+            return await self._hold(call, request, allowed, started)
+
+    async def _hold(self, call: Call, request: PaidRequest, offered: tuple[Offer, ...], started: float) -> _Open:
+        """Estimate and reserve, for whoever of `offered` will serve. Raises what `Ledger.reserve` does."""
+        local = [offer.candidate for offer in offered if offer.candidate.is_local] if request.is_unsized else ()
+        if local:
+            await check_media(call.body, resolves=all(candidate.resolves_media for candidate in local))
         estimated = estimate(request, len(call.body), offered)
         try:
             reserved = await self._reserve(call, request, estimated, offered)
@@ -252,12 +337,19 @@ class Exchange:
             self._offers_of = catalog
             self._offers = {}
         markup_bps = catalog.user_markups.get(call.caller.user_id)
-        key = (request.model, request.service_tier, markup_bps, request.wants_audio)
-        offered = self._offers.get(key)
+        key = (request.model, call.provider, request.service_tier, markup_bps, request.wants_audio)
+        offered = None if request.tools else self._offers.get(key)
         if offered is None:
-            found = candidates(catalog.models, request.model)
-            offered = offers(found, request.service_tier, markup_bps, wants_audio=request.wants_audio)
-            self._offers[key] = offered
+            offered = offers(
+                candidates(catalog.models, request.model, call.provider),
+                request.service_tier,
+                markup_bps,
+                wants_audio=request.wants_audio,
+                tools=request.tools,
+                tool_calls_max=request.tool_calls_max,
+            )
+            if not request.tools:
+                self._offers[key] = offered
         return offered
 
     async def _reserve(self, call: Call, request: PaidRequest, estimated: Estimate, offered: tuple[Offer, ...]) -> int:
@@ -276,6 +368,7 @@ class Exchange:
                 is_stream=request.is_stream,
                 token_version=call.caller.token_version,
                 client_request_id=call.client_request_id,
+                offers=msgspec.json.encode(terms(offered)).decode(),
             )
         )
         return reserved.amount
@@ -308,10 +401,15 @@ class Exchange:
         for offer in ordered:
             opened.offer = offer
             opened.candidate = offer.candidate
+            was_perhaps_billed, opened.is_perhaps_billed = opened.is_perhaps_billed, True
             self._health.trying(offer.candidate.target, _now())
             try:
                 await self._attempt(opened, answer)
+            except BadRequest:  # this candidate has no words for the call, so nothing was sent
+                opened.is_perhaps_billed = was_perhaps_billed
+                raise
             except UpstreamFailed as exc:
+                opened.is_perhaps_billed = was_perhaps_billed or not isinstance(exc, _UNBILLED)
                 self._judge(opened, exc)
                 if offer is ordered[-1] or answer.is_started or not self._may_fall_back(opened, exc):
                     raise
@@ -325,8 +423,11 @@ class Exchange:
         try:
             with _AtProvider(opened):
                 response = await self._providers[provider].send(_provider_call(opened))
-                if response.status < 300 and not _is_stream(opened.request, response.headers):
-                    body = await _read_all(response, self._limits.answer_bytes_max, provider)
+                if response.status < 300:
+                    if _content_type(response.headers).startswith(b"text/html"):
+                        raise UpstreamBroken("The provider answered with a web page.", provider=provider)
+                    if not _is_stream(opened.request, response.headers):
+                        body = await _read_all(response, self._limits.answer_bytes_max, provider)
             if response.status >= 300:
                 raise await self._rejection(opened, response)
             if body is None:
@@ -355,10 +456,15 @@ class Exchange:
         if isinstance(failure, UpstreamRejected) and not _is_passing(failure.status):
             self._health.succeeded(candidate.target)
             return
-        if opened.is_client_gone:
+        if opened.is_client_gone or opened.is_ended:
             return
         wish = failure.retry_after if isinstance(failure, UpstreamRejected) else None
-        self._health.failed(candidate.target, _now(), retry_after_s(wish, time.time()))
+        place = (candidate.provider, candidate.model)
+        self._metrics.add(PROVIDER_ERRORS, (*place, _REASONS.get(type(failure), "other")))
+        if isinstance(failure, UpstreamRefusedUs):
+            self._metrics.add(REFUSED_OPERATOR, (candidate.provider,))
+        if self._health.failed(candidate.target, _now(), retry_after_s(wish, time.time())):
+            self._metrics.add(COOL_DOWNS, place)
         log.warning("candidate_failed", provider=candidate.provider, model=candidate.model, reason=str(failure))
 
     def _begin(self, opened: _Open) -> None:
@@ -414,9 +520,10 @@ class Exchange:
 
     async def _metered_plain(self, opened: _Open, content: bytes) -> Metered:
         tokens_max = _plausible_max(opened)
-        reported = meter_reported(opened.call.endpoint, content, tokens_max=tokens_max)
-        if reported is not None:
-            return reported
+        if not opened.request.tools:
+            reported = meter_reported(opened.call.endpoint, content, tokens_max=tokens_max)
+            if reported is not None:
+                return reported
 
         def metered(counter: tokens.TokenCounter | None = None) -> Metered:
             return meter_plain(
@@ -430,7 +537,7 @@ class Exchange:
 
         by_bytes = metered()
         if by_bytes.is_implausible:
-            log.error("usage_implausible", request_id=opened.call.request_id, provider=opened.candidate.provider)
+            self._note_implausible(opened)
         if by_bytes.source is UsageSource.REPORTED:
             return by_bytes
         if opened.request.wants_audio and _AUDIO in content:
@@ -440,6 +547,10 @@ class Exchange:
             return by_bytes
         async with self._counting:
             return await asyncio.to_thread(metered, counter)
+
+    def _note_implausible(self, opened: _Open) -> None:
+        self._metrics.add(IMPLAUSIBLE, (opened.candidate.provider,))
+        log.error("usage_implausible", request_id=opened.call.request_id, provider=opened.candidate.provider)
 
     def _take_back(self, opened: _Open) -> None:
         """An answer that is not delivered costs nothing, whether its settle is booked in the end or not."""
@@ -451,7 +562,12 @@ class Exchange:
 
     async def _relay_stream(self, opened: _Open, response: UpstreamResponse, answer: Answer) -> None:
         """Forward events as they come; hold back the end until the charge is durable."""
-        meter = stream_meter(opened.call.endpoint, METERED_BYTES_MAX, tokens_max=_plausible_max(opened))
+        meter = stream_meter(
+            opened.call.endpoint,
+            METERED_BYTES_MAX,
+            tokens_max=_plausible_max(opened),
+            counts_tools=bool(opened.request.tools),
+        )
         relayed = self._stream_relay(opened, response, answer, meter)
         encoding = relay.content_encoding(response.headers)
         chunks = response.chunks()
@@ -462,7 +578,7 @@ class Exchange:
             with _AtProvider(opened):
                 await relayed.forward(chunks)
         except UpstreamFailed as exc:
-            if not answer.is_started:
+            if not answer.is_started and not opened.is_stopped:
                 raise
             failure = exc
             if isinstance(exc, UpstreamTimeout) and answer.is_waiting:
@@ -515,8 +631,9 @@ class Exchange:
 
     async def _metered_stream(self, opened: _Open, meter: StreamMeter, failure: TollgateError | None) -> Metered:
         if meter.is_implausible:
-            log.error("usage_implausible", request_id=opened.call.request_id, provider=opened.candidate.provider)
-        is_silent = isinstance(failure, UpstreamTimeout) and opened.is_client_gone and not opened.is_stopped
+            self._note_implausible(opened)
+        is_over = isinstance(failure, UpstreamTimeout) and not opened.is_stopped and not opened.is_ended
+        is_silent = is_over and opened.is_client_gone
         is_spoken = opened.request.wants_audio and meter.holds(_AUDIO)
         if (is_silent or is_spoken) and not meter.is_reported:
             return _assumed(opened)  # nobody can count what was not shown, or spoken
@@ -531,7 +648,7 @@ class Exchange:
         if opened.is_client_gone or (is_whole and not metered.is_empty):
             return await self._settle(opened, metered, _outcome(opened))
         if metered.usage.output_tokens:
-            return await self._settle(opened, metered, "provider_broke")
+            return await self._settle(opened, metered, "server_stopped" if opened.is_ended else "provider_broke")
         await self._release(opened)
         return None
 
@@ -567,34 +684,79 @@ class Exchange:
         try:
             settled = await self._ledger.settle(operation)
         except TimeoutError as exc:
+            self._metrics.add(DEFERRED)
+            log.warning("settle_deferred", request_id=opened.call.request_id)
             raise Unavailable("The ledger is out of reach just now.", retry_after_s=5) from exc
         except LedgerFault:
             opened.is_closed = False  # what cannot be settled is released
             raise
-        log.info(
-            "call",
-            request_id=opened.call.request_id,
-            user_id=opened.call.caller.user_id,
-            model=opened.request.model,
-            provider=candidate.provider,
-            outcome=outcome,
-            usage_source=metered.source,
-            charged=format_credits(settled.charged),
-            shortfall=format_credits(settled.shortfall) if settled.shortfall else "0",
-            duration_ms=receipt.duration_ms,
+        if opened.call.on_settled is not None:
+            opened.call.on_settled(receipt, settled)
+        self._note_end(
+            opened,
+            outcome,
+            Charge(usage, metered.source, settled.charged, receipt.provider_cost or 0, settled.shortfall),
         )
         return settled
 
     async def _release(self, opened: _Open) -> None:
         opened.is_closed = True
-        await self._released(_release(opened, "nothing_delivered"))
+        outcome = "perhaps_billed" if opened.is_perhaps_billed else "nothing_delivered"
+        await self._released(_release(opened, outcome))
+        self._note_end(opened, "nothing_delivered", None)
 
     async def _released(self, operation: Release) -> None:
         """Free what a call holds; what is not booked in time is booked later."""
         try:
             await self._ledger.release(operation)
         except TimeoutError:
+            self._metrics.add(DEFERRED)
             log.warning("release_deferred", request_id=operation.id)
+
+    def _note_end(self, opened: _Open, outcome: str, charge: Charge | None) -> None:
+        """Count the call and log it: who called what, and what came of it, never what was said."""
+        call, candidate, first_byte_s = opened.call, opened.candidate, None
+        duration_s = _now() - opened.started
+        if opened.first_byte is not None:
+            first_byte_s = opened.first_byte - opened.started
+        end = CallEnd(
+            call.endpoint,
+            candidate.provider,
+            candidate.model,
+            outcome,
+            opened.request.is_stream,
+            duration_s,
+            duration_s - opened.provider_s,
+            first_byte_s,
+        )
+        self._metrics.ended(end, charge)
+        fields: dict[str, object] = {}
+        if charge is not None:
+            fields = {
+                "usage_source": charge.source,
+                "input_tokens": charge.usage.input_tokens,
+                "output_tokens": charge.usage.output_tokens,
+                "provider_cost": format_credits(charge.provider_cost),
+                "charged": format_credits(charge.charged),
+                "shortfall": format_credits(charge.shortfall),
+            }
+        log.info(
+            "call",
+            request_id=call.request_id,
+            client_request_id=call.client_request_id,
+            user_id=call.caller.user_id,
+            key_id=call.caller.key_id,
+            endpoint=call.endpoint,
+            stream=end.is_stream,
+            model=opened.request.model,
+            provider=end.provider,
+            provider_model=end.model,
+            outcome=outcome,
+            **fields,
+            first_byte_ms=None if first_byte_s is None else _milliseconds(first_byte_s),
+            overhead_ms=round(end.overhead_s * 1000, 1),
+            duration_ms=_milliseconds(duration_s),
+        )
 
 
 def _with_affordable(refused: NotCovered, estimated: Estimate, offered: tuple[Offer, ...]) -> NotCovered:
@@ -637,6 +799,8 @@ def _provider_call(opened: _Open) -> ProviderCall:
             changes["stream_options"] = asking_for_usage(body)
     if request.must_unstore:
         changes["store"] = b"false"
+    if request.endpoint is Endpoint.RESPONSES and request.tools and request.tool_calls_max is None:
+        changes["max_tool_calls"] = str(tool_uses_max(request, candidate)).encode()
     changes |= _maximum_changes(opened)
     return ProviderCall(
         path=request.endpoint,
@@ -644,6 +808,7 @@ def _provider_call(opened: _Open) -> ProviderCall:
         body=patch(body, changes) if changes else body,
         headers=opened.call.headers,
         stream=request.is_stream,
+        output_tokens_max=candidate.output_tokens_max,
     )
 
 
@@ -731,13 +896,24 @@ def _bound(opened: _Open) -> Usage:
     if maximum is None:
         maximum = output_tokens_max(opened.request, candidate)
     output = (maximum + estimated.prediction_tokens) * estimated.choices
-    return Usage(input=input_bound(estimated, candidate), output=output)
+    usage = Usage(input=input_bound(estimated, candidate), output=output)
+    if not estimated.tools:
+        return usage
+    uses = dearest_usage(0, 0, opened.offer.price, tools=estimated.tools, tool_uses=tool_uses_max(estimated, candidate))
+    return msgspec.structs.replace(usage, **{name: getattr(uses, name) for name in TOOL_CLASSES})
 
 
 def _assumed(opened: _Open) -> Metered:
     """The whole reservation: nobody knows what was used."""
     bound = _bound(opened)
-    usage = dearest_usage(bound.input, bound.output, opened.offer.price, images=opened.estimated.images)
+    usage = dearest_usage(
+        bound.input,
+        bound.output,
+        opened.offer.price,
+        images=opened.estimated.images,
+        tools=opened.estimated.tools,
+        tool_uses=bound.tool_uses,
+    )
     return Metered(usage, UsageSource.ASSUMED)
 
 
@@ -765,16 +941,19 @@ class _AtProvider(Deadline):
 
     def __enter__(self) -> Self:
         self._opened.provider_time = self
+        self._entered = _now()
         return super().__enter__()
 
     def __exit__(
         self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._opened.provider_time = None
+        self._opened.provider_s += _now() - self._entered
         try:
             super().__exit__(kind, exc, trace)
         except TimeoutError as timeout:
-            message = "The call took longer than it may."
+            is_ended = self._opened.is_ended
+            message = "The server is stopping." if is_ended else "The call took longer than it may."
             raise UpstreamTimeout(message, provider=self._opened.candidate.provider) from timeout
 
 
@@ -802,14 +981,17 @@ def _error_event(failure: TollgateError, endpoint: Endpoint) -> bytes:
 
 def _is_stream(request: PaidRequest, headers: Headers) -> bool:
     """Whether an answer is a stream of events: it says so, or it was asked for and does not say that it is not."""
-    content_type = b""
-    for name, value in headers:
-        if name == b"content-type":
-            content_type = value.lower()
-            break
+    content_type = _content_type(headers)
     if content_type.startswith(b"text/event-stream"):
         return True
     return request.is_stream and b"json" not in content_type
+
+
+def _content_type(headers: Headers) -> bytes:
+    for name, value in headers:
+        if name == b"content-type":
+            return value.strip().lower()
+    return b""
 
 
 def _is_passing(status: int) -> bool:

@@ -7,6 +7,8 @@
 * `total_tokens` above prompt and completion means output that was hidden. It is billed, so it counts as output.
 * `reasoning_tokens` are output already; some providers leave them out of `completion_tokens`, and then the total
   above has them.
+* Uses of tools that the provider runs are the items of a response, and of a chat what the usage says of them; where
+  nothing does, they are as many as the call may make.
 
 What is counted is never more than what was reserved for.
 """
@@ -19,6 +21,7 @@ from typing import Annotated, Any, Protocol, TypeVar
 import msgspec
 from msgspec import Meta, Raw
 
+from proxy.pricing import TOOL_CLASSES
 from proxy.units import Usage
 from proxy.wire.objects import NULL, UNREADABLE
 from proxy.wire.requests import Endpoint
@@ -99,16 +102,41 @@ class ByteCounter:
 BY_BYTES = ByteCounter()
 
 
+class _CacheCreation(msgspec.Struct):
+    """What was written to caches, by how long they last."""
+
+    ephemeral_5m_input_tokens: _Tokens | None = None
+    ephemeral_1h_input_tokens: _Tokens | None = None
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return (self.ephemeral_5m_input_tokens or 0) + (self.ephemeral_1h_input_tokens or 0)
+
+
 class _PromptDetails(msgspec.Struct):
     cached_tokens: _Tokens | None = None
     audio_tokens: _Tokens | None = None
     cache_write_tokens: _Tokens | None = None
     cache_creation_tokens: _Tokens | None = None
+    cache_creation_token_details: _CacheCreation | None = None
 
 
 class _CompletionDetails(msgspec.Struct):
     reasoning_tokens: _Tokens | None = None
     audio_tokens: _Tokens | None = None
+
+
+class _ServerToolUse(msgspec.Struct):
+    web_search_requests: _Tokens | None = None
+
+
+class _Searches(msgspec.Struct):
+    """How often the web was searched, as Anthropic and OpenRouter, Perplexity, and LiteLLM say in a usage object."""
+
+    server_tool_use: _ServerToolUse | None = None
+    num_search_queries: _Tokens | None = None
+    prompt_tokens_details: _ServerToolUse | None = None
 
 
 class _Reported(msgspec.Struct):
@@ -130,12 +158,26 @@ class _Reported(msgspec.Struct):
     prompt_cache_hit_tokens: _Tokens | None = None
     cache_creation_input_tokens: _Tokens | None = None
     cache_read_input_tokens: _Tokens | None = None
+    cache_creation: _CacheCreation | None = None
 
     @property
     def written(self) -> int:
-        """Tokens that were written to the cache."""
-        inside = self.prompt_details
-        return inside.cache_write_tokens or inside.cache_creation_tokens or self.cache_creation_input_tokens or 0
+        """Tokens that were written to the cache, for however long."""
+        inside, parts = self.prompt_details, self.parts
+        said = inside.cache_write_tokens or inside.cache_creation_tokens or self.written_beside
+        return parts.total if parts is not None and not said else said
+
+    @property
+    def written_beside(self) -> int:
+        """Likewise, as Anthropic's shape has them."""
+        if self.cache_creation_input_tokens is not None or self.cache_creation is None:
+            return self.cache_creation_input_tokens or 0
+        return self.cache_creation.total
+
+    @property
+    def parts(self) -> _CacheCreation | None:
+        """What was written, by how long it lasts; None where that is not said."""
+        return self.cache_creation or self.prompt_details.cache_creation_token_details
 
     @property
     def cached(self) -> int:
@@ -158,8 +200,7 @@ class _Reported(msgspec.Struct):
         """All tokens of the prompt, those of the caches included."""
         if self.prompt_tokens is not None or self.input_tokens is None:
             return self.prompt_tokens
-        beside = (self.cache_read_input_tokens or 0) + (self.cache_creation_input_tokens or 0)
-        return self.input_tokens + beside
+        return self.input_tokens + (self.cache_read_input_tokens or 0) + self.written_beside
 
     @property
     def completion(self) -> int | None:
@@ -210,22 +251,25 @@ class _End(msgspec.Struct):
 class _Chunk(msgspec.Struct):
     """An answer, or a chunk of one, as far as its usage is concerned."""
 
-    model: str | None = None
+    model: Any = None
     choices: list[_End] | None = None
     usage: Raw = NULL  # `Raw | None` would take nothing but null
     x_groq: Raw = NULL
+    x_tollgate: Raw = NULL
     error: Any = None
     type: Any = None
     code: Any = None
+    output: Raw = NULL
     service_tier: Any = None
 
     @property
     def reported(self) -> Raw:
-        """The usage, which Groq has in a field of its own as long as nobody asks for it."""
-        if _is_object(self.usage) or not _is_object(self.x_groq):
+        """The usage, which Groq has in a field of its own as long as nobody asks, and we where a stream begins."""
+        beside = self.x_groq if _is_object(self.x_groq) else self.x_tollgate
+        if _is_object(self.usage) or not _is_object(beside):
             return self.usage
         try:
-            return _decode_groq(self.x_groq).usage
+            return _decode_groq(beside).usage
         except UNREADABLE:
             return self.usage
 
@@ -239,7 +283,15 @@ class _Part(msgspec.Struct):
     refusal: str | None = None
 
 
-class _Item(msgspec.Struct):
+class _Use(msgspec.Struct):
+    """An item of a response's output, as far as it is a use of a tool that the provider runs."""
+
+    type: Any = None
+    action: Any = None
+    container_id: Any = None
+
+
+class _Item(_Use):
     """An item of a response's output."""
 
     name: str | None = None
@@ -249,45 +301,67 @@ class _Item(msgspec.Struct):
     summary: list[_Part] | None = None
 
 
-class _Response(msgspec.Struct):
-    """A response, as the body of an answer or inside of an event."""
+class _Ended(msgspec.Struct):
+    """A response, as far as its usage is concerned: whatever shape its output has."""
 
-    model: str | None = None
+    model: Any = None
     usage: Raw = NULL
-    error: Any = None
-    output: list[_Item] | None = None
     service_tier: Any = None
+    output: Raw = NULL
 
 
-class _Opened(msgspec.Struct):
+class _Response(msgspec.Struct):
+    """A response, as far as its text is concerned."""
+
+    output: list[Raw] | None = None
+
+
+class _WholeEvent(msgspec.Struct):
+    """An event with all of a response in it."""
+
+    response: _Response
+
+
+class _EndEvent(msgspec.Struct):
+    """An event that ends a streamed response."""
+
+    type: Any = None
+    response: _Ended | None = None
+
+
+class _Opened(_Use):
     """An item whose text is still to come."""
 
     name: Any = None
 
 
 class _ResponseEvent(msgspec.Struct):
-    """An event of a streamed response."""
+    """An event of a streamed response, as far as its text is concerned."""
 
     type: str | None = None
     delta: Any = None
     item_id: str | None = None
     output_index: Any = None
     item: _Opened | None = None
-    response: _Response | None = None
-    error: Any = None
-    message: str | None = None
+    response: _Ended | None = None
 
+
+_WHOLE_FLOAT = re.compile(rb"(?<=[0-9])\.0+(?=[\s,}])")
+"""The end of a whole number as JavaScript and Lua need not tell it from others."""
 
 _HALF = re.compile(rb"\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
 """The escape of half a character."""
+
+_NO_NUMBER = re.compile(rb"(?<=[\s,:\[])-?(?:NaN|Infinity)(?=[\s,\]}])")
+"""What Python writes for numbers that JSON does not have, such as the log probability of what cannot be."""
 
 _Shape = TypeVar("_Shape")
 
 
 def _reader(shape: type[_Shape]) -> Callable[[bytes], _Shape]:
-    """A decoder of `shape` that takes halves of characters for U+FFFD.
+    """A decoder of `shape` that takes halves of characters for U+FFFD, and what is no number for null.
 
-    Providers send them where a token ends inside of a character, and msgspec refuses all of a text that holds one.
+    Providers send the former where a token ends inside of a character, and msgspec refuses all of what holds one.
     """
     decode = msgspec.json.Decoder(shape).decode
 
@@ -295,7 +369,7 @@ def _reader(shape: type[_Shape]) -> Callable[[bytes], _Shape]:
         try:
             return decode(data)
         except UNREADABLE:
-            mended = _HALF.sub(rb"\\ufffd", data)
+            mended = _NO_NUMBER.sub(b"null", _HALF.sub(rb"\\ufffd", data))
             if mended == data:
                 raise
             return decode(mended)
@@ -303,11 +377,25 @@ def _reader(shape: type[_Shape]) -> Callable[[bytes], _Shape]:
     return read
 
 
+def _decode_usage(reported: bytes | Raw) -> _Reported:
+    """The numbers of a usage object. Raises what msgspec raises."""
+    try:
+        return _decode_reported(reported)
+    except UNREADABLE:
+        return _decode_reported(_WHOLE_FLOAT.sub(b"", bytes(reported)))
+
+
 _decode_reported = msgspec.json.Decoder(_Reported).decode
+_decode_searches = msgspec.json.Decoder(_Searches).decode
+_decode_uses = msgspec.json.Decoder(list[_Use] | None).decode
 _decode_groq = msgspec.json.Decoder(_Groq).decode
 _decode_written = _reader(_Written)
 _decode_chunk = _reader(_Chunk)
 _decode_response = _reader(_Response)
+_decode_item = _reader(_Item)
+_decode_ended = _reader(_Ended)
+_decode_end_event = _reader(_EndEvent)
+_decode_whole_event = _reader(_WholeEvent)
 _decode_response_event = _reader(_ResponseEvent)
 
 _NO_PROMPT_DETAILS = _PromptDetails()
@@ -319,7 +407,20 @@ _ERROR = b'"error"'
 _ERROR_VALUE = re.compile(rb'"error"\s*:\s*[^\sn]')
 """Anything but null, which some providers send with every chunk."""
 
+_STATUSES = {
+    "invalid_request_error": 400,
+    "authentication_error": 401,
+    "billing_error": 402,
+    "permission_error": 403,
+    "not_found_error": 404,
+    "rate_limit_error": 429,
+    "overloaded_error": 529,
+}
+"""What Anthropic means by its words for errors (https://platform.claude.com/docs/en/api/errors)."""
+
 _DONE = b"[DONE]"
+_NOTHING = frozenset({b"null", b"[]"})
+_ITEM = b"response.output_item."
 
 _RESPONSE_END = re.compile(rb'"type"\s*:\s*"(?:response\.(?:completed|incomplete|failed|cancelled)|error)"')
 _RESPONSE_ENDS = frozenset({"response.completed", "response.incomplete", "response.cancelled"})
@@ -328,18 +429,20 @@ _Texts = dict[object, str]
 """Pieces of text by what they are pieces of, such as the content of one choice."""
 
 
-def read_usage(reported: bytes | Raw) -> Usage | None:
+def read_usage(reported: bytes | Raw, *, has_output: bool = True) -> Usage | None:
     """The usage in a usage object of OpenAI's or Anthropic's; None when it cannot be right.
 
     That is: a number that is negative, not whole or beyond 64 bits, a detail above its total, or neither prompt
-    nor completion tokens.
+    nor completion tokens. Without output, as of embeddings, the total is all prompt: Voyage reports nothing else.
     """
     try:
-        usage = _decode_reported(reported)
+        usage = _decode_usage(reported)
     except UNREADABLE:
         return None
     prompt, completion, total = usage.prompt, usage.completion, usage.total_tokens or 0
     inside, outside = usage.prompt_details, usage.completion_details
+    if not has_output:
+        prompt, completion = max(prompt or 0, total), 0
     if prompt is None:
         if completion is None:
             return None
@@ -350,19 +453,22 @@ def read_usage(reported: bytes | Raw) -> Usage | None:
         return None
 
     audio = inside.audio_tokens or 0
-    written = usage.written
+    written, parts = usage.written, usage.parts
+    for_an_hour = 0 if parts is None else parts.ephemeral_1h_input_tokens or 0
     cached = usage.cached
     spoken = outside.audio_tokens or 0
     reasoning = outside.reasoning_tokens or 0
-    if audio > prompt or written > prompt or cached > prompt or spoken > output or reasoning > output:
+    if max(audio, written, cached) > prompt or for_an_hour > written or max(spoken, reasoning) > output:
         return None
     # A token may be in two details, such as audio that was cached: it counts once, where it is dearer.
     written = min(written, prompt - audio)
+    for_an_hour = min(for_an_hour, written)
     cached = min(cached, prompt - audio - written)
     return Usage(
         input=prompt - audio - written - cached,
         cached_input=cached,
-        cache_write=written,
+        cache_write=written - for_an_hour,
+        cache_write_1h=for_an_hour,
         audio_input=audio,
         output=output - spoken,
         audio_output=spoken,
@@ -374,7 +480,7 @@ def failure_status(body: bytes) -> int | None:
     """The HTTP status that an error in a body or event stands for, though it came with status 200; None without one.
 
     Some providers put it into `error.code`, as a number or its digits, or into the `code` of an event of the type
-    `error`; 502 where they do not.
+    `error`, others a word; 502 where they do not.
     """
     if _ERROR not in body:
         return None
@@ -383,25 +489,80 @@ def failure_status(body: bytes) -> int | None:
     except UNREADABLE:
         return None
     is_event = answer.type == "error"
-    if not (answer.error or is_event) or answer.choices:
+    if not (answer.error or is_event) or answer.choices or bytes(answer.output) not in _NOTHING:
         return None
     code = answer.error.get("code") if isinstance(answer.error, dict) else answer.code
     text = str(code)
-    return int(text) if len(text) == 3 and text.isdecimal() and 400 <= int(text) <= 599 else 502
+    if len(text) == 3 and text.isdecimal() and 400 <= int(text) <= 599:
+        return int(text)
+    return _STATUSES.get(text, 502)
+
+
+_TOOL_ITEMS = {
+    "web_search_call": "web_search",
+    "file_search_call": "file_search",
+    "code_interpreter_call": "code_interpreter",
+}
+"""Items that are uses of tools that the provider runs, and what those are priced as."""
+
+
+def _uses(items: Iterable[_Use]) -> dict[str, int]:
+    """How often each tool was used in a response, by what it is priced as.
+
+    Of a web search only the search itself is billed, not the opening of a page that it found; of a code interpreter
+    each container, however often it is used.
+    """
+    uses: dict[str, int] = {}
+    containers: set[str] = set()
+    for item in items:
+        name = _TOOL_ITEMS.get(item.type) if isinstance(item.type, str) else None
+        if name is None or (isinstance(item.action, dict) and item.action.get("type", "search") != "search"):
+            continue
+        if name == "code_interpreter" and isinstance(item.container_id, str):
+            if item.container_id in containers:
+                continue
+            containers.add(item.container_id)
+        uses[name] = uses.get(name, 0) + 1
+    return uses
+
+
+def _searches(reported: Raw) -> dict[str, int] | None:
+    """How often the web was searched for a chat, as its usage object says; None where it does not."""
+    try:
+        said = _decode_searches(reported)
+    except UNREADABLE:
+        return None
+    places = (said.server_tool_use, said.prompt_tokens_details)
+    counts = [said.num_search_queries, *(place.web_search_requests for place in places if place is not None)]
+    known = [count for count in counts if count is not None]
+    return {"web_search": max(known)} if known else None
+
+
+def _with_uses(usage: Usage, uses: dict[str, int] | None, bound: Usage) -> Usage:
+    """`usage` with the `uses` of tools: with those of `bound` where nobody knows."""
+    if not bound.tool_uses:
+        return usage
+    if uses is None:
+        uses = {name: getattr(bound, name) for name in TOOL_CLASSES}
+    return msgspec.structs.replace(usage, **uses)
 
 
 def meter_reported(endpoint: Endpoint, body: bytes, *, tokens_max: int | None = None) -> Metered | None:
-    """The usage that a whole answer reports, as `meter_plain` has it; None where its text must be looked at."""
+    """The usage that a whole answer reports, as `meter_plain` has it; None where its text must be looked at.
+
+    For calls that may not use tools of the provider's.
+    """
     answer = _decoded(endpoint, body)
-    usage = _plausible(answer.usage, tokens_max)
+    usage = _plausible(answer.usage, tokens_max, has_output=endpoint is not Endpoint.EMBEDDINGS)
     if usage is not None and (usage.output_tokens or endpoint is Endpoint.EMBEDDINGS):
-        return Metered(usage, UsageSource.REPORTED, answer.model, service_tier=_tier(answer))
+        return Metered(usage, UsageSource.REPORTED, _model(answer), service_tier=_tier(answer))
     return None
 
 
-def _decoded(endpoint: Endpoint, body: bytes) -> "_Chunk | _Response":
+def _decoded(endpoint: Endpoint, body: bytes) -> "_Chunk | _Ended":
+    """The answer as far as it says what was used; nothing, where it cannot be read."""
     try:
-        return _decode_response(body) if endpoint is Endpoint.RESPONSES else _decode_chunk(body)
+        return _decode_ended(body) if endpoint is Endpoint.RESPONSES else _decode_chunk(body)
     except UNREADABLE:
         return _Chunk()
 
@@ -420,25 +581,48 @@ def meter_plain(  # noqa: PLR0913 - what it depends on
     `prompt` is the request's body, of which the input is counted, `bound` the most that may be counted. Reported
     usage of more than `tokens_max`, where that is known, cannot be right. Blocks as long as `counter` does.
     """
-    if (reported := meter_reported(endpoint, body, tokens_max=tokens_max)) is not None:
-        return reported
+    is_response = endpoint is Endpoint.RESPONSES
     answer = _decoded(endpoint, body)
-    usage = _plausible(answer.usage, tokens_max)
-    model, texts = _response_texts(body) if endpoint is Endpoint.RESPONSES else _chat_texts(body)
-    if usage is not None and not texts:
-        return Metered(usage, UsageSource.REPORTED, answer.model, service_tier=_tier(answer))
+    usage = _plausible(answer.usage, tokens_max, has_output=endpoint is not Endpoint.EMBEDDINGS)
+    uses = _answer_uses(answer) if bound.tool_uses else None
+    reported = None if usage is None else _with_uses(usage, uses, bound)
+    if reported is not None and (reported.output_tokens or endpoint is Endpoint.EMBEDDINGS):
+        return Metered(reported, UsageSource.REPORTED, _model(answer), service_tier=_tier(answer))
+    texts = _whole_texts(body) if is_response else _chat_texts(body)[1]
+    if reported is not None and not texts:
+        return Metered(reported, UsageSource.REPORTED, _model(answer), service_tier=_tier(answer))
+    # Text beside a usage without output was not reported; the prompt was.
+    prompt_tokens = 0 if usage is not None else counter.prompt(prompt)
+    counted = _counted(usage, prompt_tokens, counter.texts(texts.values()), bound, uses)
+    if counted == reported:
+        return Metered(counted, UsageSource.REPORTED, _model(answer), service_tier=_tier(answer))
     return Metered(
-        _counted(None, counter.prompt(prompt), counter.texts(texts.values()), bound),
+        counted,
         UsageSource.COUNTED,
-        answer.model or model,
+        _model(answer),
         is_implausible=bytes(answer.usage) != b"null",
         is_empty=not texts and not (endpoint is Endpoint.EMBEDDINGS and b'"data"' in body),
         service_tier=_tier(answer),
     )
 
 
-def _tier(answer: _Chunk | _Response) -> str | None:
+def _answer_uses(answer: _Chunk | _Ended) -> dict[str, int] | None:
+    """The uses of tools that a whole answer, or the end of a stream, reports; None where it does not."""
+    if isinstance(answer, _Chunk):
+        return _searches(answer.reported)
+    try:
+        items = _decode_uses(answer.output)
+    except UNREADABLE:
+        return None
+    return None if items is None else _uses(items)
+
+
+def _tier(answer: _Chunk | _Ended) -> str | None:
     return answer.service_tier if isinstance(answer.service_tier, str) else None
+
+
+def _model(answer: _Chunk | _Ended) -> str | None:
+    return answer.model if isinstance(answer.model, str) else None
 
 
 class _Read(msgspec.Struct, frozen=True):
@@ -449,6 +633,7 @@ class _Read(msgspec.Struct, frozen=True):
     model: str | None = None
     has_text: bool = False
     service_tier: str | None = None
+    uses: dict[str, int] | None = None
 
 
 class StreamMeter:
@@ -460,11 +645,15 @@ class StreamMeter:
 
     Usage that is followed by more text (some providers report at the start, or with every chunk, and may break in
     between) is charged with that text on top. So events are forgotten once there is usage for them.
+
+    With `counts_tools` the uses of tools that the provider runs are told as well.
     """
 
-    def __init__(self, kept_bytes_max: int, *, tokens_max: int | None = None) -> None:
+    def __init__(self, kept_bytes_max: int, *, tokens_max: int | None = None, counts_tools: bool = False) -> None:
         self._kept_bytes_max = kept_bytes_max
         self._tokens_max = tokens_max
+        self._counts_tools = counts_tools
+        self._uses: dict[str, int] | None = None
         self._kept: list[bytes] = []
         self._kept_bytes = 0
         self._dropped_bytes = 0
@@ -508,7 +697,7 @@ class StreamMeter:
         tokens = 0 if self.is_reported else self._unreported_tokens(counter)
         if self._usage is not None and not tokens:
             return Metered(
-                self._usage,
+                _with_uses(self._usage, self._uses, bound),
                 UsageSource.REPORTED,
                 self._model,
                 self._is_implausible,
@@ -516,10 +705,13 @@ class StreamMeter:
             )
         is_empty = self._usage is None and not tokens
         prompt_tokens = 0 if self._usage is not None else counter.prompt(prompt)
-        usage = _counted(self._usage, prompt_tokens, tokens, bound)
+        uses = self._uses if self._usage is not None else self._unreported_uses()
+        usage = _counted(self._usage, prompt_tokens, tokens, bound, uses)
         return Metered(
             usage,
-            UsageSource.COUNTED,
+            UsageSource.COUNTED
+            if self._usage is None or usage != _with_uses(self._usage, uses, bound)
+            else UsageSource.REPORTED,
             self._model,
             self._is_implausible,
             is_empty=is_empty,
@@ -547,7 +739,8 @@ class StreamMeter:
             kind = EventKind.USAGE_ONLY
         else:
             kind = EventKind.USAGE if any(choice.finish_reason for choice in choices) else EventKind.CONTENT
-        return _Read(kind, chunk.reported, chunk.model, has_text=bool(choices), service_tier=_tier(chunk))
+        uses = _answer_uses(chunk) if self._counts_tools else None
+        return _Read(kind, chunk.reported, _model(chunk), bool(choices), _tier(chunk), uses)
 
     def _texts(self, data: bytes) -> tuple[str | None, _Texts]:
         return _chat_texts(data)
@@ -562,9 +755,12 @@ class StreamMeter:
         usage = _plausible(read.usage, self._tokens_max)
         if usage is not None and (usage.output_tokens or not self._has_text(data)):
             self._usage, self._model = usage, read.model or self._model
+            self._uses = read.uses
             self._kept.clear()
             self._kept_bytes = self._dropped_bytes = 0
             return read.kind
+        if usage is not None and (self._usage is None or not self._usage.output_tokens):
+            self._usage = usage  # the prompt is known; what was written is counted on top
         self._is_implausible = self._is_implausible or _is_object(read.usage)
         if read.has_text:
             self._keep(data)
@@ -572,7 +768,7 @@ class StreamMeter:
 
     def _has_text(self, data: bytes) -> bool:
         """Whether there is any text for which no usage was reported, `data` included."""
-        return bool(self._texts(data)[1]) or self._unreported_tokens(BY_BYTES) > 0
+        return bool(self._dropped_bytes) or any(self._texts(each)[1] for each in (data, *self._kept))
 
     def _keep(self, data: bytes) -> None:
         if self._kept_bytes + len(data) > self._kept_bytes_max:
@@ -580,6 +776,10 @@ class StreamMeter:
             return
         self._kept.append(data)
         self._kept_bytes += len(data)
+
+    def _unreported_uses(self) -> dict[str, int] | None:
+        """The uses of tools in a stream that reported no usage; None where nobody knows."""
+        return None
 
     def _unreported_tokens(self, counter: Counter) -> int:
         """The tokens of the text for which there is no usage."""
@@ -598,27 +798,63 @@ class StreamMeter:
 
 
 class ResponseMeter(StreamMeter):
-    """Meters a stream of events as Responses has it: usage comes with the event that ends it."""
+    """Meters a stream of events as Responses has it: usage comes with the event that ends it.
+
+    That event has all of the text once more: it is counted where none came before it.
+    """
+
+    _end: bytes | None = None
 
     def _may_say(self, data: bytes) -> bool:
         return _RESPONSE_END.search(data) is not None
 
     def _decode(self, data: bytes) -> _Read:
-        event = _decode_response_event(data)
-        response = event.response or _Response()
+        event = _decode_end_event(data)
+        response = event.response or _Ended()
         if event.type in {"response.failed", "error"}:
             kind = EventKind.ERROR
         else:
             kind = EventKind.DONE if event.type in _RESPONSE_ENDS else EventKind.CONTENT
-        has_text = kind is EventKind.CONTENT
-        return _Read(kind, response.usage, response.model, has_text=has_text, service_tier=_tier(response))
+        uses = _answer_uses(response) if self._counts_tools else None
+        return _Read(kind, response.usage, _model(response), kind is EventKind.CONTENT, _tier(response), uses)
+
+    def _take(self, data: bytes) -> EventKind:
+        kind = super()._take(data)
+        if kind is not EventKind.CONTENT:
+            self._end = data
+        return kind
+
+    def _unreported_tokens(self, counter: Counter) -> int:
+        tokens = super()._unreported_tokens(counter)
+        if tokens or self._end is None:
+            return tokens
+        try:
+            return counter.texts(_response_texts(_decode_whole_event(self._end).response).values())
+        except UNREADABLE:
+            return 0  # it has no response, as an error has none
+
+    def _unreported_uses(self) -> dict[str, int] | None:
+        if self._dropped_bytes:
+            return None
+        items: dict[str, _Use] = {}
+        for data in self._kept if self._counts_tools else ():
+            if _ITEM not in data:
+                continue
+            try:
+                event = _decode_response_event(data)
+            except UNREADABLE:
+                return None
+            if event.item is not None:
+                # The same item comes once more when it is done, with what was done.
+                items[str(event.output_index)] = event.item
+        return _uses(items.values())
 
     def _texts(self, data: bytes) -> tuple[str | None, _Texts]:
         try:
             event = _decode_response_event(data)
         except UNREADABLE:
             return None, _unreadable(data)
-        model = None if event.response is None else event.response.model
+        model = None if event.response is None else _model(event.response)
         # The name of a tool comes with its item, all else bit by bit.
         text = event.delta
         if event.type == "response.output_item.added" and event.item is not None:
@@ -627,26 +863,33 @@ class ResponseMeter(StreamMeter):
         return model, {(event.type, event.item_id, str(event.output_index)): text} if is_text else {}
 
 
-def stream_meter(endpoint: Endpoint, kept_bytes_max: int, *, tokens_max: int | None = None) -> StreamMeter:
+def stream_meter(
+    endpoint: Endpoint, kept_bytes_max: int, *, tokens_max: int | None = None, counts_tools: bool = False
+) -> StreamMeter:
     """A meter for the streams of `endpoint`."""
     kind = ResponseMeter if endpoint is Endpoint.RESPONSES else StreamMeter
-    return kind(kept_bytes_max, tokens_max=tokens_max)
+    return kind(kept_bytes_max, tokens_max=tokens_max, counts_tools=counts_tools)
 
 
-def _plausible(reported: Raw, tokens_max: int | None) -> Usage | None:
-    usage = read_usage(reported)
+def _plausible(reported: Raw, tokens_max: int | None, *, has_output: bool = True) -> Usage | None:
+    usage = read_usage(reported, has_output=has_output)
     if usage is None:
         return None
     tokens = usage.input_tokens + usage.output_tokens
     return usage if tokens and (tokens_max is None or tokens <= tokens_max) else None
 
 
-def _counted(reported: Usage | None, prompt_tokens: int, output_tokens: int, bound: Usage) -> Usage:
+def _counted(
+    reported: Usage | None, prompt_tokens: int, output_tokens: int, bound: Usage, uses: dict[str, int] | None
+) -> Usage:
     """A count of so many tokens on top of what was `reported`, or of the whole call where nothing was."""
     if reported is None:
-        return Usage(input=min(prompt_tokens, bound.input_tokens), output=min(output_tokens, bound.output_tokens))
-    room = max(0, bound.output_tokens - reported.output_tokens)
-    return msgspec.structs.replace(reported, output=reported.output + min(output_tokens, room))
+        usage = Usage(input=min(prompt_tokens, bound.input_tokens), output=min(output_tokens, bound.output_tokens))
+    else:
+        room = max(0, bound.output_tokens - reported.output_tokens)
+        usage = msgspec.structs.replace(reported, output=reported.output + min(output_tokens, room))
+    is_bounded = uses is not None and sum(uses.values()) <= bound.tool_uses
+    return _with_uses(usage, uses if is_bounded else None, bound)
 
 
 def _chat_texts(data: bytes) -> tuple[str | None, _Texts]:
@@ -677,18 +920,26 @@ def _choice_texts(choice: _Choice) -> list[str | None]:
     return texts
 
 
-def _response_texts(body: bytes) -> tuple[str | None, _Texts]:
-    """As `_chat_texts`, of a whole response."""
+def _whole_texts(body: bytes) -> _Texts:
+    """The texts of a whole response; all of its bytes are text if it is unreadable."""
     try:
-        response = _decode_response(body)
+        return _response_texts(_decode_response(body))
     except UNREADABLE:
-        return None, _unreadable(body)
-    texts: _Texts = {}
-    for item in response.output or ():
+        return _unreadable(body)
+
+
+def _response_texts(response: _Response) -> _Texts:
+    """The texts of a response; what cannot be read of its items is text."""
+    written: list[str | None] = []
+    for raw in response.output or ():
+        try:
+            item = _decode_item(raw)
+        except UNREADABLE:
+            written += _unreadable(bytes(raw)).values()
+            continue
         parts = [*(item.content or ()), *(item.summary or ())]
-        written = [item.name, item.arguments, item.input, *(part.text or part.refusal for part in parts)]
-        texts |= {(len(texts), place): text for place, text in enumerate(written) if text}
-    return response.model, texts
+        written += (item.name, item.arguments, item.input, *(part.text or part.refusal for part in parts))
+    return {place: text for place, text in enumerate(written) if text}
 
 
 def _unreadable(data: bytes) -> _Texts:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, MutableMapping
 from datetime import UTC, datetime
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import structlog
@@ -24,19 +24,27 @@ _SECRETS = re.compile(
 _LIBRARIES = ("httpx2", "httpcore2", "uvicorn", "asyncio", "litestar")
 
 
-def configure_logs() -> None:
-    """Send the logs of Tollgate and of its libraries to standard error, in one format. Call it once, at start."""
-    is_console = sys.stderr.isatty()
+def configure_logs(format_: Literal["auto", "json", "console"] = "auto", level: str = "info") -> None:
+    """Send the logs of Tollgate and of its libraries to standard error, in one format. Call it once, at start.
+
+    `format_` and `level` are those of `settings.LogSettings`.
+    """
+    is_console = sys.stderr.isatty() if format_ == "auto" else format_ == "console"
+    colours = is_console and sys.stderr.isatty()
     processors: list[structlog.typing.Processor] = [
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         structlog.processors.format_exc_info,
         _redact,
     ]
-    renderer = structlog.dev.ConsoleRenderer() if is_console else structlog.processors.JSONRenderer(serializer=_as_json)
+    renderer = (
+        structlog.dev.ConsoleRenderer(colors=colours)
+        if is_console
+        else structlog.processors.JSONRenderer(serializer=_as_json)
+    )
     structlog.configure(
         processors=[*processors, renderer] if is_console else [_line],
-        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
+        wrapper_class=structlog.make_filtering_bound_logger(level),
         logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
         cache_logger_on_first_use=True,
     )

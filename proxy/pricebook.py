@@ -14,7 +14,15 @@ import msgspec
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from proxy.pricing import TOKEN_CLASSES, LongContext, Price, price_nanos_per_mtok, stepped, tokens_payable_max
+from proxy.pricing import (
+    TOKEN_CLASSES,
+    TOOL_CLASSES,
+    LongContext,
+    Price,
+    price_nanos_per_mtok,
+    stepped,
+    tokens_payable_max,
+)
 from proxy.settings import PriceSettings, RateSettings, ServicePriceSettings
 from proxy.storage.tables import prices
 from proxy.units import MARKUP_BPS_MAX, Micros, new_id
@@ -33,6 +41,7 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     context_tokens: int | None = None
     output_tokens_max: int | None = None
     image_tokens_max: int | None = None
+    tool_calls_max: int | None = None
     tokenizer: str | None = None
     maximum_field: str | None = None
     is_reasoning: bool | None = None
@@ -46,13 +55,19 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         """This entry with the limits of `other` where it has none of its own."""
         if other is None:
             return self
-        missing = {
-            name: getattr(other, name)
-            for name in ("context_tokens", "output_tokens_max", "image_tokens_max", "tokenizer", "maximum_field")
-            if getattr(self, name) is None
-        }
+        missing = {name: getattr(other, name) for name in _LIMITS if getattr(self, name) is None}
         is_reasoning = other.is_reasoning if self.is_reasoning is None else self.is_reasoning
         return msgspec.structs.replace(self, **missing, is_reasoning=is_reasoning)
+
+
+_LIMITS = (
+    "context_tokens",
+    "output_tokens_max",
+    "image_tokens_max",
+    "tool_calls_max",
+    "tokenizer",
+    "maximum_field",
+)
 
 
 class Row(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -219,13 +234,16 @@ async def changes(connection: AsyncConnection, listed: PriceList, now: Micros) -
 def entry_of(settings: PriceSettings) -> tuple[Entry, bool]:
     """The entry that `settings` describe, and whether all of its prices are exact; others were rounded up."""
     price, is_exact = _price_of(settings, None)
-    services = {name: _price_of(service, name) for name, service in settings.service_tiers.items()}
+    services = {
+        name: _price_of(_with_tools(service, settings), name) for name, service in settings.service_tiers.items()
+    }
     entry = Entry(
         price=price,
         service_prices={name: found for name, (found, _) in services.items()},
         context_tokens=settings.context_tokens,
         output_tokens_max=settings.max_output_tokens,
         image_tokens_max=settings.image_tokens_max,
+        tool_calls_max=settings.tool_calls_max,
         tokenizer=settings.tokenizer,
         maximum_field=settings.maximum_field,
         is_reasoning=settings.is_reasoning,
@@ -244,10 +262,12 @@ def is_payable(entry: Entry) -> bool:
 def _price_of(settings: ServicePriceSettings, service_tier: str | None) -> tuple[Price, bool]:
     rates, is_exact = _rates_of(settings)
     beside, are_exact = {}, True
-    for name in ("image", "request"):
-        # Dollars for one: so many for a million of them.
-        beside[name], exact = price_nanos_per_mtok((getattr(settings, name) or Decimal(0)) * _MTOK)
-        are_exact = are_exact and exact
+    for name in ("image", "request", *TOOL_CLASSES):
+        dollars = getattr(settings, name)
+        if dollars is not None:
+            # Dollars for one: so many for a million of them.
+            beside[name], exact = price_nanos_per_mtok(dollars * _MTOK)
+            are_exact = are_exact and exact
     steps = []
     for step in settings.long_context:
         step_rates, exact = _rates_of(step)
@@ -257,11 +277,23 @@ def _price_of(settings: ServicePriceSettings, service_tier: str | None) -> tuple
     return price, is_exact and are_exact and is_stepped
 
 
+def _with_tools(service: ServicePriceSettings, standard: PriceSettings) -> ServicePriceSettings:
+    """`service` with the prices of tools that it does not say: those of the standard tier."""
+    missing = {name: getattr(standard, name) for name in TOOL_CLASSES if getattr(service, name) is None}
+    return msgspec.structs.replace(service, **missing)
+
+
 def _rates_of(settings: RateSettings) -> tuple[dict[str, int], bool]:
     rates, are_exact = {}, True
     for name in TOKEN_CLASSES:
-        side = settings.output if name in {"output", "audio_output"} else settings.input
         dollars = getattr(settings, name)
-        rates[name], is_exact = price_nanos_per_mtok(side if dollars is None else dollars)
+        rates[name], is_exact = price_nanos_per_mtok(_like(settings, name) if dollars is None else dollars)
         are_exact = are_exact and is_exact
     return rates, are_exact
+
+
+def _like(settings: RateSettings, name: str) -> Decimal:
+    """What a class costs that has no price: as its side does, and an hour in the cache as any other time there."""
+    if name == "cache_write_1h":
+        return Decimal(0)
+    return settings.output if name in {"output", "audio_output"} else settings.input

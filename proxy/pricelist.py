@@ -24,6 +24,7 @@ _CLASSES: Final = {
     "input": "input_mtok",
     "cached_input": "cache_read_mtok",
     "cache_write": "cache_write_mtok",
+    "cache_write_1h": "cache_write_1h_mtok",
     "audio_input": "input_audio_mtok",
     "output": "output_mtok",
     "audio_output": "output_audio_mtok",
@@ -42,8 +43,8 @@ _COVERED: Final = {
 }
 """Classes that no meter here tells apart, and the one that they are billed as; it must be as dear."""
 
-_NOT_ASKED_FOR: Final = frozenset({"web_searches_kcount", "storage_searches_kcount", "cache_write_1h_mtok"})
-"""Tools that are refused until the operator prices them, and caches that OpenAI's API cannot ask for."""
+_NOT_ASKED_FOR: Final = frozenset({"web_searches_kcount", "storage_searches_kcount"})
+"""Tools that are refused until the operator prices them."""
 
 _RUNS_TOOLS: Final = ("*-search*", "*deep-research*", "*computer-use*", "perplexity/*", "*sonar*", "compound*")
 """Models that use tools of the provider's by themselves, billed beside their tokens."""
@@ -259,8 +260,10 @@ def _thresholds(said: dict[str, Any]) -> list[int]:
 def _rates(said: dict[str, Any], above: int) -> dict[str, int]:
     """The rates of a call with more input than `above`. Where the list has no cheaper class, it is its side's."""
     sides = {name: "output_mtok" if name in {"output", "audio_output"} else "input_mtok" for name in _CLASSES}
+    del sides["cache_write_1h"]  # without a price of its own it is that of `cache_write`
     return {
-        name: _nanos(_at(said.get(key, said.get(sides[name], Decimal(0))), above)) for name, key in _CLASSES.items()
+        name: _nanos(_at(said.get(key, said.get(sides.get(name, ""), Decimal(0))), above))
+        for name, key in _CLASSES.items()
     }
 
 

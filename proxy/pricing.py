@@ -4,7 +4,7 @@ Because one function serves both, it is monotone where it matters: usage within 
 what was reserved for the bound.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from decimal import ROUND_CEILING, Decimal
 from enum import StrEnum
 from functools import cached_property
@@ -17,13 +17,18 @@ from proxy.units import MARKUP_BPS_WHOLE, NANOS_MAX, NANOS_PER_CREDIT, Nanos, Us
 _UNITS_PER_PRICE = 10**6
 _CHARGE_DIVISOR = _UNITS_PER_PRICE * MARKUP_BPS_WHOLE
 
-_INPUT_CLASSES: Final = ("input", "cached_input", "cache_write", "audio_input")
+_INPUT_CLASSES: Final = ("input", "cached_input", "cache_write", "cache_write_1h", "audio_input")
 _OUTPUT_CLASSES: Final = ("output", "audio_output")
 TOKEN_CLASSES: Final = (*_INPUT_CLASSES, *_OUTPUT_CLASSES)
+TOOL_CLASSES: Final = ("web_search", "file_search", "code_interpreter")
+"""Tools that the provider runs, and bills by their uses; of a code interpreter each container is one."""
 
 
 class Rates(msgspec.Struct, frozen=True, dict=True):
-    """Nano-dollars per million tokens of each class."""
+    """Nano-dollars per million tokens of each class.
+
+    `cache_write_1h` is 0 where it is that of `cache_write`, below which it never is.
+    """
 
     input: int
     cached_input: int
@@ -31,11 +36,12 @@ class Rates(msgspec.Struct, frozen=True, dict=True):
     audio_input: int
     output: int
     audio_output: int
+    cache_write_1h: int = 0
 
     @cached_property
     def dearest_input(self) -> int:
         """The most that any input token can cost."""
-        return max(self.input, self.cached_input, self.cache_write, self.audio_input)
+        return max(self.input, self.cached_input, self.cache_write, self.cache_write_1h, self.audio_input)
 
     @cached_property
     def dearest_output(self) -> int:
@@ -43,7 +49,7 @@ class Rates(msgspec.Struct, frozen=True, dict=True):
         return max(self.output, self.audio_output)
 
 
-class LongContext(Rates, frozen=True):
+class LongContext(Rates, frozen=True, kw_only=True, omit_defaults=True):
     """The rates of all tokens of a call that has more than `above_tokens` of input, of every class together."""
 
     above_tokens: int
@@ -52,13 +58,17 @@ class LongContext(Rates, frozen=True):
 class Price(Rates, frozen=True, kw_only=True, omit_defaults=True):
     """What one model costs at one provider, in one service tier: the rates of its tokens, and what is billed beside.
 
-    `image` and `request` are nano-dollars per million images and requests. `long_context` goes from the lowest
+    `image` and `request` are nano-dollars per million images and requests, and so are the prices of tools per million
+    uses: None where nobody has said one, so that they are not for sale. `long_context` goes from the lowest
     threshold to the highest, and no class gets cheaper on the way (see `stepped`): else a bound of the input would not
     bound the cost. `service_tier` is None for the standard one.
     """
 
     image: int = 0
     request: int = 0
+    web_search: int | None = None
+    file_search: int | None = None
+    code_interpreter: int | None = None
     long_context: tuple[LongContext, ...] = ()
     service_tier: str | None = None
 
@@ -80,7 +90,8 @@ class Price(Rates, frozen=True, kw_only=True, omit_defaults=True):
         steps = tuple(
             msgspec.structs.replace(step, **_marked_up(step, TOKEN_CLASSES, markup_bps)) for step in self.long_context
         )
-        numbers = _marked_up(self, (*TOKEN_CLASSES, "image", "request"), markup_bps)
+        tools = [name for name in TOOL_CLASSES if getattr(self, name) is not None]
+        numbers = _marked_up(self, (*TOKEN_CLASSES, "image", "request", *tools), markup_bps)
         return msgspec.structs.replace(self, **numbers, long_context=steps)
 
 
@@ -122,11 +133,36 @@ def billed(usage: Usage, price: Price, images: int) -> Usage:
     return msgspec.structs.replace(usage, requests=1 if price.request else 0, images=images if price.image else 0)
 
 
-def bound(input_tokens: int, output_tokens: int, price: Price, markup_bps: int, *, images: int = 0) -> Nanos:
-    """The most that a call of at most so many tokens and images can cost the caller, whatever the tokens' classes."""
+def bound(  # noqa: PLR0913 - what the cost depends on
+    input_tokens: int,
+    output_tokens: int,
+    price: Price,
+    markup_bps: int,
+    *,
+    images: int = 0,
+    tools: Collection[str] = (),
+    tool_uses: int = 0,
+) -> Nanos:
+    """The most that a call of at most so many tokens, images and uses of `tools` can cost the caller.
+
+    Whatever the tokens' classes, and whichever of the tools are used.
+    """
     rates = price.at(input_tokens)
     tokens = input_tokens * rates.dearest_input + output_tokens * rates.dearest_output
-    return _charge(tokens + price.request + images * price.image, markup_bps)
+    return _charge(tokens + _beside(price, images, tools, tool_uses), markup_bps)
+
+
+def _beside(price: Price, images: int, tools: Collection[str], tool_uses: int) -> int:
+    """The most that is billed beside the tokens."""
+    beside = price.request + images * price.image
+    if not tools:
+        return beside
+    return beside + tool_uses * max(_tool_price(price, name) for name in tools)
+
+
+def _tool_price(price: Price, name: str) -> int:
+    said: int | None = getattr(price, name)
+    return said or 0
 
 
 def tokens_payable_max(price: Price, markup_bps: int) -> int:
@@ -134,23 +170,44 @@ def tokens_payable_max(price: Price, markup_bps: int) -> int:
     rates = price.long_context[-1] if price.long_context else price
     dearest = max(rates.dearest_input, rates.dearest_output, 1)
     payable = NANOS_MAX * _UNITS_PER_PRICE * MARKUP_BPS_WHOLE // (MARKUP_BPS_WHOLE + markup_bps)
-    return max(0, payable - price.request - IMAGES_MAX * price.image) // dearest
+    return max(0, payable - _beside(price, IMAGES_MAX, TOOL_CLASSES, TOOL_USES_MAX)) // dearest
 
 
 IMAGES_MAX = 20_000
 """In one call: as many as a request may have parts."""
 
+TOOL_USES_MAX = 10_000
+"""In one call."""
 
-def dearest_usage(input_tokens: int, output_tokens: int, price: Price, *, images: int = 0) -> Usage:
-    """The usage of so many tokens and images that costs the most: its `cost` is their `bound`."""
+
+def dearest_usage(  # noqa: PLR0913 - as `bound`
+    input_tokens: int,
+    output_tokens: int,
+    price: Price,
+    *,
+    images: int = 0,
+    tools: Collection[str] = (),
+    tool_uses: int = 0,
+) -> Usage:
+    """The usage of so many tokens, images and uses of `tools` that costs the most: its `cost` is their `bound`."""
     rates = price.at(input_tokens)
     dearest_input = max(_INPUT_CLASSES, key=lambda name: getattr(rates, name))
     dearest_output = max(_OUTPUT_CLASSES, key=lambda name: getattr(rates, name))
-    return billed(Usage(**{dearest_input: input_tokens, dearest_output: output_tokens}), price, images)
+    most = {dearest_input: input_tokens, dearest_output: output_tokens}
+    if tools:
+        most[max(tools, key=lambda name: _tool_price(price, name))] = tool_uses
+    return billed(Usage(**most), price, images)
 
 
-def output_tokens_affordable(
-    amount: Nanos, input_tokens: int, price: Price, markup_bps: int, *, images: int = 0
+def output_tokens_affordable(  # noqa: PLR0913 - as `bound`
+    amount: Nanos,
+    input_tokens: int,
+    price: Price,
+    markup_bps: int,
+    *,
+    images: int = 0,
+    tools: Collection[str] = (),
+    tool_uses: int = 0,
 ) -> int | None:
     """How many output tokens `amount` covers beside `input_tokens`; negative when not even the input is covered.
 
@@ -159,7 +216,7 @@ def output_tokens_affordable(
     """
     rates = price.at(input_tokens)
     total = amount * _CHARGE_DIVISOR // (MARKUP_BPS_WHOLE + markup_bps)
-    left = total - input_tokens * rates.dearest_input - price.request - images * price.image
+    left = total - input_tokens * rates.dearest_input - _beside(price, images, tools, tool_uses)
     if left < 0:
         return -1
     if not rates.dearest_output:
@@ -169,6 +226,8 @@ def output_tokens_affordable(
 
 def _provider_total(usage: Usage, price: Price) -> int:
     rates = price.at(usage.input_tokens) if price.long_context else price
+    is_plain = not (usage.cache_write_1h or usage.web_search or usage.file_search or usage.code_interpreter)
+    rare = 0 if is_plain else _rare_total(usage, rates, price)
     return (
         usage.input * rates.input
         + usage.cached_input * rates.cached_input
@@ -178,7 +237,13 @@ def _provider_total(usage: Usage, price: Price) -> int:
         + usage.audio_output * rates.audio_output
         + usage.images * price.image
         + usage.requests * price.request
+        + rare
     )
+
+
+def _rare_total(usage: Usage, rates: Rates, price: Price) -> int:
+    tools: int = sum(getattr(usage, name) * _tool_price(price, name) for name in TOOL_CLASSES)
+    return usage.cache_write_1h * max(rates.cache_write, rates.cache_write_1h) + tools
 
 
 def _charge(total: int, markup_bps: int) -> Nanos:
@@ -213,18 +278,27 @@ def dearest_price(prices: Sequence[Price]) -> Price:
         return prices[0]
     first = prices[0]
     thresholds = sorted({step.above_tokens for price in prices for step in price.long_context})
-    return Price(
+    tools = {name: max(said) for name in TOOL_CLASSES if (said := _said(prices, name))}
+    dearest = Price(
         **{name: max(getattr(price, name) for price in prices) for name in (*TOKEN_CLASSES, "image", "request")},
         long_context=tuple(
             raised(LongContext(**_rates(first.at(above + 1)), above_tokens=above), *(p.at(above + 1) for p in prices))
             for above in thresholds
         ),
     )
+    return msgspec.structs.replace(dearest, **tools)
+
+
+def _said(prices: Sequence[Price], tool: str) -> list[int]:
+    """What those of `prices` say that have one for `tool`."""
+    return [said for price in prices if (said := getattr(price, tool)) is not None]
 
 
 def is_no_dearer(price: Price, than: Price) -> bool:
     """Whether no usage costs more at `price` than at `than`."""
     if price.image > than.image or price.request > than.request:
+        return False
+    if any(_tool_price(price, name) > _tool_price(than, name) for name in TOOL_CLASSES):
         return False
     inputs = [0, *(step.above_tokens + 1 for step in (*price.long_context, *than.long_context))]
     return all(

@@ -23,6 +23,9 @@ from proxy.wire.sse import EventSplitter, EventTooLong, event_data, with_data
 _KEEP_ALIVE = b": keep-alive\n\n"
 
 _ENCODINGS = {b"gzip": zlib.MAX_WBITS | 16, b"x-gzip": zlib.MAX_WBITS | 16, b"deflate": zlib.MAX_WBITS}
+_NOT_ENCODED = frozenset({b"identity", b"none", b""})
+"""Only the first is a name; servers send the others for what they leave as it is."""
+
 _INFLATED_BYTES = 65_536
 """At most so much comes out of one step, however well it was compressed."""
 
@@ -228,7 +231,7 @@ class StreamRelay:
                     if self.tail.holds:
                         forwarded += self.tail.let_go()
                     forwarded.append(event)
-                    self._first = self._first or event
+                    self._first = self._first or (b"" if kind is EventKind.OTHER else event)
                     # The openai SDK takes a comment after an id for an event without data.
                     self._may_comment = self._may_comment and b"id:" not in event
         return b"".join(forwarded), is_done
@@ -296,33 +299,48 @@ class StreamRelay:
 def content_encoding(headers: Headers) -> bytes | None:
     """How a body is encoded against our request for identity; None when it is not."""
     for name, value in headers:
-        if name == b"content-encoding" and value.strip().lower() != b"identity":
+        if name == b"content-encoding" and value.strip().lower() not in _NOT_ENCODED:
             return value.strip().lower()
     return None
 
 
 async def inflated(chunks: AsyncIterator[bytes], encoding: bytes, provider: str) -> AsyncIterator[bytes]:
-    """The bytes that `chunks` encode, in bounded pieces. Raises `UpstreamBroken` when they do not, or not known how."""
+    """The bytes that `chunks` encode, in bounded pieces: of all members of gzip, one after the other.
+
+    Raises `UpstreamBroken` when they do not, or not to their end, or not known how.
+    """
     if encoding not in _ENCODINGS:
         raise UpstreamBroken("The provider's answer is encoded in a way that was not asked for.", provider=provider)
     inflater = zlib.decompressobj(_ENCODINGS[encoding])
+    has_begun = False
     try:
         async for chunk in chunks:
             waiting = chunk
             while waiting:
+                if inflater.eof:
+                    inflater = zlib.decompressobj(_ENCODINGS[encoding])
+                has_begun = True
                 piece = inflater.decompress(waiting, _INFLATED_BYTES)
-                waiting = inflater.unconsumed_tail
+                waiting = inflater.unconsumed_tail or inflater.unused_data
                 if piece:
                     yield piece
     except zlib.error as exc:
         raise UpstreamBroken("The provider's answer is not encoded as it says.", provider=provider) from exc
+    if has_begun and not inflater.eof:
+        raise UpstreamBroken("The provider's answer ends inside of its encoding.", provider=provider)
 
 
 def inflate(body: bytes, encoding: bytes, bytes_max: int) -> bytes:
     """What `body` encodes, up to `bytes_max` bytes; `body` itself when that cannot be said."""
     if encoding not in _ENCODINGS:
         return body
+    inflated = bytearray()
+    waiting = body
     try:
-        return zlib.decompressobj(_ENCODINGS[encoding]).decompress(body, bytes_max)
+        while waiting and len(inflated) < bytes_max:
+            inflater = zlib.decompressobj(_ENCODINGS[encoding])
+            inflated += inflater.decompress(waiting, bytes_max - len(inflated))
+            waiting = inflater.unused_data
     except zlib.error:
         return body
+    return bytes(inflated)

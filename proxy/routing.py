@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from email.utils import parsedate_to_datetime
 from functools import cached_property
+from types import MappingProxyType
 
 import msgspec
 
@@ -30,15 +31,21 @@ _UNDECIDED = frozenset({None, "auto"})
 """The provider, or the operator's account there, chooses the service tier."""
 
 
+NO_TOOLS: Mapping[str, str] = MappingProxyType({})
+
+
 class Candidate(msgspec.Struct, frozen=True, dict=True):
     """One model at one provider, with its price, markup and limits, under one of the names that clients ask for.
 
     `output_tokens_max` and `context_tokens` are None where nobody has said; at least one of them is known. `tokenizer`
     is the name of OpenAI's tokenizer that it uses, None where it uses another one; `image_tokens_max` the most that an
-    image can become, None where it can be anything. `service_prices` are those of the service tiers beside the standard
-    one, by name, and `dearest_price` costs at least as much as any of them. `markup_bps` is for callers without a rule
-    of their own. Of the candidates of a name the lowest `priority` comes first, and among equals as many calls go to
-    each as its `weight` says. `is_local` for a provider inside of the operator's own network.
+    image can become, None where it can be anything. `tool_calls_max` bounds the uses of the provider's tools in calls
+    that name no maximum of their own, None where such calls may use none. `service_prices` are those of the service
+    tiers beside the standard one, by name, and `dearest_price` costs at least as much as any of them. `markup_bps` is
+    for callers without a rule of their own. Of the candidates of a name the lowest `priority` comes first, and among
+    equals as many calls go to each as its `weight` says. `is_local` for a provider in the operator's own network,
+    which fetches media from names only if it `resolves_media`. `added_tokens` is the most that the provider itself puts
+    into a prompt with tools or a format.
     """
 
     provider: str
@@ -51,12 +58,15 @@ class Candidate(msgspec.Struct, frozen=True, dict=True):
     knows_stream_options: bool
     tokenizer: str | None = None
     image_tokens_max: int | None = None
+    tool_calls_max: int | None = None
     service_prices: Mapping[str, Price] = {}
     dearest_price: Price | None = None
     markup_bps: int = 0
     priority: int = 0
     weight: int = 1
     is_local: bool = False
+    added_tokens: int = 0
+    resolves_media: bool = False
 
     @cached_property
     def target(self) -> str:
@@ -100,26 +110,51 @@ class Offer(msgspec.Struct, frozen=True, dict=True):
         return tokens_payable_max(self.price, self.markup_bps)
 
 
+class Terms(msgspec.Struct, frozen=True):
+    """What a reservation keeps of an offer: at what it was made, whatever changes until the call ends."""
+
+    provider: str
+    model: str
+    price: Price
+    markup_bps: int
+
+
+def terms(offered: Sequence[Offer]) -> list[Terms]:
+    """The terms of each of `offered`."""
+    return [Terms(offer.candidate.provider, offer.candidate.model, offer.price, offer.markup_bps) for offer in offered]
+
+
 Models = Mapping[str, tuple[Candidate, ...]]
 """Every name a client may ask for, with who may serve it, the preferred one first."""
 
 
-def candidates(models: Models, model: str) -> tuple[Candidate, ...]:
-    """Who may serve `model`, the preferred one first. Raises `ModelNotFound` when nobody does."""
-    found = models.get(model)
+def candidates(models: Models, model: str, provider: str | None = None) -> tuple[Candidate, ...]:
+    """Who may serve `model`, the preferred one first, or only `provider`. Raises `ModelNotFound` when nobody does."""
+    found = models.get(model, ())
+    if provider is not None:
+        found = tuple(candidate for candidate in found if candidate.provider == provider)
     if not found:
-        raise ModelNotFound(model)
+        raise ModelNotFound(model, provider)
     return found
 
 
-def offers(
-    found: Sequence[Candidate], service_tier: str | None, markup_bps: int | None, *, wants_audio: bool = False
+def offers(  # noqa: PLR0913 - what a request may ask for
+    found: Sequence[Candidate],
+    service_tier: str | None,
+    markup_bps: int | None,
+    *,
+    wants_audio: bool = False,
+    tools: Mapping[str, str] = NO_TOOLS,
+    tool_calls_max: int | None = None,
 ) -> tuple[Offer, ...]:
     """Those of `found` where `service_tier` has a price, at the caller's own `markup_bps` or everybody's.
 
-    With `wants_audio` those where spoken output has a price of its own, which is never that of text. Raises
-    `BadRequest` when there are none.
+    With `wants_audio` those where spoken output has a price of its own, which is never that of text; with `tools` those
+    that the provider may run, where all of them have a price and a number of uses that bounds them: the caller's
+    `tool_calls_max`, or the candidate's. Raises `BadRequest` when there are none.
     """
+    if tools:
+        found = _with_tools(found, tools, tool_calls_max)
     offered = []
     for candidate in found:
         price = candidate.price_bounding(service_tier)
@@ -134,6 +169,26 @@ def offers(
             code="unsupported_parameter",
         )
     return tuple(offered)
+
+
+def _with_tools(found: Sequence[Candidate], tools: Mapping[str, str], named: int | None) -> list[Candidate]:
+    """Those of `found` that may run `tools`. Raises `BadRequest` when there are none."""
+    for tool, called in tools.items():
+        found = [candidate for candidate in found if getattr(candidate.price, tool) is not None]
+        if not found:
+            raise BadRequest(
+                f"Tools of type '{called}' are billed outside of tokens, and not priced here.",
+                param=called if called == "web_search_options" else "tools",
+                code="unsupported_parameter",
+            )
+    bounded = [candidate for candidate in found if named is not None or candidate.tool_calls_max is not None]
+    if not bounded:
+        raise BadRequest(
+            "How often tools are used is not bounded here: name 'max_tool_calls' in a request for a response.",
+            param="max_tool_calls",
+            code="unsupported_parameter",
+        )
+    return bounded
 
 
 class _State(msgspec.Struct):
@@ -175,8 +230,12 @@ class Health:
         """`target` has answered."""
         self._states.pop(target, None)
 
-    def failed(self, target: str, now: float, retry_after_s: float | None = None) -> None:
-        """`target` has failed, and would like to be left alone for `retry_after_s` seconds."""
+    def cooling(self, now: float) -> list[str]:
+        """The targets that are left alone at `now`."""
+        return [target for target, state in self._states.items() if now < state.cooling_until]
+
+    def failed(self, target: str, now: float, retry_after_s: float | None = None) -> bool:
+        """`target` has failed, and would like to be left alone for `retry_after_s` seconds; returns whether it is."""
         state = self._states.setdefault(target, _State())
         state.failures += 1
         state.probed_until = 0.0
@@ -189,6 +248,7 @@ class Health:
             wait_s = max(wait_s, min(retry_after_s, RETRY_AFTER_S_MAX))
         if wait_s:
             state.cooling_until = max(state.cooling_until, now + wait_s)
+        return wait_s > 0
 
     def _is_left_alone(self, target: str, now: float) -> bool:
         state = self._states.get(target)

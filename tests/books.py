@@ -15,13 +15,18 @@ from proxy.ledger.audit import Report, audit
 from proxy.ledger.decide import Credit, Credited, CreditType, Receipt, Release, Reserve, Settle
 from proxy.ledger.ledger import Ledger
 from proxy.ledger.recovery import Lease
+from proxy.ledger.rollup import UsageDay, by_month
 from proxy.ledger.store import PostgresStore, SqliteStore, Store
 from proxy.pricing import Price, cost, provider_cost
-from proxy.storage import database
+from proxy.routing import Terms
+from proxy.storage import database, tables
 from proxy.units import Usage, new_id
 
 PRICE = Price(input=10**6, cached_input=10**6, cache_write=10**6, audio_input=10**6, output=10**6, audio_output=10**6)
 """A nano-dollar a token: without markup a usage of n tokens costs n nano-credits."""
+
+OFFERS = msgspec.json.encode([Terms("fake", "model", PRICE, 0)]).decode()
+"""What calls of that model are reserved at."""
 
 
 class Person(msgspec.Struct, frozen=True):
@@ -59,6 +64,15 @@ class Books:
         return await self.ledger.credit(
             Credit(wallet_id=wallet_id, type=CreditType.TOPUP, amount=nanos, description="test", **more)
         )
+
+    async def recount_months(self) -> None:
+        """Add the sums of days up to those of months anew, after a test has moved them in time."""
+        async with database.writing(self.engine) as connection:
+            rows = (await connection.execute(sa.select(tables.usage_days))).mappings().all()
+            await connection.execute(tables.usage_months.delete())
+            months = [msgspec.structs.asdict(one) for one in by_month(UsageDay(**row) for row in rows)]
+            if months:
+                await connection.execute(tables.usage_months.insert(), months)
 
     async def audit(self) -> Report:
         """Check the invariants."""

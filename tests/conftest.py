@@ -1,5 +1,6 @@
 """Fixtures named for roles: a database of each kind, an open ledger over it, people with and without credits."""
 
+import fcntl
 import json
 import shutil
 import subprocess
@@ -81,12 +82,18 @@ def node_modules(tmp_path_factory) -> Path:
 
 
 def _installed(folder: Path) -> Path:
-    """The `node_modules` of `folder`, brought up to what `package.json` names."""
+    """The `node_modules` of `folder`, brought up to what `package.json` names, by one process at a time."""
+    folder.mkdir(exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return _brought_up(folder)
+
+
+def _brought_up(folder: Path) -> Path:
     modules = folder / "node_modules"
     wanted = json.loads((NODE_CLIENTS / "package.json").read_text())["dependencies"]
     if all(_version(modules / name) == version for name, version in wanted.items()):
         return modules
-    folder.mkdir(exist_ok=True)
     shutil.copy(NODE_CLIENTS / "package.json", folder)
     subprocess.run(
         ["npm", "install", "--no-package-lock", "--no-audit", "--no-fund"],

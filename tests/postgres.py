@@ -321,6 +321,11 @@ def _quoted(name: str) -> str:
     return '"' + name.replace('"', '""') + '"'
 
 
+def program(name: str) -> Path:
+    """A program of PostgreSQL's for its clients, such as `pg_dump`, from the wheel."""
+    return _wheel() / _PROGRAMS / "bin" / name
+
+
 def _wheel() -> Path:
     """The folder that the wheel was unpacked into."""
     package = importlib.util.find_spec(_PROGRAMS.parts[0])

@@ -21,7 +21,8 @@ def pytest_terminal_summary(terminalreporter, config):
 
 
 def pytest_sessionfinish(session, exitstatus):
-    if not os.environ.get("CI") or exitstatus:
+    is_worker = hasattr(session.config, "workerinput")  # of pytest-xdist: what it skips is reported by its controller
+    if not os.environ.get("CI") or exitstatus or is_worker:
         return
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     for report in reporter.stats.get("skipped", []):

@@ -34,6 +34,17 @@ audio_output = "20"
 max_output_tokens = 60000
 context_tokens = 200000
 
+[prices."fake/searcher"]
+input = "2"
+output = "10"
+request = "0.001"
+web_search = "0.01"
+file_search = "0.0025"
+code_interpreter = "0.03"
+tool_calls_max = 6
+max_output_tokens = 60000
+context_tokens = 200000
+
 [prices."fake/thinker"]
 input = "0.7"
 output = "3.3"
@@ -248,6 +259,38 @@ def with_maximum(fields, maximum) -> dict:
     """The request with `maximum` in each of the fields that named one, in the usual one if none did."""
     names = [name for name in MAXIMA if name in fields] or ["max_tokens"]
     return {**fields, **dict.fromkeys(names, maximum)}
+
+
+HOSTED = (
+    {"type": "web_search"},
+    {"type": "web_search_preview", "search_context_size": "high"},
+    {"type": "file_search", "vector_store_ids": ["vs_1"]},
+    {"type": "code_interpreter", "container": {"type": "auto"}},
+)
+ITEMS = ("web_search_call", "open_page", "file_search_call", "code_interpreter_call")
+
+
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@given(
+    wish=wishes,
+    uses=st.lists(st.sampled_from(ITEMS), max_size=12),
+    tools=st.lists(st.sampled_from(HOSTED), min_size=1, max_size=3),
+    more=st.fixed_dictionaries(
+        {}, optional={"stream": st.booleans(), "max_tool_calls": st.integers(1, 9), "max_output_tokens": st.just(900)}
+    ),
+    is_broken=st.booleans(),
+)
+def test_no_call_with_tools_costs_more_than_its_reservation(clients, wish, uses, tools, more, is_broken):
+    """Whichever of those that it asked for are used, up to their maximum, and whether the answer says so or breaks."""
+    asked = {tool["type"].removesuffix("_preview") for tool in tools}
+    uses = [use for use in uses if use.replace("open_page", "web_search_call").removesuffix("_call") in asked]
+    wish = {**wish, "hosted_tools": uses} | ({"half": True} if is_broken else {})
+    fields = {"model": "fake/searcher", "input": wished(wish), "tools": tools, **more}
+    answer = posted(clients[0], Endpoint.RESPONSES, fields, is_escaped=False)
+    if answer.status_code == 200:
+        check_within_the_reservation(clients[0], answer)
+    else:
+        assert (answer.status_code, is_broken) == (502, True), answer.text
 
 
 @pytest.mark.parametrize("endpoint", Endpoint)

@@ -79,7 +79,10 @@ async def test_the_names_of_what_is_on_offer(books, tmp_path):
     assert [candidate.is_local for candidate in catalog.models["alias"]] == [False, True]
     assert [(each.target, each.priority) for each in catalog.models["m"]] == [("one/m", 0), ("two/m", 1)]
     assert catalog.models["one/m"][0].maximum_field == "max_completion_tokens"
-    assert catalog.remarks == ("two/m: a price is no whole number of nano-dollars and was rounded up",)
+    assert catalog.remarks == (
+        "two/m: a price is no whole number of nano-dollars and was rounded up",
+        'models."alias": one/nowhere has no price, or no bound, so it serves nothing',
+    )
 
 
 async def test_only_what_is_listed_if_the_operator_says_so(books, tmp_path):
@@ -87,6 +90,17 @@ async def test_only_what_is_listed_if_the_operator_says_so(books, tmp_path):
     await put(books, row("m", entry(1)))
     catalog = await loader_of(books, tmp_path, "listed").load()
     assert set(catalog.models) == {"alias"}
+
+
+async def test_a_candidate_that_cannot_serve_is_said(books, tmp_path):
+    """A name may be misspelt, or its price missing: the operator reads it at the start."""
+    await put(books, row("only", entry(1)))
+    catalog = await loader_of(books, tmp_path).load()
+    assert [candidate.target for candidate in catalog.models["alias"]] == ["two/m"]
+    assert 'models."alias": one/m has no price, or no bound, so it serves nothing' in catalog.remarks
+    await administration.set_provider(books.engine, "usr_1", catalog.providers, "one", is_enabled=False)
+    remarks = (await loader_of(books, tmp_path).load()).remarks
+    assert not any("alias" in remark for remark in remarks), "a provider that is off is no mistake"
 
 
 async def test_a_name_that_holds_a_slash_is_not_taken_for_anothers_model(books, tmp_path):
@@ -262,6 +276,27 @@ def test_dollars_become_an_entry():
         request=10_000_000 * 10**6,
     )
     assert is_exact
+    settings = PriceSettings(input=Decimal(1), output=Decimal(4), cache_write=Decimal(2), cache_write_1h=Decimal(3))
+    assert entry_of(settings)[0].price.cache_write_1h == 3 * 10**9
+
+
+async def test_anthropic_has_its_own_list(books, tmp_path):
+    """Whatever the provider is called; a prompt with tools there has what explains them on top."""
+    file = tmp_path / "config.toml"
+    file.write_text('[providers.claude]\nkind = "anthropic"\napi_key_env = "KEY"\n[providers.one]\nkind = "demo"\n')
+    shipped = pricebook.shipped()
+    await put(books, *shipped.rows, row("m", entry(1), provider="one"))
+    configuration = load({"TOLLGATE_DATABASE_URL": books.url, "KEY": "k"}, config=str(file))
+    models = (await Loader(configuration, books.engine, {}).load()).models
+    assert models["one/m"][0].added_tokens == 0
+    (opus,) = models["claude/claude-opus-5"]
+    assert (opus.context_tokens, opus.output_tokens_max, opus.is_reasoning) == (1_000_000, 128_000, True)
+    (haiku,) = models["claude-haiku-4-5"]
+    assert (haiku.context_tokens, haiku.output_tokens_max, haiku.is_reasoning) == (200_000, 64_000, False)
+    assert haiku.price.cache_write * 4 == haiku.price.input * 5
+    assert haiku.added_tokens > 804
+    claudes = [model for name, (model, *_) in models.items() if name.startswith("claude/")]
+    assert len([model for model in claudes if model.output_tokens_max is None]) <= 2
 
 
 def test_the_list_that_ships_can_be_booked():
@@ -281,3 +316,5 @@ def test_the_list_that_ships_can_be_booked():
         "together/meta-llama/Llama-3.3-70B-Instruct-Turbo",
     } <= bounded
     assert ADMIN not in {each.provider for each in rows}
+    claude = next(each.entry.price for each in rows if each.target == "anthropic/claude-sonnet-4-5")
+    assert (claude.cache_write_1h, claude.cache_write) == (2 * claude.input, claude.input * 5 // 4)

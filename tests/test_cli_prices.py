@@ -30,9 +30,9 @@ def test_the_list_that_ships_is_that_of_the_package(program):
 
 def test_a_price_and_its_history(program):
     """What the list says, in nano-dollars per million tokens."""
-    shown = program.command("prices", "show", "openai/gpt-4o")
+    shown = program.command("prices", "history", "openai/gpt-4o")
     assert [(item["source"], item["entry"]["price"]["output"]) for item in shown["items"]] == [("list", 10**10)]
-    assert "says nothing" in program.run("prices", "show", "openai/nothing").stdout
+    assert "says nothing" in program.run("prices", "history", "openai/nothing").stdout
 
 
 def test_the_file_that_ships_is_written_by_a_sync(program, tmp_path):
@@ -51,3 +51,72 @@ def test_the_default_markup(program):
     refused = program.run("markup", "set", "1.234")
     assert refused.returncode == 1
     assert refused.stderr.startswith("tollgate: percent: must be from 0 to 10000")
+
+
+def test_a_price_of_ones_own(program):
+    """With the fields of the configuration, nested ones as JSON; wrong ones are one line on standard error."""
+    tiers = 'service_tiers={"flex": {"input": "1", "output": "2"}}'
+    words = ("input=2", "output=4", "web_search=0.01", "tool_calls_max=3", "max_output_tokens=10", tiers)
+    made = program.command("prices", "set", "fake/mine", *words)
+    assert made["entry"]["price"]["web_search"] == 10**7 * 10**6
+    assert made["entry"]["service_prices"]["flex"]["input"] == 10**9
+    [item] = program.command("prices", "list", "--model", "fake/mine")["items"]
+    assert (item["prices"]["input"], item["prices"]["web_search"], item["markup_percent"]) == ("2", "0.01", "17.5")
+    assert "fake/mine  input 2, output 4" in program.run("prices", "list", "--provider", "fake").stdout
+    assert program.command("prices", "remove", "fake/mine")["entry"] is None
+    assert program.command("prices", "list", "--model", "fake/mine")["items"] == []
+    past = program.command("prices", "history", "fake/mine")["items"]
+    assert [row["entry"] is None for row in past] == [True, False]
+    for words, status, said in (
+        (("set", "fake/mine", "input=2"), 1, "price: Object missing required field `output`"),
+        (("set", "fake/mine", "input"), 2, "is not FIELD=VALUE"),
+        (("set", "mine", "input=2", "output=2"), 2, "provider/model"),
+        (("set", "nobody/mine", "input=2", "output=2"), 1, "no provider 'nobody'"),
+        (("remove", "fake/mine"), 1, "no price of your own"),
+    ):
+        refused = program.run("prices", *words)
+        assert refused.returncode == status
+        assert said in refused.stderr
+
+
+def test_rules_of_the_markup(program):
+    """They are set, found by what they are for, and taken away; the preview says which one counts."""
+    user = program.command("users", "create", "--email", "u@example.com")["id"]
+    made = program.command("markup", "set", "3", "--model", "fake-model")
+    assert (made["kind"], made["subject"], made["percent"]) == ("model", "fake-model", "3")
+    assert program.command("markup", "set", "4", "--model", "fake-model")["id"] == made["id"]
+    assert program.command("markup", "set", "5", "--user", "u@example.com")["subject"] == user
+    rules = program.command("markup", "rules")["items"]
+    assert [(rule["kind"], rule["percent"]) for rule in rules] == [("user", "5"), ("model", "4")]
+    anybody = program.command("markup", "preview", "fake-model", "--usage", "cached_input_tokens=1000000")
+    assert (anybody["provider_cost"], anybody["charged"], anybody["rule"]["kind"]) == ("1.5", "1.56", "model")
+    theirs = program.command("markup", "preview", "fake-model", "--user", "u@example.com", "--output-tokens", "500000")
+    assert (theirs["charged"], theirs["rule"]["percent"]) == ("2.1", "5")
+    for subject in (("--model", "fake-model"), ("--user", "u@example.com")):
+        program.command("markup", "remove", *subject)
+    assert program.command("markup", "rules") == {"items": []}
+    for words, status, said in (
+        (("set", "5", "--model", "a", "--user", "u@example.com"), 2, "name one of them"),
+        (("remove",), 2, "can only be set"),
+        (("remove", "--provider", "fake"), 1, "There is no rule"),
+        (("preview", "nothing"), 1, "nothing"),
+        (("preview", "fake-model", "--usage", "x=1"), 2, "x"),
+    ):
+        refused = program.run("markup", *words)
+        assert refused.returncode == status, refused.stderr
+        assert said in refused.stderr
+
+
+def test_providers_are_switched(program):
+    """As the admin endpoints do it, with the same record of who did."""
+    listed = {item["name"]: item for item in program.command("providers", "list")["items"]}
+    assert (listed["fake"]["enabled"], listed["fake"]["ready"], listed["fake"]["kind"]) == (True, True, "openai")
+    assert "fake-model" in listed["fake"]["models"]
+    assert program.command("providers", "disable", "fake") == {"name": "fake", "enabled": False}
+    assert "fake  openai  disabled  0 models" in program.run("providers", "list").stdout
+    assert program.command("providers", "enable", "fake") == {"name": "fake", "enabled": True}
+    refused = program.run("providers", "enable", "nobody")
+    assert (refused.returncode, refused.stderr) == (
+        1,
+        "tollgate: There is no provider 'nobody' in the configuration.\n",
+    )

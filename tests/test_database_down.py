@@ -56,6 +56,11 @@ def test_nobody_is_told_that_a_key_is_wrong_while_nobody_can_know(world):
             answer = http.request(method, path, json=body)
         assert (answer.status_code, answer.json()["error"]["type"]) == (503, "service_unavailable"), (credential, path)
         assert int(answer.headers["retry-after"]) > 0
+    with served.client(None) as http:
+        checks = http.get("/health/ready").json()["error"]["checks"]
+        assert {name for name, said in checks.items() if said == "out of reach"} == {"database", "ledger"}
+        assert "\ntollgate_ledger_lost_workers 1\n" in http.get("/metrics").text
+        assert http.get("/health/live").status_code == 200
     for credential in (forged, "sk-other", None):
         with served.client(credential) as http:
             assert http.post("/v1/chat/completions", json=CALL).status_code == 401

@@ -129,14 +129,20 @@ class Leaver:
         if buffer_bytes is not None:
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer_bytes)
         self.socket.connect((url.hostname, url.port))
-        payload = json.dumps(body).encode()
+        payload = body if isinstance(body, bytes) else json.dumps(body).encode()
+        path = endpoint if endpoint.startswith("/") else f"/v1/{endpoint}"
         self.client_id = f"leaver-{time.monotonic_ns()}"
-        self.socket.sendall(
-            f"POST /v1/{endpoint} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {key}\r\n"
+        self.request = (
+            f"POST {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {key}\r\n"
             f"X-Client-Request-Id: {self.client_id}\r\nContent-Length: {len(payload)}\r\n\r\n".encode()
             + payload
         )
         self.read = b""
+        self.ask()
+
+    def ask(self) -> None:
+        """Send the request, be it once more."""
+        self.socket.sendall(self.request)
 
     def read_until(self, text: bytes) -> None:
         while text not in self.read:
@@ -248,6 +254,44 @@ def test_leaving_an_idle_stream_that_can_be_counted_ends_it_at_once(served, key)
     assert paid(charge) == ("settled", "client_left", "counted")
 
 
+def test_leaving_a_stream_of_which_only_usage_has_come_costs_that(served, key):
+    """It was not shown to the client, but it is known."""
+    usage = f"data: {json.dumps({'choices': [], 'usage': {'prompt_tokens': 50, 'completion_tokens': 0}})}\n\n"
+    awaited = awaited_charge(served, key)
+    body = request(Endpoint.CHAT, "counted", stream=True, raw=usage + " " * len(usage), stall="mid")
+    client = Leaver(served, key, Endpoint.CHAT, body)
+    time.sleep(0.2)
+    client.leave()
+    charge = awaited()
+    assert paid(charge) == ("settled", "client_left", "reported")
+    assert charge["usage"] == {"input": 50}
+
+
+def test_numbers_that_nobody_can_count_are_no_way_out(served, key):
+    """What JSON allows and Python cannot hold, in a field that is only passed on, is counted as well as anything."""
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"maximum": "huge"}}}
+    body = request(Endpoint.CHAT, "counted", stream=True, tokens=4000, pace_s=0.02)
+    payload = json.dumps({**body, "tools": [tool]}).replace('"huge"', "1e999").encode()
+    client = Leaver(served, key, Endpoint.CHAT, payload)
+    client.read_until(b"fox")
+    client.leave()
+    charge = served.ended(key, client.request_id, within_s=3)
+    assert paid(charge) == ("settled", "client_left", "counted")
+    assert charge["usage"]["output"] > 0
+
+
+def test_leaving_with_requests_in_line_is_leaving(served, key):
+    """The one that is being answered is charged, those behind it never begin, and nothing of it is an error."""
+    client = Leaver(served, key, Endpoint.CHAT, request(Endpoint.CHAT, "counted", stream=True, stall="mid"))
+    client.ask()
+    client.read_until(b"The")
+    client.leave()
+    charge = served.ended(key, client.request_id, within_s=1.5)
+    assert paid(charge) == ("settled", "client_left", "counted")
+    assert Decimal(served.balance(key)["reserved"]) == 0
+    assert "ASGI" not in served.log()
+
+
 def test_leaving_an_idle_stream_that_cannot_be_counted_costs_the_reservation(served, key):
     """Its provider falls silent, and nobody knows what it has done."""
     client = Leaver(served, key, Endpoint.CHAT, request(Endpoint.CHAT, stream=True, stall="mid"))
@@ -325,7 +369,7 @@ def test_a_slow_reader_does_not_fill_the_memory(served, key):
     ],
 )
 def test_what_delivers_nothing_costs_nothing(served, key, endpoint, behaviour, status):
-    """An error in OpenAI's shape, and the hold is given back."""
+    """An error in OpenAI's shape, and the hold is given back; what the provider may still bill is told apart."""
     before = served.balance(key)
     with served.client(key) as http:
         answer = http.post(f"/v1/{endpoint}", json=request(endpoint, **behaviour))
@@ -333,6 +377,7 @@ def test_what_delivers_nothing_costs_nothing(served, key, endpoint, behaviour, s
     assert set(answer.json()["error"]) >= {"message", "type", "param", "code"}
     charge = served.charge(key, answer.headers["x-request-id"])
     assert (charge["state"], charge["charged"]) == ("released", "0")
+    assert charge["outcome"] == ("nothing_delivered" if "status" in behaviour else "perhaps_billed")
     assert served.balance(key) == before
 
 
@@ -385,7 +430,8 @@ def test_a_provider_that_is_silent_is_a_timeout_that_must_not_be_retried(served,
     with served.client(key) as http:
         answer = http.post(f"/v1/{endpoint}", json=request(endpoint, stall="before_headers"))
     assert (answer.status_code, answer.headers["x-should-retry"]) == (504, "false")
-    assert served.charge(key, answer.headers["x-request-id"])["state"] == "released"
+    charge = served.charge(key, answer.headers["x-request-id"])
+    assert (charge["state"], charge["outcome"]) == ("released", "perhaps_billed")
 
 
 def test_a_silent_stream_is_kept_alive(served, key):
@@ -468,12 +514,13 @@ def test_a_plain_answer_that_cannot_be_booked_is_not_sent_and_costs_nothing(serv
     with held(database, served):
         client.read_until(b"\r\n\r\n")
     assert client.read.startswith(b"HTTP/1.1 503")
-    charge = served.ended(key, client.request_id, within_s=20)
-    assert charge["refunded"] == charge["charged"]
+    served.ended(key, client.request_id, within_s=20)
     give_up_at = time.monotonic() + 10
-    while served.balance(key) != before:
+    while served.balance(key) != before:  # what was booked is given back by the operation after it
         assert time.monotonic() < give_up_at, served.balance(key)
         time.sleep(0.05)
+    charge = served.charge(key, client.request_id)
+    assert charge["refunded"] == charge["charged"]
     client.leave()
 
 

@@ -52,6 +52,23 @@ def estimated(candidates, **fields):
     return estimate(decode_chat(body), len(body), offered), len(body)
 
 
+@pytest.mark.parametrize(
+    ("fields", "added"),
+    [
+        ({}, 0),
+        ({"tools": []}, 0),
+        ({"response_format": None}, 0),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, 700),
+        ({"response_format": {"type": "json_schema", "json_schema": {}}}, 700),
+    ],
+)
+def test_what_the_provider_adds_to_a_prompt(fields, added):
+    """It explains tools and formats in words of its own, which are in no body; never beyond the context."""
+    found, size = estimated([candidate(added_tokens=700)], max_tokens=100, **fields)
+    assert found.input_tokens == size - len("100") + added
+    assert estimated([candidate(added_tokens=700, context_tokens=100)], max_tokens=50, **fields)[0].input_tokens <= 100
+
+
 def test_a_maximum_that_was_named_is_the_bound():
     """Nothing less would cover it and nothing more is needed."""
     found, size = estimated([candidate()], max_tokens=100, n=3)

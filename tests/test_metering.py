@@ -1,4 +1,5 @@
 import json
+import time
 
 import pytest
 from hypothesis import given, settings
@@ -66,10 +67,47 @@ def result(meter, prompt_bytes=40, bound=ROOMY):
             REPORTED | {"completion_tokens_details": {"reasoning_tokens": 4, "audio_tokens": 1}},
             Usage(input=10, output=4, audio_output=1, reasoning=4),
         ),
+        ({"prompt_tokens": 10.0, "completion_tokens": 5.00, "total_tokens": 15.0}, Usage(input=10, output=5)),
         (REPORTED | {"cached_tokens": 8}, Usage(input=2, cached_input=8, output=5)),
         (REPORTED | {"prompt_cache_hit_tokens": 8}, Usage(input=2, cached_input=8, output=5)),
         (REPORTED | {"cache_creation_input_tokens": 8}, Usage(input=2, cache_write=8, output=5)),
         (REPORTED | {"prompt_tokens_details": {"cache_creation_tokens": 8}}, Usage(input=2, cache_write=8, output=5)),
+        (
+            REPORTED | {"cache_creation_input_tokens": 8, "cache_creation": {"ephemeral_1h_input_tokens": 3}},
+            Usage(input=2, cache_write=5, cache_write_1h=3, output=5),
+        ),
+        (
+            {
+                "input_tokens": 1,
+                "output_tokens": 5,
+                "cache_read_input_tokens": 10,
+                "cache_creation_input_tokens": 100,
+                "cache_creation": {"ephemeral_5m_input_tokens": 40, "ephemeral_1h_input_tokens": 60},
+            },
+            Usage(input=1, cached_input=10, cache_write=40, cache_write_1h=60, output=5),
+        ),
+        (
+            {
+                "input_tokens": 1,
+                "output_tokens": 5,
+                "cache_creation": {"ephemeral_5m_input_tokens": 40, "ephemeral_1h_input_tokens": 60},
+            },
+            Usage(input=1, cache_write=40, cache_write_1h=60, output=5),
+        ),
+        (
+            REPORTED
+            | {
+                "prompt_tokens_details": {
+                    "cache_creation_tokens": 8,
+                    "cache_creation_token_details": {"ephemeral_5m_input_tokens": 0, "ephemeral_1h_input_tokens": 8},
+                }
+            },
+            Usage(input=2, cache_write_1h=8, output=5),
+        ),
+        (
+            REPORTED | {"prompt_tokens_details": {"cache_creation_token_details": {"ephemeral_1h_input_tokens": 8}}},
+            Usage(input=2, cache_write_1h=8, output=5),
+        ),
         (REPORTED | {"cost": 0.1, "new": {"x": []}}, Usage(input=10, output=5)),
         (
             {"prompt_tokens": INT64_MAX - 1, "completion_tokens": 1, "total_tokens": INT64_MAX},
@@ -98,11 +136,85 @@ def test_hidden_output(reported, usage):
     assert read_usage(json.dumps(reported).encode()) == usage
 
 
+@pytest.mark.parametrize(
+    "reported", [{"total_tokens": 12}, {"prompt_tokens": 12}, {"prompt_tokens": 5, "total_tokens": 12}]
+)
+def test_a_total_without_output(reported):
+    """What has no output has only a prompt, under whatever name it is reported."""
+    assert read_usage(json.dumps(reported).encode(), has_output=False) == Usage(input=12)
+    body = json.dumps({"object": "list", "data": [{"embedding": [1]}], "usage": reported}).encode()
+    metered = meter_plain(Endpoint.EMBEDDINGS, body, prompt=b"", bound=ROOMY)
+    assert (metered.usage, metered.source) == (Usage(input=12), UsageSource.REPORTED)
+
+
 def test_overlapping_details():
     """A token in two details counts once, in the dearer class."""
     details = {"cached_tokens": 9, "audio_tokens": 6, "cache_write_tokens": 3}
     reported = json.dumps(REPORTED | {"prompt_tokens_details": details}).encode()
     assert read_usage(reported) == Usage(audio_input=6, cache_write=3, cached_input=1, output=5)
+
+
+def response_event(kind, **fields) -> bytes:
+    return b"data: " + json.dumps({"type": kind, **fields}).encode() + b"\n\n"
+
+
+TOOLS_BOUND = Usage(input=1000, output=1000, web_search=4)
+SEARCHED = {"type": "web_search_call", "action": {"type": "search"}}
+
+
+@pytest.mark.parametrize(
+    ("items", "uses"),
+    [
+        ([], 0),
+        ([SEARCHED] * 3, 3),
+        ([{"type": "web_search_call"}, {"type": "web_search_call", "action": None}], 2),
+        ([{"type": "web_search_call", "action": {"type": "find_in_page"}}, SEARCHED], 1),
+        ([{"type": ["web_search_call"]}, {"type": None}, {}], 0),
+        (None, 4),
+    ],
+)
+def test_uses_of_tools_in_a_response(items, uses):
+    """Searches count, whatever else there is; an answer without any items tells nothing, so the bound counts."""
+    answer = {"usage": {"input_tokens": 10, "output_tokens": 5}} | ({} if items is None else {"output": items})
+    body = json.dumps(answer).encode()
+    metered = meter_plain(Endpoint.RESPONSES, body, prompt=b"", bound=TOOLS_BOUND)
+    assert metered.usage == Usage(input=10, output=5, web_search=uses)
+    unasked = meter_plain(Endpoint.RESPONSES, body, prompt=b"", bound=Usage(input=1000, output=1000))
+    assert unasked.usage.tool_uses == 0, "nobody asked for tools, so none were held for"
+
+
+@pytest.mark.parametrize(
+    ("events", "kept_bytes_max", "uses"),
+    [
+        ([("added", 0, "in_progress"), ("added", 1, "in_progress")], 10_000, 2),
+        ([("added", 0, "in_progress"), ("done", 0, "search"), ("done", 1, "open_page")], 10_000, 1),
+        ([("done", number, "search") for number in range(5)], 10_000, 4),
+        ([("done", number, "search") for number in range(2)], 100, 4),
+    ],
+)
+def test_uses_of_tools_in_a_response_that_breaks(events, kept_bytes_max, uses):
+    """Each item once, as it was said last; never more than what was held, and that where not all events are known."""
+    meter = stream_meter(Endpoint.RESPONSES, kept_bytes_max, counts_tools=True)
+    for kind, index, action in events:
+        item = {"type": "web_search_call", "action": None if action == "in_progress" else {"type": action}}
+        meter.feed(response_event(f"response.output_item.{kind}", output_index=index, item=item))
+    meter.feed(response_event("response.output_text.delta", delta="word"))
+    metered = meter.result(prompt=b"", bound=TOOLS_BOUND)
+    assert (metered.source, metered.usage.web_search) == (UsageSource.COUNTED, uses)
+
+
+def test_a_response_that_breaks_and_cannot_be_read_has_used_all_its_tools():
+    """An item that nobody can read may be any."""
+    meter = stream_meter(Endpoint.RESPONSES, 10_000, counts_tools=True)
+    meter.feed(b'data: {"type":"response.output_item.done","item":7}\n\n')
+    assert meter.result(prompt=b"", bound=TOOLS_BOUND).usage.web_search == 4
+
+
+@pytest.mark.parametrize("usage", ['{"num_search_queries":-1}', "null", "7"])
+def test_searches_that_cannot_be_are_no_report(usage):
+    """The bound counts."""
+    body = b'{"choices":[{"message":{"content":"x"}}],"usage":' + usage.encode() + b"}"
+    assert meter_plain(Endpoint.CHAT, body, prompt=b"", bound=TOOLS_BOUND).usage.web_search == 4
 
 
 IMPLAUSIBLE = [
@@ -122,6 +234,7 @@ IMPLAUSIBLE = [
     REPORTED | {"prompt_tokens_details": {"cached_tokens": -1}},
     REPORTED | {"prompt_tokens_details": {"audio_tokens": 11}},
     REPORTED | {"prompt_tokens_details": {"cache_write_tokens": 11}},
+    REPORTED | {"cache_creation_input_tokens": 2, "cache_creation": {"ephemeral_1h_input_tokens": 3}},
     REPORTED | {"completion_tokens_details": {"reasoning_tokens": 6}},
     REPORTED | {"completion_tokens_details": {"audio_tokens": 6}},
     REPORTED | {"completion_tokens_details": []},
@@ -227,6 +340,35 @@ def test_usage_above_what_the_model_can_do(maxima, is_implausible):
     assert (metered.is_implausible, metered.source == UsageSource.COUNTED) == (is_implausible, is_implausible)
     meter, _ = fed(event(usage_chunk()), **maxima)
     assert meter.is_implausible is is_implausible
+
+
+SCORED = {"prompt_tokens": 100, "completion_tokens": 0, "total_tokens": 100}
+
+
+@pytest.mark.parametrize(
+    ("bound", "output", "source"),
+    [(ROOMY, 3, UsageSource.COUNTED), (Usage(input=200), 0, UsageSource.REPORTED)],
+)
+def test_text_beside_a_usage_without_output(bound, output, source):
+    """The prompt that was reported is charged, and the text counted on top, where there may be any."""
+    metered = plain(answer(usage=SCORED), bound=bound)
+    assert (metered.usage, metered.source) == (Usage(input=100, output=output), source)
+    meter, _ = fed(event(chunk("Hello, you.")), event(usage_chunk(SCORED)))
+    assert (result(meter, bound=bound).usage, result(meter, bound=bound).source) == (metered.usage, source)
+
+
+def test_a_usage_without_output_takes_no_output_back():
+    """What was reported as written stays so."""
+    meter, _ = fed(event(chunk("x", usage=REPORTED)), event(chunk("1234")), event(usage_chunk(SCORED)))
+    assert result(meter).usage == Usage(input=10, output=6)
+
+
+def test_many_usages_without_output_take_linear_time():
+    """A provider that reports nothing written with every chunk does not stop the server."""
+    events = [event(chunk("Hello")), event(chunk("", usage=SCORED))] * 4000
+    started = time.perf_counter()
+    fed(*events, kept_bytes_max=4_000_000)
+    assert time.perf_counter() - started < 3
 
 
 def test_everything_that_a_model_writes_is_counted():
@@ -476,6 +618,8 @@ def test_any_events(events):
         (b'{"error": {"code": 500}, "choices": [{"index": 0}]}', None),
         (b'{"choices": [{"message": {"content": "an \\"error\\""}}]}', None),
         (b'{"error": broken', None),
+        (b'{"error": {"code": "server_error"}, "output": []}', 502),
+        (b'{"error": {"code": "server_error"}, "output": [{"type": "message"}]}', None),
         (b'{"type": "error", "code": "429", "message": "x"}', 429),
         (b'{"type": "error", "code": "rate_limit_exceeded", "message": "x"}', 502),
         (b'{"type": "response.output_text.delta", "delta": "error"}', None),
@@ -508,6 +652,67 @@ def test_half_a_character(half):
     assert (result(meter).source, result(meter).usage) == (UsageSource.REPORTED, Usage(input=10, output=5))
     plain = json.dumps({"choices": [{"message": {"content": half * 4}}]}).encode()
     assert meter_plain(Endpoint.CHAT, plain, prompt=b"", bound=ROOMY).usage.output <= 3 * len(half)
+
+
+ODD_RESPONSES = [
+    {"model": 5},
+    {"output": [{"type": "tool_search_call", "arguments": {"query": "x"}}]},
+    {"output": [{"type": "message", "content": "not a list"}, None]},
+    {"output": {}},
+]
+
+
+@pytest.mark.parametrize("odd", ODD_RESPONSES)
+def test_usage_beside_an_output_of_any_shape(odd):
+    """What a response holds besides does not hide its usage, nor that it has ended."""
+    whole = {"usage": {"input_tokens": 10, "output_tokens": 5}, **odd}
+    meter = stream_meter(Endpoint.RESPONSES, 10_000)
+    ended = {"type": "response.completed", "item_id": 7, "item": "x", "response": whole}
+    assert meter.feed(event(ended)) is EventKind.DONE
+    metered = meter_plain(Endpoint.RESPONSES, json.dumps(whole).encode(), prompt=b"", bound=ROOMY)
+    assert (metered.usage, metered.source) == (Usage(input=10, output=5), UsageSource.REPORTED)
+    assert (result(meter).usage, result(meter).source) == (metered.usage, metered.source)
+
+
+def test_what_cannot_be_read_of_a_response_is_counted():
+    """An item in an unknown shape counts by its bytes, the others by their text."""
+    odd = {"type": "message", "content": "1234"}
+    items = [odd, {"type": "message", "content": [{"text": "12345678"}]}, {"name": "four\ud83d"}]
+    whole = json.dumps({"output": items}).encode()
+    metered = meter_plain(Endpoint.RESPONSES, whole, prompt=b"", bound=ROOMY)
+    assert metered.usage.output == -(-(len(json.dumps(odd)) + 8 + 4 + 3) // 4)
+
+
+@pytest.mark.parametrize("kind", ["response.completed", "response.incomplete", "response.failed"])
+def test_text_that_comes_with_the_end_of_a_response_only(kind):
+    """It is counted where nothing came before it, and not a second time where something did."""
+    items = [{"type": "message", "content": [{"type": "output_text", "text": "12345678"}]}]
+    ended = event({"type": kind, "response": {"usage": None, "output": items}})
+    for before in ([], [event({"type": "response.output_text.delta", "delta": "12345678"})]):
+        meter = stream_meter(Endpoint.RESPONSES, 10_000)
+        for each in (*before, ended):
+            meter.feed(each)
+        assert (result(meter).usage.output, result(meter).is_empty) == (2, False)
+
+
+def test_an_end_without_a_response():
+    """There is nothing to count in an error."""
+    meter = stream_meter(Endpoint.RESPONSES, 10_000)
+    meter.feed(event({"type": "error", "message": "x"}))
+    assert (result(meter).usage.output, result(meter).is_empty) == (0, True)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf")])
+def test_numbers_that_json_does_not_have(number):
+    """Python writes them all the same; they hide neither the usage nor the text beside them."""
+    choice = {"message": {"content": "1234, NaN "}, "delta": {"content": "1234"}, "logprobs": [{"logprob": number}]}
+    odd = {"model": "m", "choices": [choice], "odd": [number, number], "usage": REPORTED}
+    metered = plain(json.dumps(odd).encode())
+    assert (metered.usage, metered.source) == (Usage(input=10, output=5), UsageSource.REPORTED)
+    meter, _ = fed(event({"choices": [choice]}))
+    assert result(meter).usage.output == 4
+    meter.feed(event(odd))
+    assert result(meter).usage == Usage(input=10, output=5)
 
 
 def test_the_name_of_a_tool_in_a_response_is_counted():

@@ -151,6 +151,25 @@ def test_errors(client, status, shown, error_body, error_code, stream):
     assert (charge["state"], charge["charged"]) == ("released", "0")
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("endpoint", Endpoint)
+def test_a_page_for_people_costs_nothing(client, endpoint, stream):
+    """It is a provider that broke, whatever its status says."""
+    page = {"raw": "<html>\n\n<p>Sign in.</p></html>", "content_type": "text/html; charset=utf-8"}
+    answer = asked(client, endpoint=endpoint, stream=stream, **page)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (502, "provider_broke_off")
+    charge = charge_of(client, answer)
+    assert (charge["state"], charge["charged"]) == ("released", "0")
+
+
+@pytest.mark.parametrize("octets", [b"[" * 100_000, b'{"error": {"message": "\xff"}}', b'{"error": 1e999}', b"{}"])
+def test_an_error_that_cannot_be_read(client, octets):
+    """It is an error of ours in its place, of the same status."""
+    answer = asked(client, status=400, raw_base64=base64.b64encode(octets).decode())
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "provider_error")
+    assert charge_of(client, answer)["state"] == "released"
+
+
 def test_an_error_that_is_encoded_is_read(client):
     """Encoded in spite of our request, it is still the provider's own."""
     packed = base64.b64encode(gzip.compress(b'{"error": {"message": "no", "code": "odd"}}')).decode()
@@ -169,6 +188,56 @@ def test_an_error_first_with_status_200(client, endpoint, stream, code, status):
     assert {"message", "type", "code"} <= answer.json()["error"].keys()
     charge = charge_of(client, answer)
     assert (charge["state"], charge["charged"]) == ("released", "0")
+
+
+def test_a_failed_response_with_text_is_charged(client):
+    """What a provider delivers before it fails is no error body for nothing."""
+    whole = {
+        "object": "response",
+        "status": "failed",
+        "error": {"code": "server_error", "message": "x"},
+        "output": [{"type": "message", "content": [{"type": "output_text", "text": "half of"}]}],
+        "usage": {"input_tokens": 9, "output_tokens": 4, "total_tokens": 13},
+    }
+    answer = asked(client, endpoint=Endpoint.RESPONSES, raw=json.dumps(whole))
+    assert (answer.status_code, answer.json()) == (200, whole)
+    charge = charge_of(client, answer)
+    assert (charge["state"], charge["usage_source"]) == ("settled", "reported")
+    assert charge["usage"] == {"input": 9, "output": 4}
+
+
+GZIP = {"content-encoding": "gzip"}
+SAID = 'data: {"choices": [{"index": 0, "delta": {"content": "12345678"}}]}\n\n'
+USED = '{"choices": [], "usage": {"prompt_tokens": 9, "completion_tokens": 4}}'
+
+
+def test_every_member_of_an_encoding_is_relayed(client):
+    """Servers may compress piece by piece: the usage is found in any of them."""
+    pieces = [SAID, f"data: {USED}\n\n", "data: [DONE]\n\n"]
+    packed = base64.b64encode(b"".join(gzip.compress(piece.encode()) for piece in pieces)).decode()
+    answer = asked(client, stream=True, raw_base64=packed, content_type="text/event-stream", extra_headers=GZIP)
+    assert answer.text == SAID + "data: [DONE]\n\n"
+    assert charge_of(client, answer)["usage"] == {"input": 9, "output": 4}
+    packed = base64.b64encode(gzip.compress(USED[:20].encode()) + gzip.compress(USED[20:].encode())).decode()
+    answer = asked(client, raw_base64=packed, extra_headers=GZIP)
+    assert charge_of(client, answer)["usage"] == {"input": 9, "output": 4}
+
+
+@pytest.mark.parametrize("encoding", ["identity", "none", ""])
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_is_said_to_have_no_encoding_has_none(client, upstream, stream, encoding):
+    """Servers have several ways to say so."""
+    answer = asked(client, stream=stream, tokens=12, extra_headers={"content-encoding": encoding})
+    check_usage(client, answer, upstream, output=12)
+
+
+def test_an_encoding_that_is_cut_off_is_a_stream_that_broke(client):
+    """Its last bytes are missing, so nobody can say that it was whole."""
+    packed = base64.b64encode(gzip.compress(SAID.encode() * 20)[:-9]).decode()
+    answer = asked(client, stream=True, raw_base64=packed, content_type="text/event-stream", extra_headers=GZIP)
+    assert "stream_broken" in answer.text
+    charge = charge_of(client, answer)
+    assert (charge["state"], charge["outcome"], charge["usage_source"]) == ("settled", "provider_broke", "counted")
 
 
 UNREPORTED = {
@@ -191,6 +260,17 @@ def test_what_nobody_reports_is_counted(client, endpoint, stream, behaviour, tok
     assert abs(charge["usage"]["output"] - tokens) <= 1
     assert charge["usage"]["input"] == -(-len(answer.request.content) // 4)
     assert Decimal(charge["charged"]) == _price(charge["usage"])
+
+
+def test_usage_that_is_added_belongs_to_the_stream(client):
+    """Asked for and not sent, it comes in a chunk with the stream's id and model, whatever comes before its first."""
+    wants = {"stream_options": {"include_usage": True}}
+    answer = asked(client, stream=True, fields=wants, usage="none", event_prefix=": OPENROUTER PROCESSING\n\n")
+    chunks = [json.loads(line[6:]) for line in answer.text.splitlines() if line.startswith("data: {")]
+    assert chunks[-1]["usage"]["cost"] == charge_of(client, answer)["charged"]
+    assert [chunks[-1][name] for name in ("id", "model", "object")] == [
+        chunks[0][name] for name in ("id", "model", "object")
+    ]
 
 
 def test_reasoning_that_nobody_reports_is_counted(client):

@@ -363,7 +363,13 @@ def test_images_are_held_at_their_maximum_and_billed_by_number(served, key):
 
 @pytest.mark.parametrize(
     "url",
-    ["http://169.254.169.254/latest/meta-data", "http://localhost:8080/x.png", "file:///etc/passwd", "http://[::1]/"],
+    [
+        "http://169.254.169.254/latest/meta-data",
+        "http://localhost:8080/x.png",
+        "file:///etc/passwd",
+        "http://[::1]/",
+        "https://example.com/x.png",
+    ],
 )
 def test_a_local_provider_fetches_nothing_from_its_network(served, key, upstream, url):
     """The providers here are on the loopback interface: 400, and no call."""
@@ -401,6 +407,11 @@ def test_the_default_markup_is_changed_at_once(served, key, admin, default_marku
         next(lines)
         assert admin.put("/api/v1/admin/markup", json={"percent": "20.25"}).json() == {"percent": "20.25"}
         assert percent_charged(served, key) == "20.25"
+        open_call = charge_of(served, key, answer)
+        assert (open_call["state"], open_call["markup_percent"]) == ("open", None)
+        [offer] = open_call["offers"]
+        assert (offer["provider"], offer["model"], offer["markup_percent"]) == ("steady", "m", "15")
+        assert offer["prices"]["output"] == "4", "the dearest service tier's, as none was named"
         for _ in lines:
             pass
     assert charge_of(served, key, answer)["markup_percent"] == "15"
@@ -496,7 +507,8 @@ def test_a_provider_is_switched_off_for_new_calls_only(served, key, admin):
         assert list(lines)[-2] == "data: [DONE]"
     with served.client(None) as http:
         public = {item["name"]: item for item in http.get("/api/v1/llm/providers").json()["items"]}
-    assert public["steady"] == {"name": "steady", "enabled": False, "models": []}
+    assert "steady" not in public
+    assert admin.get("/api/v1/admin/providers/steady").json() == {"name": "steady", "enabled": False, "models": []}
     assert "steady/m" not in {model["id"] for model in served_models(served, key)}
     assert admin.post("/api/v1/admin/providers/steady/enable").json()["enabled"]
     assert call(served, key, "steady/m").status_code == 200
@@ -575,12 +587,31 @@ def test_the_list_of_models_has_only_what_the_key_may_use(served):
     """What its user or its key is restricted to: the rest is not found there."""
     restricted = served.customer("restricted@example.com")
     execute(served, "UPDATE users SET allowed_models = '[\"steady/*\"]' WHERE email = 'restricted@example.com'")
-    names = {model["id"] for model in served_models(served, restricted)}
-    assert {"steady/m", "stepped"} <= names
-    assert not {name for name in names if name.startswith("flaky/")} | ({"refused"} & names)
+    listed = {model["id"]: model for model in served_models(served, restricted)}
+    assert {"steady/m", "stepped"} <= listed.keys()
+    assert not {name for name in listed if name.startswith("flaky/")}
+    assert (listed["refused"]["providers"], listed["refused"]["pricing"]["input"]) == (["steady"], "1.15")
     with served.client(restricted) as http:
         assert http.get("/v1/models/flaky/refused").status_code == 404
         assert http.get("/v1/models/steady/m").status_code == 200
+        assert http.get("/v1/models/refused").json() == listed["refused"]
+
+
+def test_a_key_is_served_by_those_candidates_that_it_may_use(served, flaky):
+    """The others are never asked, and their price does not count in what is held; with none left it is 403."""
+    key = served.customer("choosy@example.com")
+    execute(
+        served,
+        "UPDATE api_keys SET allowed_models = '[\"steady/*\"]'"
+        " WHERE user_id = (SELECT id FROM users WHERE email = 'choosy@example.com')",
+    )
+    before = flaky[0].calls
+    answer = call(served, key, "refused", max_tokens=10)
+    assert (answer.status_code, answer.headers["x-tollgate-provider"]) == (200, "steady")
+    assert flaky[0].calls == before
+    assert Decimal(charge_of(served, key, answer)["reserved"]) < Decimal("0.0005")
+    answer = call(served, key, "flaky/refused")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (403, "model_not_allowed")
 
 
 def test_all_of_it_is_documented(served, admin):

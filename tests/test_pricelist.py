@@ -49,6 +49,13 @@ def test_each_class_has_its_price_or_that_of_its_side():
     assert price.request == 5 * 10**6 * 10**6, "half a cent for one"
 
 
+def test_an_hour_in_the_cache_has_the_lists_price():
+    """As Anthropic's models have it; without one it is that of any other time there."""
+    fields = {"input_mtok": "1", "output_mtok": "4", "cache_write_mtok": "1.25"}
+    assert price_of(model(**fields, cache_write_1h_mtok="2")).cache_write_1h == 2 * 10**9
+    assert price_of(model(**fields)).cache_write_1h == 0
+
+
 def test_tiers_become_steps():
     """Each with all classes, those that do not change included."""
     tiered = listed.TieredPrices(base=Decimal(1), tiers=[listed.Tier(start=200_000, price=Decimal(2))])

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from proxy.pricing import (
     TOKEN_CLASSES,
+    TOOL_CLASSES,
     LongContext,
     Markup,
     MarkupRules,
@@ -29,17 +30,20 @@ from proxy.units import NANOS_MAX, Usage
 
 rates = st.integers(0, 10**14)
 tokens = st.integers(0, 2_000_000)
-steps = st.builds(LongContext, *[rates] * 6, above_tokens=tokens)
+steps = st.builds(LongContext, *[rates] * 7, above_tokens=tokens)
 raw_prices = st.builds(
     Price,
-    *[rates] * 6,
+    *[rates] * 7,
     image=st.integers(0, 10**15),
     request=st.integers(0, 10**15),
+    **{name: st.none() | st.integers(0, 10**15) for name in TOOL_CLASSES},
     long_context=st.lists(steps, max_size=3, unique_by=lambda step: step.above_tokens).map(tuple),
 )
 prices = raw_prices.map(lambda price: stepped(price)[0])
 images = st.integers(0, 50)
-usages = st.builds(Usage, *[tokens] * 6)
+uses = st.integers(0, 50)
+usages = st.builds(Usage, *[tokens] * 6, cache_write_1h=tokens, **dict.fromkeys(TOOL_CLASSES, uses))
+tools = st.lists(st.sampled_from(TOOL_CLASSES), unique=True).map(tuple)
 markups = st.integers(0, 1_000_000)
 
 
@@ -62,7 +66,10 @@ def test_cost_is_rounded_up_once(usage, price, bps, images):
     """The cost is the exact product, rounded up to the next nano-credit and no further."""
     usage = billed(usage, price, images)
     reached = [price, *(step for step in price.long_context if usage.input_tokens > step.above_tokens)]
-    total = sum(getattr(usage, name) * getattr(reached[-1], name) for name in TOKEN_CLASSES)
+    rates = {name: getattr(reached[-1], name) for name in TOKEN_CLASSES}
+    rates["cache_write_1h"] = max(rates["cache_write_1h"], rates["cache_write"])
+    total = sum(getattr(usage, name) * rate for name, rate in rates.items())
+    total += sum(getattr(usage, name) * (getattr(price, name) or 0) for name in TOOL_CLASSES)
     exact = Fraction(total + usage.images * price.image + usage.requests * price.request, 10**6)
     assert provider_cost(usage, price) == ceil(exact)
     assert cost(usage, price, bps) == ceil(exact * (10_000 + bps) / 10_000)
@@ -71,27 +78,42 @@ def test_cost_is_rounded_up_once(usage, price, bps, images):
 @given(usages, prices, markups, images, tokens, tokens)
 def test_what_is_within_the_bound_costs_no_more_than_the_bound(usage, price, bps, images, more_in, more_out):
     """Whatever classes the tokens fall into, and below however many of them, the estimate covers the charge."""
-    held = bound(usage.input_tokens + more_in, usage.output_tokens + more_out, price, bps, images=images)
+    uses = {"tools": TOOL_CLASSES, "tool_uses": usage.tool_uses}
+    held = bound(usage.input_tokens + more_in, usage.output_tokens + more_out, price, bps, images=images, **uses)
     assert cost(billed(usage, price, images), price, bps) <= held
 
 
-@given(tokens, tokens, prices, markups, images)
-def test_the_dearest_usage_costs_its_bound(input_tokens, output_tokens, price, bps, images):
+@given(tokens, tokens, prices, markups, images, tools, uses)
+def test_the_dearest_usage_costs_its_bound(input_tokens, output_tokens, price, bps, images, tools, uses):
     """What is charged where nobody knows the usage is what was held for it."""
-    usage = dearest_usage(input_tokens, output_tokens, price, images=images)
+    beside = {"images": images, "tools": tools, "tool_uses": uses}
+    usage = dearest_usage(input_tokens, output_tokens, price, **beside)
     assert (usage.input_tokens, usage.output_tokens) == (input_tokens, output_tokens)
-    assert cost(usage, price, bps) == bound(input_tokens, output_tokens, price, bps, images=images)
+    assert usage.tool_uses == (uses if tools else 0)
+    assert cost(usage, price, bps) == bound(input_tokens, output_tokens, price, bps, **beside)
 
 
-@given(st.integers(0, 10**15), tokens, prices, markups, images)
-def test_the_affordable_maximum_is_exact(amount, input_tokens, price, bps, images):
+def test_an_hour_in_the_cache_has_its_price():
+    """Where there is none it is that of any other time there; in the bound it counts only where it is the dearest."""
+    price = Price(input=4, cached_input=1, cache_write=5, audio_input=4, output=9, audio_output=9)
+    usage = Usage(cache_write_1h=10**6, cache_write=10**6)
+    assert provider_cost(usage, price) == 10
+    assert bound(10**6, 0, price, 0) == 5
+    dearer = msgspec.structs.replace(price, cache_write_1h=8)
+    assert provider_cost(usage, dearer) == 13
+    assert bound(10**6, 0, dearer, 0) == 8
+
+
+@given(st.integers(0, 10**15), tokens, prices, markups, images, tools, uses)
+def test_the_affordable_maximum_is_exact(amount, input_tokens, price, bps, images, tools, uses):
     """What it says is covered, and one token more is not."""
-    affordable = output_tokens_affordable(amount, input_tokens, price, bps, images=images)
+    beside = {"images": images, "tools": tools, "tool_uses": uses}
+    affordable = output_tokens_affordable(amount, input_tokens, price, bps, **beside)
     if affordable is None:
-        assert bound(input_tokens, 10**9, price, bps, images=images) <= amount
+        assert bound(input_tokens, 10**9, price, bps, **beside) <= amount
         return
-    assert affordable < 0 or bound(input_tokens, affordable, price, bps, images=images) <= amount
-    assert bound(input_tokens, affordable + 1, price, bps, images=images) > amount
+    assert affordable < 0 or bound(input_tokens, affordable, price, bps, **beside) <= amount
+    assert bound(input_tokens, affordable + 1, price, bps, **beside) > amount
 
 
 @given(usages, st.lists(prices, min_size=1, max_size=4), images)
@@ -126,10 +148,10 @@ def test_a_longer_context_is_never_cheaper(price):
 
 @given(prices, markups, st.booleans())
 def test_what_is_payable_fits_into_the_books(price, bps, is_input):
-    """So many tokens of the dearest class, with an image, are charged within 64 bits."""
+    """So many tokens of the dearest class, with an image and a use of a tool, are charged within 64 bits."""
     payable = tokens_payable_max(price, bps)
     inputs, outputs = (payable, 0) if is_input else (0, payable)
-    assert not payable or bound(inputs, outputs, price, bps, images=1) <= NANOS_MAX
+    assert not payable or bound(inputs, outputs, price, bps, images=1, tools=TOOL_CLASSES, tool_uses=1) <= NANOS_MAX
 
 
 def test_a_price_is_stored_as_it_always_was():
@@ -167,8 +189,9 @@ def test_the_most_specific_rule_wins(call, markup):
 def test_a_price_with_its_markup_is_rounded_up_number_by_number():
     """For people to read: no number is less than what a charge would come to, steps and images included."""
     step = LongContext(above_tokens=10, **dict.fromkeys(TOKEN_CLASSES, 7))
-    price = Price(**dict.fromkeys(TOKEN_CLASSES, 3), image=1, request=100, long_context=(step,))
+    price = Price(**dict.fromkeys(TOKEN_CLASSES, 3), image=1, request=100, web_search=100, long_context=(step,))
     shown = price.marked_up(1500)
+    assert (shown.web_search, shown.file_search) == (115, None)
     assert {getattr(shown, name) for name in TOKEN_CLASSES} == {4}
     assert (shown.image, shown.request, shown.long_context[0].output, shown.long_context[0].above_tokens) == (
         2,

@@ -64,7 +64,7 @@ def test_a_provider_that_is_switched_off_serves_no_more_in_the_other_process(rep
     def is_enabled() -> bool:
         with other.client(None) as http:
             items = http.get("/api/v1/llm/providers").json()["items"]
-        return {item["name"]: item["enabled"] for item in items}["fake"]
+        return "fake" in {item["name"] for item in items}
 
     for action, expected in (("disable", False), ("enable", True)):
         assert admin.post(f"/api/v1/llm/providers/fake/{action}").status_code == 200

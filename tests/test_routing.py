@@ -175,6 +175,15 @@ def test_a_candidate_that_fails_again_and_again_is_left_alone_for_a_while():
     assert names(health.ordered(PAIR, COOL_DOWN_S, first)) == ["a", "b"]
 
 
+def test_cool_downs_can_be_told():
+    """Each when it begins, and for as long as it goes on."""
+    health = Health()
+    begun = [health.failed("a/m", 0) for _ in range(FAILURES_MAX)]
+    assert begun == [False] * (FAILURES_MAX - 1) + [True]
+    assert health.cooling(COOL_DOWN_S - 0.1) == ["a/m"]
+    assert health.cooling(COOL_DOWN_S) == []
+
+
 def test_one_call_at_a_time_finds_out_whether_it_is_well_again():
     """While it does, others go elsewhere; when it says nothing for long, the next one tries."""
     health = Health()

@@ -54,6 +54,9 @@ def written(tmp_path):
         ('[credits]\nstarting_credits = "1"', "credits.starting_credits"),
         ('[providers.x]\nkind = "magic"', "providers.x.kind"),
         ('[providers.x]\nkind = "openai"', "providers.x.base_url"),
+        ('[providers.x]\nkind = "anthropic"\nbase_url = "api.anthropic.com"', "providers.x.base_url"),
+        ('[providers.x]\nkind = "anthropic"\nbase_url = ""', "providers.x.base_url"),
+        ('[providers.x]\nkind = "anthropic"\napi_key_env = "NOBODY_HAS_IT"', "providers.x.api_key_env"),
         ('[providers."a/b"]\nkind = "demo"', "a/b"),
         (OPENAI, "providers.openai.api_key_env"),
         (DEMO + '[prices."demo/x"]\ninput = "cheap"', "prices.demo/x.input"),
@@ -111,6 +114,13 @@ def test_the_shipped_file_needs_no_environment():
     assert configuration.api_keys == {"openai": "sk-x"}
 
 
+def test_anthropic_needs_nothing_but_its_key(written):
+    """The address is Anthropic's own; the shipped file enables it once the key is there."""
+    text = '[providers.claude]\nkind = "anthropic"\napi_key_env = "CLAUDE_KEY"'
+    assert load({"CLAUDE_KEY": "sk-ant"}, config=written(text)).api_keys == {"claude": "sk-ant"}
+    assert "anthropic" in load({"ANTHROPIC_API_KEY": "sk-ant"}, config="config.toml").enabled
+
+
 def test_a_provider_that_is_off_may_lack_something(written):
     """One that lacks nothing can be switched on later, and its headers are known."""
     off = '[providers.{name}]\nkind = "openai"\nenabled = false\nbase_url = "http://x/"\n{more}\n'
@@ -153,3 +163,55 @@ def test_the_command_line_says_it_in_one_line_and_exits_with_2(written):
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert "server.port" in done.stderr
+
+
+# ---- secrets from files
+
+
+def test_secrets_may_come_from_files(written, tmp_path):
+    """Every variable, those of providers included; the database's password is put into its address."""
+    files = {
+        "UPSTREAM_KEY": "sk-from-a-file\n",
+        "TOLLGATE_DATABASE_PASSWORD": "a b/c@d",
+        "TOLLGATE_JWT_SECRET": "x" * 32,
+    }
+    environ = {"TOLLGATE_DATABASE_URL": "postgresql+asyncpg://tollgate@db:5432/books"}
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+        environ[f"{name}_FILE"] = str(tmp_path / name)
+    found = load(environ, config=written(OPENAI))
+    assert found.api_keys == {"openai": "sk-from-a-file"}
+    assert found.settings.auth.jwt_secret == "x" * 32
+    assert found.database_url == "postgresql+asyncpg://tollgate:a%20b%2Fc%40d@db:5432/books"
+
+
+@pytest.mark.parametrize(
+    ("environ", "said"),
+    [
+        ({"UPSTREAM_KEY": "sk-1", "UPSTREAM_KEY_FILE": "/dev/null"}, "both UPSTREAM_KEY and UPSTREAM_KEY_FILE are set"),
+        ({"UPSTREAM_KEY_FILE": "/nowhere/at/all"}, "UPSTREAM_KEY_FILE: /nowhere/at/all cannot be read"),
+        (
+            {
+                "UPSTREAM_KEY": "sk-1",
+                "TOLLGATE_DATABASE_URL": "postgresql+asyncpg://me:secret@db/books",
+                "TOLLGATE_DATABASE_PASSWORD": "other",
+            },
+            "must name a user and no password beside TOLLGATE_DATABASE_PASSWORD",
+        ),
+    ],
+)
+def test_what_is_wrong_with_a_secret_is_said_without_it(written, environ, said):
+    """A secret twice, or a file that is not there."""
+    with pytest.raises(SettingsError, match=said) as raised:
+        load(environ, config=written(OPENAI))
+    assert "secret" not in str(raised.value)
+    assert "other" not in str(raised.value)
+
+
+def test_more_than_one_process_needs_postgresql(written):
+    """SQLite takes one, whoever asks for more."""
+    with pytest.raises(SettingsError, match="SQLite takes one process, not 3"):
+        load({}, config=written("[server]\nworkers = 3"))
+    environ = {"TOLLGATE_DATABASE_URL": "postgresql+asyncpg://me:x@db/books"}
+    assert load(environ, config=written("[server]\nworkers = 3")).settings.server.workers == 3
+    assert load(environ, config=written(""), workers=4).settings.server.workers == 4

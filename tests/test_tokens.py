@@ -1,6 +1,9 @@
 """Counting by the published tokenizers, on vocabularies from a package."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import tiktoken
@@ -19,6 +22,32 @@ def test_the_published_vocabularies(tokenizer, expected, monkeypatch):
     assert tokens.count(tokenizer, ["hello world"]) == expected
 
 
+FIRST_COUNTS = """
+import os, threading
+from concurrent.futures import ThreadPoolExecutor
+from proxy import tokens
+
+environ = dict(os.environ)
+all_ready = threading.Barrier(4)
+
+def counted(tokenizer):
+    all_ready.wait(10)
+    return tokens.count(tokenizer, ["hello world"])
+
+with ThreadPoolExecutor(4) as pool:
+    assert list(pool.map(counted, ["o200k_base", "cl100k_base"] * 2)) == [2] * 4
+assert dict(os.environ) == environ
+"""
+
+
+def test_threads_that_count_for_the_first_time_at_once():
+    """Each gets its count, and the environment is left as it was."""
+    environ = {name: value for name, value in os.environ.items() if name != "TIKTOKEN_CACHE_DIR"}
+    program = [sys.executable, "-c", FIRST_COUNTS]
+    done = subprocess.run(program, env=environ, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
 def test_only_these_are_known():
     """Any other name, or none, is counted otherwise."""
     assert all(map(tokens.is_known, TOKENIZERS))
@@ -30,6 +59,14 @@ def test_a_text_that_the_tokenizer_cannot_take_counts_as_its_bytes():
     """A panic inside of it is no end of ours; and a count never takes more than the bytes."""
     spaces = " " * 3_000_000
     assert 0 < tokens.count("o200k_base", [spaces]) <= len(spaces)
+
+
+def test_numbers_of_any_size_are_counted():
+    """JSON has them, whatever Python makes of them."""
+    for number in ("1e999", "-1e999", "9" * 5_000):
+        body = b'{"messages": [{"content": "hello world"}], "odd": %b}' % number.encode()
+        assert tokens.count_bound("o200k_base", body) > 2
+        assert tokens.TokenCounter("o200k_base").prompt(body) >= 2
 
 
 def test_special_tokens_are_ordinary_text():

@@ -24,16 +24,15 @@ from proxy.edge.prices import shown_price
 from proxy.errors import BadRequest, NotFound
 from proxy.identity.keys import Caller, Scope
 from proxy.identity.users import find_user
-from proxy.pricebook import entry_of
-from proxy.pricing import MarkupKind, cost, provider_cost
+from proxy.pricing import TOOL_CLASSES, TOOL_USES_MAX, MarkupKind, cost, provider_cost
 from proxy.routing import Candidate, candidates
-from proxy.settings import PriceSettings, check_price
 from proxy.storage.database import reading
-from proxy.units import AmountError, Usage, format_credits, format_instant, format_percent
+from proxy.units import Usage, format_credits, format_instant, format_percent
 
 AdminRequest = Request[Caller, Any, Any]
 Percent = str | int | float
 Tokens = Annotated[int, Meta(ge=0, le=10**9)]
+ToolUses = Annotated[int, Meta(ge=0, le=TOOL_USES_MAX)]
 
 
 class Markup(msgspec.Struct):
@@ -73,10 +72,14 @@ class Hypothesis(msgspec.Struct, forbid_unknown_fields=True):
     input_tokens: Tokens = 0
     cached_input_tokens: Tokens = 0
     cache_write_tokens: Tokens = 0
+    cache_write_1h_tokens: Tokens = 0
     audio_input_tokens: Tokens = 0
     output_tokens: Tokens = 0
     audio_output_tokens: Tokens = 0
     images: Annotated[int, Meta(ge=0, le=20_000)] = 0
+    web_search_uses: ToolUses = 0
+    file_search_uses: ToolUses = 0
+    code_interpreter_uses: ToolUses = 0
 
 
 class AppliedRule(msgspec.Struct):
@@ -232,7 +235,11 @@ async def preview(
     data: JSONBody[Hypothesis],
 ) -> Preview:
     """What a hypothetical call would be charged, and by which rule."""
-    user_id = None if data.user is None else await _user_id(engine, data.user)
+    return quoted(catalog, None if data.user is None else await _user_id(engine, data.user), data)
+
+
+def quoted(catalog: Catalog, user_id: str | None, data: Hypothesis) -> Preview:
+    """What the call that `data` describes would be charged to a user. Raises `BadRequest`, `NotFound`."""
     quotes = [
         _quote(catalog, user_id, data, candidate)
         for candidate in candidates(catalog.models, data.model)
@@ -253,12 +260,19 @@ def _quote(catalog: Catalog, user_id: str | None, data: Hypothesis, candidate: C
         input=data.input_tokens,
         cached_input=data.cached_input_tokens,
         cache_write=data.cache_write_tokens,
+        cache_write_1h=data.cache_write_1h_tokens,
         audio_input=data.audio_input_tokens,
         output=data.output_tokens,
         audio_output=data.audio_output_tokens,
         images=data.images,
         requests=1,
+        web_search=data.web_search_uses,
+        file_search=data.file_search_uses,
+        code_interpreter=data.code_interpreter_uses,
     )
+    for name in TOOL_CLASSES:
+        if getattr(usage, name) and getattr(price, name) is None:
+            raise BadRequest(f"'{name}' is not priced here.", param=f"{name}_uses", code="unsupported_parameter")
     theirs, charged = provider_cost(usage, price), cost(usage, price, rule.bps)
     return Quote(
         provider=candidate.provider,
@@ -307,6 +321,11 @@ def prices(
     model: FromQuery[str | None] = None,
 ) -> PriceItems:
     """What the models on offer cost the operator, of one provider or of one model if asked so."""
+    return price_list(catalog, provider, model)
+
+
+def price_list(catalog: Catalog, provider: str | None, model: str | None) -> PriceItems:
+    """The models on offer at the provider's prices, of one provider or of one model unless those are None."""
     found = {candidate.target: candidate for offered in catalog.models.values() for candidate in offered}
     return PriceItems(
         [
@@ -344,12 +363,7 @@ async def set_price(
     provider, model = _parts(data.target)
     if provider not in catalog.providers:
         raise NotFound(f"There is no provider {provider!r} in the configuration.")
-    try:
-        settings = msgspec.convert(data.price, PriceSettings, strict=False)
-        check_price(settings)
-    except (msgspec.ValidationError, AmountError) as exc:
-        raise BadRequest(f"price: {exc}", param="price", code="invalid_value") from exc
-    entry, _ = entry_of(settings)
+    entry = administration.entry_from(data.price)
     await administration.set_price(engine, admin.user_id, provider, model, entry)
     await refresh()
     return _past((await administration.price_history(engine, provider, model))[0])

@@ -5,7 +5,7 @@ Closed by default: a path that is not on the public list needs a caller, and a h
 """
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 from urllib.parse import unquote_to_bytes
 
@@ -26,6 +26,7 @@ PUBLIC = frozenset(
     {
         "/health/live",
         "/health/ready",
+        "/metrics",
         "/schema",
         "/schema/openapi.json",
         "/register",
@@ -33,7 +34,7 @@ PUBLIC = frozenset(
         "/api/v1/llm/providers",
     }
 )
-"""The paths that answer anybody."""
+"""The paths that answer anybody; `/metrics` has a door of its own."""
 
 NEEDS = "needs"
 CHECKED_BY_LEDGER = "is_checked_by_ledger"
@@ -170,6 +171,11 @@ def _check_scope(caller: Caller, needed: KeyScope | None) -> None:
         raise Forbidden(f"This needs a key of the scope {needed!s}, or a login.", code="insufficient_scope")
 
 
+def _is_frameworks_own(scope: Scope, options: Mapping[str, Any]) -> bool:
+    """Whether the framework answers by itself: to OPTIONS, by a handler with the options of the router it is in."""
+    return scope.get("method") == "OPTIONS" and CHECKED_BY_LEDGER not in options
+
+
 def authenticated(app: ASGIApp, authentication: Authentication) -> ASGIApp:
     """`app` behind the door: its scope's `user` is the caller, except on public paths."""
 
@@ -179,7 +185,7 @@ def authenticated(app: ASGIApp, authentication: Authentication) -> ASGIApp:
             if scope["query_string"]:
                 _refuse_credentials(scope["query_string"])
             caller = await authentication.caller(scope["headers"], from_memory=CHECKED_BY_LEDGER in options)
-            _check_scope(caller, options.get(NEEDS))
+            _check_scope(caller, None if _is_frameworks_own(scope, options) else options.get(NEEDS))
             scope["user"] = caller
         await app(scope, receive, send)
 

@@ -12,6 +12,7 @@ from litestar.openapi import ResponseSpec
 
 from proxy import errors
 from proxy.units import format_credits
+from proxy.wire.objects import UNREADABLE
 
 log = structlog.get_logger(__name__)
 
@@ -28,8 +29,10 @@ TABLE: dict[type[errors.TollgateError], tuple[int, str, str | None]] = {
     errors.InsufficientCredits: (402, "insufficient_quota", "insufficient_credits"),
     errors.KeyLimitReached: (402, "insufficient_quota", "key_limit_reached"),
     errors.Forbidden: (403, "permission_error", None),
+    errors.ModelNotAllowed: (403, "permission_error", None),
     errors.NotFound: (404, "invalid_request_error", None),
     errors.ModelNotFound: (404, "invalid_request_error", None),
+    errors.ProviderNotFound: (404, "invalid_request_error", None),
     errors.Conflict: (409, "invalid_request_error", None),
     errors.RateLimited: (429, "rate_limit_error", "rate_limit_exceeded"),
     errors.UpstreamUnreachable: (502, "upstream_error", "provider_unreachable"),
@@ -38,6 +41,7 @@ TABLE: dict[type[errors.TollgateError], tuple[int, str, str | None]] = {
     errors.UpstreamRejected: (502, "upstream_error", "provider_error"),
     errors.UpstreamTimeout: (504, "upstream_error", "provider_timeout"),
     errors.Unavailable: (503, "service_unavailable", "unavailable"),
+    errors.NotReady: (503, "service_unavailable", "not_ready"),
     errors.LedgerFault: (500, "server_error", "ledger_fault"),
 }
 """Status, `type` and `code`; where the code is None the error carries its own."""
@@ -73,13 +77,15 @@ class Answer(msgspec.Struct, frozen=True):
     status: int
     headers: Headers
     body: bytes
+    code: str | None
+    """That of the error object; of an error that is passed on as it came, `provider_error`."""
 
 
 def answer_to(error: BaseException, request_id: str) -> Answer:
     """The answer to whatever was raised. What is not ours to show is logged, and answered with the request id alone."""
     if isinstance(error, errors.UpstreamRejected) and _is_openai_error(error):
         headers = [(b"content-type", b"application/json"), *error.headers]
-        return Answer(_passed_status(error.status), headers, error.body)
+        return Answer(_passed_status(error.status), headers, error.body, "provider_error")
     for kind in type(error).__mro__:
         row = TABLE.get(kind)
         if row is not None:
@@ -167,7 +173,8 @@ def _answer(status: int, message: str, type_: str, code: str | None, **more: Any
     """OpenAI's error object, `more` being `param`, `headers` and whatever else belongs in it."""
     headers = more.pop("headers", [])
     error = {"message": message, "type": type_, "param": more.pop("param", None), "code": code, **more}
-    return Answer(status, [(b"content-type", b"application/json"), *headers], msgspec.json.encode({"error": error}))
+    headers = [(b"content-type", b"application/json"), *headers]
+    return Answer(status, headers, msgspec.json.encode({"error": error}), code)
 
 
 def _details(error: BaseException) -> dict[str, object]:
@@ -182,6 +189,8 @@ def _details(error: BaseException) -> dict[str, object]:
             if error.tokens_affordable is not None:
                 details["max_affordable_tokens"] = error.tokens_affordable
             return details
+        case errors.NotReady():
+            return {"checks": error.checks}
         case errors.KeyLimitReached():
             return {"required": format_credits(error.required), "available": format_credits(error.available)}
         case _:
@@ -217,5 +226,5 @@ def _passed_status(status: int) -> int:
 def _is_openai_error(error: errors.UpstreamRejected) -> bool:
     try:
         return isinstance(msgspec.json.decode(error.body)["error"], dict)
-    except (msgspec.DecodeError, KeyError, TypeError):
+    except (*UNREADABLE, KeyError, TypeError):
         return False

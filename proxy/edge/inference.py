@@ -28,6 +28,7 @@ from proxy.exchange import Answer, Call, Exchange
 from proxy.identity.keys import Caller, allowed_models
 from proxy.identity.keys import Scope as KeyScope
 from proxy.ledger.decide import allows
+from proxy.metrics import REFUSED, Metrics
 from proxy.pricing import dearest_price
 from proxy.routing import Candidate, candidates
 from proxy.storage.database import reading
@@ -76,9 +77,9 @@ async def models(
     allowances = await _allowances(engine, request.user)
     return ModelList(
         [
-            _model(name, found, catalog.user_markups.get(request.user.user_id))
+            _model(name, allowed, catalog.user_markups.get(request.user.user_id))
             for name, found in sorted(catalog.models.items())
-            if _is_allowed(found, allowances)
+            if (allowed := _allowed(found, allowances))
         ]
     )
 
@@ -97,10 +98,10 @@ async def model(
 ) -> Model:
     """One model by its name, which may hold a slash."""
     name = model_id.removeprefix("/")
-    found = candidates(catalog.models, name)
-    if not _is_allowed(found, await _allowances(engine, request.user)):
+    allowed = _allowed(candidates(catalog.models, name), await _allowances(engine, request.user))
+    if not allowed:
         raise ModelNotFound(name)
-    return _model(name, found, catalog.user_markups.get(request.user.user_id))
+    return _model(name, allowed, catalog.user_markups.get(request.user.user_id))
 
 
 def _model(name: str, found: Sequence[Candidate], markup_bps: int | None) -> Model:
@@ -128,18 +129,20 @@ async def _allowances(engine: AsyncEngine, caller: Caller) -> list[list[str] | N
         return await allowed_models(connection, caller)
 
 
-def _is_allowed(found: Sequence[Candidate], allowances: Sequence[list[str] | None]) -> bool:
-    """Whether the ledger would let the caller reserve for all of `found`."""
-    return all(allows(patterns, candidate.target) for patterns in allowances for candidate in found)
+def _allowed(found: Sequence[Candidate], allowances: Sequence[list[str] | None]) -> list[Candidate]:
+    """Those of `found` that the ledger lets the caller use."""
+    return [candidate for candidate in found if all(allows(patterns, candidate.target) for patterns in allowances)]
 
 
-def paid_handlers(exchange: Exchange, body_limits: BodyLimits, *, stall_s: float) -> list[ASGIRouteHandler]:
+def paid_handlers(
+    exchange: Exchange, body_limits: BodyLimits, *, stall_s: float, metrics: Metrics
+) -> list[ASGIRouteHandler]:
     """The handlers of the paid paths, `POST` all."""
-    return [_paid_handler(endpoint, exchange, body_limits, stall_s=stall_s) for endpoint in Endpoint]
+    return [_paid_handler(endpoint, exchange, body_limits, stall_s=stall_s, metrics=metrics) for endpoint in Endpoint]
 
 
 def _paid_handler(
-    endpoint: Endpoint, exchange: Exchange, body_limits: BodyLimits, *, stall_s: float
+    endpoint: Endpoint, exchange: Exchange, body_limits: BodyLimits, *, stall_s: float, metrics: Metrics
 ) -> ASGIRouteHandler:
     async def serve(scope: Scope, receive: Receive, send: Send) -> None:
         request_id = scope["state"]["request_id"]
@@ -150,7 +153,7 @@ def _paid_handler(
             if answer.is_started:
                 log.exception("answer_cut_off", request_id=request_id)
                 raise
-            await _refuse(exc, answer, request_id)
+            await refuse(exc, answer, request_id, metrics)
         finally:
             answer.close()
 
@@ -158,24 +161,35 @@ def _paid_handler(
     return asgi(f"/v1/{endpoint}", opt=options, copy_scope=False)(serve)
 
 
-async def _refuse(error: Exception, answer: Answer, request_id: str) -> None:
+async def refuse(error: Exception, answer: Answer, request_id: str, metrics: Metrics) -> None:
+    """Answer with `error`, count it and log it."""
     said = answer_to(error, request_id)
+    metrics.add(REFUSED, (str(said.status), said.code or ""))
+    log.info("call_refused", request_id=request_id, status=said.status, code=said.code)
     await answer.start(said.status, [*said.headers, (b"content-length", str(len(said.body)).encode())])
     await answer.end(said.body)
 
 
 def paid_ways(
-    exchange: Exchange, authentication: Authentication, body_limits: BodyLimits, *, stall_s: float
+    exchange: Exchange, authentication: Authentication, body_limits: BodyLimits, *, stall_s: float, metrics: Metrics
 ) -> dict[bytes, Way]:
     """The direct ways to the paid paths."""
     return {
-        f"/v1/{endpoint}".encode(): _paid_way(endpoint, exchange, authentication, body_limits, stall_s=stall_s)
+        f"/v1/{endpoint}".encode(): _paid_way(
+            endpoint, exchange, authentication, body_limits, stall_s=stall_s, metrics=metrics
+        )
         for endpoint in Endpoint
     }
 
 
-def _paid_way(
-    endpoint: Endpoint, exchange: Exchange, authentication: Authentication, body_limits: BodyLimits, *, stall_s: float
+def _paid_way(  # noqa: PLR0913 - what a way is made of
+    endpoint: Endpoint,
+    exchange: Exchange,
+    authentication: Authentication,
+    body_limits: BodyLimits,
+    *,
+    stall_s: float,
+    metrics: Metrics,
 ) -> Way:
     async def serve(connection: LimitedProtocol, cycle: DirectCycle) -> None:
         request_id = new_id("req")
@@ -184,13 +198,13 @@ def _paid_way(
         try:
             caller = await authentication.payer(headers)
             body = await cycle.body(connection, body_limits)
-            call = Call(endpoint, request_id, _client_request_id(headers), caller, headers, body)
+            call = Call(endpoint, request_id, client_request_id(headers), caller, headers, body)
             await exchange.serve(call, answer)
         except Exception as exc:
             if answer.is_started:
                 log.exception("answer_cut_off", request_id=request_id)
                 raise
-            await _refuse(exc, answer, request_id)
+            await refuse(exc, answer, request_id, metrics)
         finally:
             answer.close()
 
@@ -218,14 +232,14 @@ async def _call(endpoint: Endpoint, scope: HTTPScope, receive: Receive, body_lim
     return Call(
         endpoint=endpoint,
         request_id=scope["state"]["request_id"],
-        client_request_id=_client_request_id(scope["headers"]),
+        client_request_id=client_request_id(scope["headers"]),
         caller=scope["user"],
         headers=list(scope["headers"]),
         body=await read_body(scope, receive, scope["state"][CONNECTION], body_limits),
     )
 
 
-def _client_request_id(headers: Iterable[tuple[bytes, bytes]]) -> str | None:
+def client_request_id(headers: Iterable[tuple[bytes, bytes]]) -> str | None:
     """The id by which the client knows its call: stored beside ours, never used instead of it."""
     for name, value in headers:
         if name in _CLIENT_IDS:

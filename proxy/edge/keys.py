@@ -10,19 +10,19 @@ from litestar.params import FromPath, FromQuery, JSONBody
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from proxy.edge.authentication import needs
-from proxy.edge.credits import PAGE_DEFAULT, PAGE_MAX, CallerRequest
+from proxy.edge.credits import CallerRequest, check_page
 from proxy.edge.errors import documented
 from proxy.errors import BadRequest
 from proxy.identity.keys import Key, KeyTerms, change_key, create_key, list_keys, read_key, revoke_key
 from proxy.identity.keys import Scope as KeyScope
 from proxy.identity.users import read_user
+from proxy.journal import PAGE_DEFAULT
 from proxy.storage.database import reading, writing
 from proxy.units import (
     AmountError,
     Micros,
     format_credits,
     format_instant,
-    is_id,
     micros_of,
     now_micros,
     parse_credits,
@@ -106,15 +106,7 @@ async def keys(
     cursor: FromQuery[str | None] = None,
 ) -> KeyPage:
     """Every key of yours, revoked ones included."""
-    if not 1 <= limit <= PAGE_MAX:
-        raise BadRequest(f"A page has from 1 to {PAGE_MAX} items.", param="limit", code="invalid_value")
-    if cursor is not None and not is_id(cursor, "key"):
-        raise BadRequest("This cursor was not given out here.", param="cursor", code="invalid_cursor")
-    async with reading(engine) as connection:
-        found = await list_keys(connection, request.user.user_id, limit=limit + 1, before=cursor)
-    now = now_micros()
-    items = [KeyItem(**shown(key, now)) for key in found[:limit]]
-    return KeyPage(items, items[-1].id if len(found) > limit else None)
+    return await key_page(engine, request.user.user_id, limit, cursor)
 
 
 @post(
@@ -126,7 +118,7 @@ async def keys(
 )
 async def make_key(request: CallerRequest, engine: NamedDependency[AsyncEngine], data: JSONBody[Wanted]) -> KeyMade:
     """Make a key and answer it, this once. A key that asks gives no more than it has."""
-    terms = KeyTerms(**_terms(msgspec.structs.asdict(data)))
+    terms = terms_of(data)
     async with writing(engine) as connection:
         user = await read_user(connection, request.user.user_id)
         made = await create_key(connection, user, terms, by=request.user)
@@ -145,10 +137,9 @@ async def alter_key(
     request: CallerRequest, engine: NamedDependency[AsyncEngine], key_id: FromPath[str], data: JSONBody[Changed]
 ) -> KeyItem:
     """Give a key of yours other terms. They hold for its very next call."""
-    given = {name: value for name, value in msgspec.structs.asdict(data).items() if value is not msgspec.UNSET}
     async with writing(engine) as connection:
         key = await read_key(connection, request.user.user_id, key_id)
-        await change_key(connection, key, _terms(given), by=request.user)
+        await change_key(connection, key, changes_of(data), by=request.user)
         key = await read_key(connection, request.user.user_id, key_id)
     return KeyItem(**shown(key, now_micros()))
 
@@ -159,6 +150,31 @@ async def drop_key(request: CallerRequest, engine: NamedDependency[AsyncEngine],
     async with writing(engine) as connection:
         key = await read_key(connection, request.user.user_id, key_id)
         await revoke_key(connection, key, by=request.user)
+
+
+async def key_page(engine: AsyncEngine, user_id: str, limit: int, cursor: str | None) -> KeyPage:
+    """A page of a user's keys. Raises `BadRequest`."""
+    check_page(limit, cursor, "key")
+    async with reading(engine) as connection:
+        found = await list_keys(connection, user_id, limit=limit + 1, before=cursor)
+    now = now_micros()
+    items = [KeyItem(**shown(key, now)) for key in found[:limit]]
+    return KeyPage(items, items[-1].id if len(found) > limit else None)
+
+
+def terms_of(wanted: Wanted) -> KeyTerms:
+    """The terms of a new key. Raises `BadRequest`."""
+    return KeyTerms(**_terms(msgspec.structs.asdict(wanted)))
+
+
+def changes_of(changed: Changed) -> dict[str, Any]:
+    """What of `KeyTerms` is to be another way. Raises `BadRequest`."""
+    return _terms(given(changed))
+
+
+def given(body: msgspec.Struct) -> dict[str, Any]:
+    """The fields of a body that were sent."""
+    return {name: value for name, value in msgspec.structs.asdict(body).items() if value is not msgspec.UNSET}
 
 
 def _terms(given: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""`/api/v1/llm/*`: which providers serve, and switching them on and off."""
+"""`/api/v1/llm/*` beside its calls: the balance, which providers serve, and switching them on and off."""
 
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -12,8 +12,10 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from proxy import administration
 from proxy.catalog import Catalog
 from proxy.edge.authentication import needs
+from proxy.edge.credits import Balance, read_balance
 from proxy.edge.errors import documented
 from proxy.identity.keys import Caller, Scope
+from proxy.storage.database import reading
 
 CallerRequest = Request[Caller, Any, Any]
 Refresh = Callable[[], Awaitable[None]]
@@ -42,7 +44,7 @@ class ProviderSwitched(msgspec.Struct):
 
 
 def provider_list(catalog: Catalog) -> ProviderList:
-    """Every provider, with the models by which clients can ask for it."""
+    """Every provider, with the models that it serves, as it knows them."""
     models: dict[str, set[str]] = {name: set() for name in catalog.providers}
     for found in catalog.models.values():
         for candidate in found:
@@ -62,10 +64,17 @@ async def switch(  # noqa: PLR0913 - what the framework hands to a handler
     return ProviderSwitched(name, is_enabled)
 
 
+@get("/balance", opt=needs(Scope.INFERENCE), summary="Your balance", responses=documented(404))
+async def simple_balance(request: CallerRequest, engine: NamedDependency[AsyncEngine]) -> Balance:
+    """What the wallet holds, what open calls hold of it, and what is left for new ones."""
+    async with reading(engine) as connection:
+        return await read_balance(connection, request.user.wallet_id)
+
+
 @get("/providers", sync_to_thread=False, summary="The providers", responses=documented(503, is_public=True))
 def providers(catalog: NamedDependency[Catalog]) -> ProviderList:
-    """Every provider, and whether it serves new calls."""
-    return provider_list(catalog)
+    """The providers that serve new calls, with their models. Admins see all at `/api/v1/admin/providers`."""
+    return ProviderList([item for item in provider_list(catalog).items if item.enabled])
 
 
 @post(
@@ -104,4 +113,4 @@ async def disable(
     return await switch(request, engine, catalog, refresh, name, is_enabled=False)
 
 
-router = Router("/api/v1/llm", route_handlers=[providers, enable, disable])
+router = Router("/api/v1/llm", route_handlers=[simple_balance, providers, enable, disable])

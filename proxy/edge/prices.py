@@ -1,19 +1,27 @@
-"""Prices as they are shown: decimal strings of credits per million tokens, and for one image or request."""
+"""Prices as they are shown: decimal strings of credits per million tokens, and for one of what is billed beside."""
 
 from typing import Any
 
-from proxy.pricing import TOKEN_CLASSES, Price, Rates
+from proxy.pricing import TOKEN_CLASSES, TOOL_CLASSES, Price, Rates
 from proxy.units import format_credits
 
 _PER_MILLION = 10**6
 
 
 def shown_price(price: Price) -> dict[str, Any]:
-    """`price` for people and programs; what is billed beside tokens is left out where it is free."""
+    """`price` for people and programs.
+
+    Left out are images and requests that are free, tools that are not for sale, and an hour in the cache where it costs
+    what any other time there does.
+    """
     shown: dict[str, Any] = {**_rates(price)}
     for name in ("image", "request"):
         nanos = getattr(price, name)
         if nanos:
+            shown[name] = format_credits(-(-nanos // _PER_MILLION))
+    for name in TOOL_CLASSES:
+        nanos = getattr(price, name)
+        if nanos is not None:
             shown[name] = format_credits(-(-nanos // _PER_MILLION))
     if price.long_context:
         shown["long_context"] = [{"above_tokens": step.above_tokens, **_rates(step)} for step in price.long_context]
@@ -23,4 +31,7 @@ def shown_price(price: Price) -> dict[str, Any]:
 
 
 def _rates(rates: Rates) -> dict[str, str]:
-    return {name: format_credits(getattr(rates, name)) for name in TOKEN_CLASSES}
+    shown = {name: format_credits(getattr(rates, name)) for name in TOKEN_CLASSES}
+    if not rates.cache_write_1h:
+        del shown["cache_write_1h"]
+    return shown

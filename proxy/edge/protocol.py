@@ -16,7 +16,13 @@ import structlog
 import uvicorn
 from litestar.types import ASGIApp
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
-from uvicorn.protocols.http.httptools_impl import HEADER_RE, HEADER_VALUE_RE, STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import (
+    HEADER_RE,
+    HEADER_VALUE_RE,
+    STATUS_LINE,
+    HttpToolsProtocol,
+    RequestResponseCycle,
+)
 
 from proxy.deadline import within
 from proxy.edge.answer import BodyLimits, check_body_headers
@@ -35,15 +41,31 @@ HEAD_S_MAX = 10.0
 CONNECTION = "connection"
 """Where a request's `state` has its connection."""
 
+IDLE_S = 75
+"""How long a connection may be idle between two requests: longer than the minute for which nginx and others keep one.
+
+A proxy whose connection is closed just as it sends a call cannot know whether the call was read.
+"""
+
+IDLE_S_MIN = 0.1
+"""As long as a connection is idle at least before a stopping server closes it: a request may be on its way."""
+
 _UPGRADE = re.compile(rb"(?i)(?<=\n)upgrade(?=[ \t]*:)")
 _NO_UPGRADE = b"ignored"
 
 _REASONS = {400: b"Bad Request", 408: b"Request Timeout", 431: b"Request Header Fields Too Large"}
 
 
-def server_config(app: ASGIApp, *, drain_s: int) -> uvicorn.Config:
+class ServerConfig(uvicorn.Config):
+    """What all connections of a server share."""
+
+    is_stopping = False
+    """Whether the server ends: every answer that begins now closes its connection."""
+
+
+def server_config(app: ASGIApp, *, drain_s: int) -> ServerConfig:
     """How uvicorn is to serve `app`, with `drain_s` seconds for calls in flight at the end."""
-    return uvicorn.Config(
+    return ServerConfig(
         app,
         loop="none",
         http=LimitedProtocol,
@@ -53,6 +75,7 @@ def server_config(app: ASGIApp, *, drain_s: int) -> uvicorn.Config:
         access_log=False,
         proxy_headers=False,
         server_header=False,
+        timeout_keep_alive=IDLE_S,
         timeout_graceful_shutdown=drain_s,
     )
 
@@ -75,6 +98,7 @@ class DirectCycle:
         self.keep_alive = keep_alive
         self.more_body = True
         self.disconnected = False
+        self.response_started = False
         self.response_complete = False
         self.message_event = self
         self.is_begun = False
@@ -154,7 +178,7 @@ class DirectAnswer:
 
     async def start(self, status: int, headers: Headers) -> None:
         """Send the head of the answer, together with what is sent next; the request id is added to it."""
-        self.is_started = True
+        self.is_started = self._cycle.response_started = True
         names = [name for name, _ in headers]
         self._is_chunked = b"content-length" not in names
         if HEADER_RE.search(b"".join(names)):
@@ -245,6 +269,20 @@ class _Joining:
         self._transport.close()
 
 
+class _UnframedCycle(RequestResponseCycle):
+    """The answer to a client of HTTP/1.0, which knows no chunks: without a length it ends with the connection."""
+
+    async def send(self, message: Any) -> None:
+        """Let uvicorn take each piece for the last one of a body of known length."""
+        if message["type"] == "http.response.start":
+            is_sized = any(name.lower() == b"content-length" for name, _ in message.get("headers", ()))
+            self.chunked_encoding = None if is_sized else False
+            self._is_unframed = not is_sized
+        elif self._is_unframed:
+            self.expected_content_length = len(message.get("body", b""))
+        await super().send(message)
+
+
 class LimitedProtocol(HttpToolsProtocol):
     """One client's connection.
 
@@ -264,6 +302,9 @@ class LimitedProtocol(HttpToolsProtocol):
         self._head_timer: asyncio.TimerHandle | None = None
         self._ways: Mapping[bytes, Way] = getattr(self.app, "ways", {})
         self._idle_since: float | None = None
+        self._cycles: list[DirectCycle | RequestResponseCycle] = []
+        """The requests that have not been answered, of which the first is being answered."""
+        self._is_finishing = False
         self.on_lost: Callable[[], None] | None = None
         """Whom to call when the connection is lost: the call that is being answered on it."""
 
@@ -302,10 +343,14 @@ class LimitedProtocol(HttpToolsProtocol):
         self._expect_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Wait no longer, and tell the call."""
+        """Wait no longer, and tell the call; uvicorn tells only the last of those that came one after the other."""
         self._stop_waiting()
         if self.timeout_keep_alive_task is not None:
             self.timeout_keep_alive_task.cancel()
+        for cycle in self._cycles:
+            if not cycle.response_complete:
+                cycle.disconnected = True
+                cycle.message_event.set()
         super().connection_lost(exc)
         if self.on_lost is not None:
             self.on_lost()
@@ -344,13 +389,15 @@ class LimitedProtocol(HttpToolsProtocol):
         if sum(map(len, chain.from_iterable(self.headers))) + len(self.url) > HEAD_BYTES_MAX:
             raise ValueError("the head is too large")  # the parser turns it into its own error, and that into a 400
         way = self._ways.get(self.url)
+        is_stopping = cast("ServerConfig", self.config).is_stopping
         if way is not None and self._is_direct():
             self.cycle = DirectCycle(
                 way,
                 self.headers,
-                keep_alive=self.parser.should_keep_alive(),
+                keep_alive=self.parser.should_keep_alive() and not is_stopping,
                 expects_continue=self.expect_100_continue,
             )
+            self._cycles = [self.cycle]
             return
         url, headers, expects_continue = self.url, self.headers, self.expect_100_continue
         super().on_message_begin()
@@ -358,6 +405,12 @@ class LimitedProtocol(HttpToolsProtocol):
         self.headers.extend(headers)
         self.scope["state"][CONNECTION] = self
         super().on_headers_complete()
+        self._cycles = [cycle for cycle in self._cycles if not cycle.response_complete]
+        self._cycles.append(self.cycle)
+        if self.scope["http_version"] == "1.0":
+            self.cycle.__class__ = _UnframedCycle  # before its task runs for the first time
+        if is_stopping:
+            self.cycle.keep_alive = False
 
     def _is_direct(self) -> bool:
         """Whether the request, whose head has come, may take the direct way."""
@@ -428,10 +481,12 @@ class LimitedProtocol(HttpToolsProtocol):
             self._start_asgi_task(cycle, app)
             return
         self._idle_since = self.loop.time()
+        due_at = self._idle_since + self.timeout_keep_alive
+        if self.timeout_keep_alive_task is not None and self.timeout_keep_alive_task.when() > due_at:
+            self.timeout_keep_alive_task.cancel()  # the server has begun to stop since then
+            self.timeout_keep_alive_task = None
         if self.timeout_keep_alive_task is None:
-            self.timeout_keep_alive_task = self.loop.call_later(
-                self.timeout_keep_alive, self.timeout_keep_alive_handler
-            )
+            self.timeout_keep_alive_task = self.loop.call_at(due_at, self.timeout_keep_alive_handler)
 
     def _unset_keepalive_if_required(self) -> None:
         self._idle_since = None
@@ -446,6 +501,25 @@ class LimitedProtocol(HttpToolsProtocol):
             self.transport.close()
         else:
             self.timeout_keep_alive_task = self.loop.call_at(due_at, self.timeout_keep_alive_handler)
+
+    def finish(self, *, idle_s: float, fresh_s: float) -> None:
+        """Close the connection when nobody is left to lose a call by that, since the server stops.
+
+        That is after an answer that has not begun yet and can say so; where there is none, or it did not say so, when
+        the connection has been idle for `idle_s` seconds; and after `fresh_s` seconds if no request ever came.
+        """
+        if self._is_finishing:
+            return
+        self._is_finishing = True
+        idle_s = max(idle_s, IDLE_S_MIN)
+        self.timeout_keep_alive = cast("int", idle_s)  # any number will do
+        cycle = cast("RequestResponseCycle | None", self.cycle)
+        if cycle is None or (cycle.response_complete and self._is_in_head):
+            self._stop_waiting()
+            self._unset_keepalive_if_required()
+            self._head_timer = self.loop.call_later(max(idle_s, fresh_s) if cycle is None else idle_s, self._give_up)
+        elif not cycle.response_started:
+            cycle.keep_alive = False
 
     def send_400_response(self, msg: str) -> None:
         """Refuse what is no HTTP, in OpenAI's shape."""

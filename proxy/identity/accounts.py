@@ -33,6 +33,9 @@ from proxy.settings import OWN_ISSUER
 from proxy.storage.database import reading, writing
 from proxy.units import Micros, Nanos
 
+STARTING_CREDITS_KEY = "starting-credits"
+"""The idempotency key of what an account begins with."""
+
 
 class Login(msgspec.Struct, frozen=True):
     """A token, and for how long it is good."""
@@ -41,11 +44,18 @@ class Login(msgspec.Struct, frozen=True):
     expires_in_s: int
 
 
+class Welcome(msgspec.Struct, frozen=True):
+    """What strangers find: whether they may register, and what every new account gets, in nano-credits."""
+
+    registration_open: bool
+    starting_credits: Nanos
+
+
 class Accounts:
     """What can be done with accounts from outside.
 
     `tokens` is None where nobody can log in, since no secret is configured. `by_address` and `by_account` count
-    attempts; `starting_credits` are nano-credits.
+    attempts; `welcome` is asked for each newcomer.
     """
 
     def __init__(  # noqa: PLR0913 - all that it works with is handed in
@@ -57,8 +67,7 @@ class Accounts:
         issuers: Issuers,
         by_address: Attempts,
         by_account: Attempts,
-        registration_open: bool,
-        starting_credits: Nanos,
+        welcome: Callable[[], Welcome],
     ) -> None:
         self._engine = engine
         self._ledger = ledger
@@ -66,9 +75,8 @@ class Accounts:
         self._issuers = issuers
         self._by_address = by_address
         self._by_account = by_account
-        self._registration_open = registration_open
-        self._starting_credits = starting_credits
-        self._passwords = Passwords()
+        self._welcome = welcome
+        self.passwords = Passwords()
 
     # ---- passwords
 
@@ -79,18 +87,18 @@ class Accounts:
         `Conflict` for an address that has an account.
         """
         self._by_address.take(address)
-        if not self._registration_open:
+        if not self._welcome().registration_open:
             raise Forbidden("Registration is closed here. Ask the operator for an account.", code="registration_closed")
         normal = normalise_email(email)
         check_password(password, normal, normal.partition("@")[0], check_name(full_name))
-        password_hash = await self._passwords.hash(password)
+        password_hash = await self.passwords.hash(password)
         async with writing(self._engine) as connection:
             user = await create_user(
                 connection,
                 normal,
                 password_hash=password_hash,
                 full_name=full_name,
-                starting_credits=self._starting_credits,
+                starting_credits=self._welcome().starting_credits,
             )
         await self._book_promised(user)
         return user
@@ -112,7 +120,7 @@ class Accounts:
             async with reading(self._engine) as connection:
                 found = await find_password(connection, normal)
         user, password_hash = found or (None, None)
-        if not await self._passwords.is_right(password, password_hash) or user is None:
+        if not await self.passwords.is_right(password, password_hash) or user is None:
             raise WrongPassword
         self._by_account.give_back(account)
         if not user.is_active:
@@ -133,12 +141,12 @@ class Accounts:
         if password_hash is None:
             raise Forbidden("This account has no password.", code="no_password")
         self._by_account.take(user.id)
-        if not await self._passwords.is_right(current, password_hash):
+        if not await self.passwords.is_right(current, password_hash):
             raise WrongPassword
         self._by_account.give_back(user.id)
         related = (user.email, (user.email or "").partition("@")[0], user.full_name)
         check_password(password, *related, param="new_password")
-        replacement = await self._passwords.hash(password)
+        replacement = await self.passwords.hash(password)
         async with writing(self._engine) as connection:
             version = await replace_password(connection, user, replacement)
         return self._login(tokens, user.id, version)
@@ -202,7 +210,7 @@ class Accounts:
                     email,
                     full_name=full_name,
                     email_verified=email is not None,
-                    starting_credits=self._starting_credits,
+                    starting_credits=self._welcome().starting_credits,
                 )
                 await add_identity(connection, user.id, external.issuer, external.subject)
                 return user
@@ -231,7 +239,7 @@ class Accounts:
                 type=CreditType.TOPUP,
                 amount=user.starting_credits,
                 description="starting credits",
-                idempotency_key="starting-credits",
+                idempotency_key=STARTING_CREDITS_KEY,
             )
         )
         async with writing(self._engine) as connection:

@@ -144,17 +144,22 @@ def check_terms(terms: KeyTerms, now: Micros) -> None:
         raise _wrong("name", f"A key's name has at most {NAME_CHARACTERS_MAX} printable characters.")
     if terms.expires_at is not None and terms.expires_at <= now:
         raise _wrong("expires_at", "A key must expire in the future.")
-    models = terms.allowed_models
-    if models is not None and (len(models) > MODELS_MAX or not all(map(_PATTERN.fullmatch, models))):
-        raise _wrong("allowed_models", f"At most {MODELS_MAX} names of models, with * and ? for what may vary.")
+    check_limits(terms)
     if terms.limit_amount is not None and not 0 <= terms.limit_amount <= NANOS_MAX:
         raise _wrong("limit_amount", "A limit must not be below zero.")
     if terms.limit_period not in _STRICTNESS:
         raise _wrong("limit_period", "A limit is by day, by month, or for ever (null).")
     if terms.limit_period is not None and terms.limit_amount is None:
         raise _wrong("limit_period", "A period needs a limit_amount.")
+
+
+def check_limits(limits: KeyTerms | User) -> None:
+    """Raises `BadRequest` for models and rates to which neither a key nor a user can be limited."""
+    models = limits.allowed_models
+    if models is not None and (len(models) > MODELS_MAX or not all(map(_PATTERN.fullmatch, models))):
+        raise _wrong("allowed_models", f"At most {MODELS_MAX} names of models, with * and ? for what may vary.")
     for name in _RATES:
-        rate = getattr(terms, name)
+        rate = getattr(limits, name)
         if rate is not None and not 0 <= rate <= COUNT_MAX:
             raise _wrong(name, f"A limit must be from 0 to {COUNT_MAX}.")
 
@@ -221,7 +226,7 @@ async def create_key(
     check_terms(terms, now)
     if terms.scope is Scope.ADMIN and not user.is_admin:
         raise Forbidden(f"{user.shown_name} is not an admin.", code="not_an_admin")
-    await _lock_wallet(connection, user.wallet_id)
+    await _lock_wallets(connection, user.wallet_id, *([by.wallet_id] if by is not None else []))
     if by is not None:
         await _give(connection, by, terms)
         await _check_count(connection, user.id)
@@ -285,7 +290,7 @@ async def change_key(
     A key that has limits of its own may tighten others, and loosen none. Raises as `create_key` does, and `Conflict`
     when the key is revoked.
     """
-    await _lock_wallet(connection, key.wallet_id)
+    await _lock_wallets(connection, key.wallet_id)
     key = await read_key(connection, key.user_id, key.id)
     if not key.is_active:
         raise Conflict("This key is revoked.", code="key_revoked")
@@ -327,7 +332,7 @@ async def _period(connection: AsyncConnection, key: Key, period: str | None) -> 
 
 async def revoke_key(connection: AsyncConnection, key: Key, *, by: Caller | None = None) -> None:
     """Close `key` for good; twice is once. Raises `Forbidden` when it has more scope than the key that asks."""
-    await _lock_wallet(connection, key.wallet_id)
+    await _lock_wallets(connection, key.wallet_id)
     _check_rank(key, by)
     await connection.execute(api_keys.update().where(api_keys.c.id == key.id).values(is_active=False))
 
@@ -337,9 +342,10 @@ def _check_rank(key: Key, by: Caller | None) -> None:
         raise Forbidden("A key cannot change a key of more scope.", code="insufficient_scope")
 
 
-async def _lock_wallet(connection: AsyncConnection, wallet_id: str) -> None:
+async def _lock_wallets(connection: AsyncConnection, *wallet_ids: str) -> None:
     """Wait for the calls that are just being booked, as the ledger does: limits change between two of them."""
-    await connection.execute(sa.select(wallets.c.id).where(wallets.c.id == wallet_id).with_for_update(key_share=True))
+    query = sa.select(wallets.c.id).where(wallets.c.id.in_(wallet_ids)).order_by(wallets.c.id)
+    await connection.execute(query.with_for_update(key_share=True))
 
 
 # ---- reading
@@ -347,12 +353,12 @@ async def _lock_wallet(connection: AsyncConnection, wallet_id: str) -> None:
 
 async def read_key(connection: AsyncConnection, user_id: str, key_id: str) -> Key:
     """The user's key with this id. Raises `NotFound` when there is none, or it is somebody else's."""
-    if is_id(key_id, "key"):
+    if is_id(key_id, "key") and is_id(user_id, "usr"):
         query = sa.select(*_COLUMNS).where(api_keys.c.id == key_id, api_keys.c.user_id == user_id)
         row = (await connection.execute(query)).one_or_none()
         if row is not None:
             return _key(row)
-    raise NotFound(f"There is no key {key_id!r} of yours.")
+    raise NotFound(f"There is no such key: {key_id!r}.")
 
 
 async def list_keys(connection: AsyncConnection, user_id: str, *, limit: int, before: str | None = None) -> list[Key]:

@@ -12,13 +12,16 @@ from proxy.errors import BadRequest, Conflict, NotFound
 from proxy.storage.tables import identities, users, wallets
 from proxy.units import Micros, Nanos, is_id, new_id, now_micros
 
+TEXT_CHARACTERS_MAX = 200
+"""Of what users are searched by."""
+
 NAME_CHARACTERS_MAX = 200
 EMAIL_CHARACTERS_MAX = 254
 """Of an address in RFC 5321's envelope."""
 
 
 class User(msgspec.Struct, frozen=True):
-    """Who may call, and who pays: a personal wallet has its user's id."""
+    """Who may call, and who pays: a personal wallet has its user's id. The limits are the operator's; None is none."""
 
     id: str
     email: str | None
@@ -29,7 +32,12 @@ class User(msgspec.Struct, frozen=True):
     token_version: int = 0
     starting_credits: Nanos | None = None
     """Promised and not booked yet."""
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None
+    concurrent_calls_max: int | None = None
+    allowed_models: list[str] | None = None
     created_at: Micros = 0
+    updated_at: Micros = 0
 
     @property
     def wallet_id(self) -> str:
@@ -42,7 +50,28 @@ class User(msgspec.Struct, frozen=True):
         return self.email or self.id
 
 
+class Wallet(msgspec.Struct, frozen=True):
+    """What a user has, in nano-credits."""
+
+    balance: Nanos
+    reserved: Nanos
+    owed: Nanos
+
+    @property
+    def available(self) -> Nanos:
+        """What a new call may use; negative while more is owed than is left."""
+        return self.balance - self.reserved - self.owed
+
+
+class Standing(msgspec.Struct, frozen=True):
+    """A user, and what it has."""
+
+    user: User
+    wallet: Wallet
+
+
 _COLUMNS = [users.c[name] for name in User.__struct_fields__]
+_WALLET_COLUMNS = [wallets.c[name] for name in Wallet.__struct_fields__]
 
 
 def normalise_email(email: str) -> str:
@@ -77,8 +106,11 @@ async def create_user(  # noqa: PLR0913 - what is known of a person
     full_name: str | None = None,
     email_verified: bool = False,
     starting_credits: Nanos = 0,
+    **limits: Any,
 ) -> User:
     """Add a user with an empty wallet. `starting_credits` are promised, not booked: see `Accounts`.
+
+    `limits` are fields of `User`, checked by whoever sets them.
 
     Raises `BadRequest` for an address that is none, `Conflict` for one that is taken.
     """
@@ -92,13 +124,13 @@ async def create_user(  # noqa: PLR0913 - what is known of a person
         email_verified=email_verified,
         starting_credits=starting_credits or None,
         created_at=now,
+        updated_at=now,
+        **limits,
     )
     try:
-        await connection.execute(
-            users.insert().values(**msgspec.structs.asdict(user), password_hash=password_hash, updated_at=now)
-        )
+        await connection.execute(users.insert().values(**msgspec.structs.asdict(user), password_hash=password_hash))
     except IntegrityError as exc:
-        raise Conflict(f"There is a user {user.email} already.", code="email_taken") from exc
+        raise _taken(user.email) from exc
     await connection.execute(wallets.insert().values(id=user.wallet_id, owner_id=user.id))
     return user
 
@@ -114,12 +146,87 @@ async def find_user(connection: AsyncConnection, email: str) -> User:
     return _user(row)
 
 
-async def read_user(connection: AsyncConnection, user_id: str) -> User:
-    """The user with this id. Raises `NotFound` when there is none."""
-    row = (await connection.execute(sa.select(*_COLUMNS).where(users.c.id == user_id))).one_or_none()
+async def read_user(connection: AsyncConnection, user_id: str, *, is_locked: bool = False) -> User:
+    """The user with this id, to stay as it is until the transaction ends if `is_locked`.
+
+    Raises `NotFound` when there is none.
+    """
+    query = sa.select(*_COLUMNS).where(users.c.id == user_id)
+    if is_locked:
+        query = query.with_for_update()
+    row = (await connection.execute(query)).one_or_none() if is_id(user_id, "usr") else None
     if row is None:
-        raise NotFound(f"There is no user {user_id}.")
+        raise NotFound(f"There is no user {user_id!r}.")
     return _user(row)
+
+
+async def read_standing(connection: AsyncConnection, user_id: str) -> Standing:
+    """Likewise, with the wallet."""
+    query = _STANDINGS.where(users.c.id == user_id)
+    row = (await connection.execute(query)).one_or_none() if is_id(user_id, "usr") else None
+    if row is None:
+        raise NotFound(f"There is no user {user_id!r}.")
+    return _standing(row)
+
+
+async def list_users(
+    connection: AsyncConnection,
+    *,
+    limit: int,
+    before: str | None = None,
+    email: str | None = None,
+    text: str | None = None,
+) -> list[Standing]:
+    """Users, newest first; at most `limit`, those made before the user `before`.
+
+    `email` is a whole address, or the beginning of one; `text` is part of an address or a name, or an id. Raises
+    `BadRequest` when they are too long to be any, or hold what no text can.
+    """
+    query = _STANDINGS
+    if before is not None:
+        query = query.where(users.c.id < before)
+    if email is not None:
+        query = query.where(_has_email(_searchable(email, "email")))
+    if text is not None:
+        text = _searchable(text, "q")
+        named = (users.c[name].icontains(text, autoescape=True) for name in ("email", "full_name"))
+        query = query.where(sa.or_(users.c.id == text, *named))
+    return [_standing(row) for row in await connection.execute(query.order_by(users.c.id.desc()).limit(limit))]
+
+
+def _has_email(email: str) -> sa.ColumnElement[bool]:
+    try:
+        return users.c.email == normalise_email(email)
+    except BadRequest:
+        return users.c.email.startswith(email.lower(), autoescape=True)
+
+
+def _searchable(text: str, param: str) -> str:
+    if len(text) > TEXT_CHARACTERS_MAX or not text.isprintable():
+        raise BadRequest(
+            f"At most {TEXT_CHARACTERS_MAX} printable characters can be searched for.",
+            param=param,
+            code="invalid_value",
+        )
+    return text
+
+
+async def change_user(connection: AsyncConnection, user_id: str, values: dict[str, Any]) -> None:
+    """Write `values`, which are fields of `User`, checked before. Raises `Conflict` for an address that is taken."""
+    try:
+        await connection.execute(users.update().where(users.c.id == user_id).values(**values, updated_at=now_micros()))
+    except IntegrityError as exc:
+        raise _taken(values.get("email")) from exc
+
+
+def _taken(email: str | None) -> Conflict:
+    return Conflict(f"There is a user {email} already.", code="email_taken")
+
+
+async def has_other_admin(connection: AsyncConnection, user_id: str) -> bool:
+    """Whether an active admin is left without this user, until the transaction ends: nobody else can take one away."""
+    admins = sa.select(users.c.id).where(users.c.is_admin, users.c.is_active).order_by(users.c.id)
+    return any(admin != user_id for admin in await connection.scalars(admins.with_for_update()))
 
 
 async def has_users(connection: AsyncConnection) -> bool:
@@ -189,6 +296,13 @@ async def add_identity(connection: AsyncConnection, user_id: str, issuer: str, s
         )
     except IntegrityError as exc:
         raise Conflict("This identity has a user already.", code="identity_taken") from exc
+
+
+_STANDINGS = sa.select(*_COLUMNS, *_WALLET_COLUMNS).join(wallets, wallets.c.id == users.c.id)
+
+
+def _standing(row: Any) -> Standing:
+    return Standing(_user(row), Wallet(**{name: getattr(row, name) for name in Wallet.__struct_fields__}))
 
 
 def _user(row: Any) -> User:

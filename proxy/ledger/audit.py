@@ -6,14 +6,20 @@ import msgspec
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from proxy.pricing import Price, cost, provider_cost
-from proxy.storage.database import database_now, reading
-from proxy.units import MICROS_PER_SECOND, Usage
+from proxy.ledger.rollup import COUNTERS, FIGURE_MAX, PERHAPS_BILLED, bounded, month_of
+from proxy.pricing import Price, cost, is_no_dearer, provider_cost
+from proxy.routing import Terms
+from proxy.storage.database import database_now, patient, reading
+from proxy.units import MICROS_PER_DAY, MICROS_PER_SECOND, Usage
 
 ROWS_MAX = 20
 """How many violating rows of each check are shown."""
 
 Row = dict[str, Any]
+Tokens = tuple[int, int, int]
+"""In, of those from a cache, and out."""
+
+_NO_TOKENS: Tokens = (0, 0, 0)
 T = TypeVar("T")
 
 
@@ -24,6 +30,48 @@ class Check(msgspec.Struct, frozen=True):
     says: str
     sql: str
 
+
+def _bounded_sql(figure: str) -> str:
+    return f"CASE WHEN {figure} > {FIGURE_MAX} THEN {FIGURE_MAX} ELSE COALESCE({figure}, 0) END"
+
+
+_IS_PERHAPS_BILLED = f"outcome IN ({', '.join(repr(outcome) for outcome in sorted(PERHAPS_BILLED))})"
+
+_COUNTED = {
+    "calls": "CASE WHEN state = 'settled' THEN 1 ELSE 0 END",
+    "charged": "charged",
+    "provider_cost": f"CASE WHEN state = 'settled' THEN {_bounded_sql('provider_cost')} ELSE 0 END",
+    "shortfall": _bounded_sql("shortfall"),
+    "refunded": "refunded",
+    "released": "CASE WHEN state = 'settled' THEN 0 ELSE 1 END",
+    "perhaps_billed": f"CASE WHEN state <> 'settled' AND {_IS_PERHAPS_BILLED} THEN 1 ELSE 0 END",
+    "perhaps_billed_amount": f"CASE WHEN state <> 'settled' AND {_IS_PERHAPS_BILLED} THEN amount ELSE 0 END",
+}
+"""What a call that has ended adds to each sum of its row in `usage_days`; tokens are held against calls elsewhere."""
+
+_DAYS = Check(
+    "I10",
+    "the sums by day are those of the calls that ended on them",
+    "SELECT wallet_id, day, user_id, key_id, model, provider,"
+    f" {', '.join(f'CAST(SUM({sum_}) AS BIGINT) AS {sum_}' for sum_ in _COUNTED)}"
+    f" FROM (SELECT wallet_id, day, user_id, key_id, model, provider, {', '.join(_COUNTED)} FROM usage_days UNION ALL"
+    f" SELECT wallet_id, settled_at / {MICROS_PER_DAY}, user_id, COALESCE(key_id, ''), original_model,"
+    f" COALESCE(provider, ''), {', '.join(f'-({figure})' for figure in _COUNTED.values())}"
+    " FROM reservations WHERE state <> 'open') rows GROUP BY wallet_id, day, user_id, key_id, model, provider"
+    f" HAVING {' OR '.join(f'SUM({sum_}) <> 0' for sum_ in _COUNTED)}",
+)
+"""Its rows show what the sums have too much, or where negative too little."""
+
+_MONTHS = Check(
+    "I10",
+    "the sums by month are those of the days",
+    "SELECT wallet_id, user_id, key_id, model, provider,"
+    f" {', '.join(f'CAST(SUM({sum_}) AS BIGINT) AS {sum_}' for sum_ in COUNTERS)} FROM ("
+    f" SELECT wallet_id, user_id, key_id, model, provider, {', '.join(COUNTERS)} FROM usage_months UNION ALL"
+    f" SELECT wallet_id, user_id, key_id, model, provider, {', '.join(f'-{sum_}' for sum_ in COUNTERS)} FROM usage_days"
+    ") rows GROUP BY wallet_id, user_id, key_id, model, provider"
+    f" HAVING {' OR '.join(f'SUM({sum_}) <> 0' for sum_ in COUNTERS)}",
+)
 
 CHECKS = (
     Check(
@@ -124,6 +172,8 @@ CHECKS = (
         " LEFT JOIN instances i ON i.id = r.owner_id WHERE r.state = 'open'"
         f" AND (i.id IS NULL OR i.lease_until < :now - {60 * MICROS_PER_SECOND})",
     ),
+    _DAYS,
+    _MONTHS,
 )
 
 LIMITS = Check(
@@ -138,9 +188,15 @@ _DEDUCTED = (
     "SELECT CAST(COALESCE(SUM(-amount), 0) AS BIGINT) AS deducted FROM credit_transactions WHERE type = 'deduction'"
 )
 
+_COUNTED_TOKENS = (
+    "SELECT wallet_id, CAST(SUM(input_tokens) AS BIGINT) AS input_tokens,"
+    " CAST(SUM(cached_input_tokens) AS BIGINT) AS cached_input_tokens,"
+    " CAST(SUM(output_tokens) AS BIGINT) AS output_tokens FROM usage_days GROUP BY wallet_id"
+)
+
 _CHARGES = (
-    "SELECT id, usage, price, markup_bps, cost, charged, shortfall, provider_cost FROM reservations"
-    " WHERE state = 'settled'"
+    "SELECT id, wallet_id, usage, price, markup_bps, cost, charged, shortfall, provider_cost, provider, request_model,"
+    " offers FROM reservations WHERE state = 'settled'"
 )
 
 
@@ -201,7 +257,7 @@ async def audit(engine: AsyncEngine) -> Report:
     Raises `Unavailable` when the database is out of reach.
     """
     report = Report(violations=[], notes=[], totals=Totals())
-    async with reading(engine, is_snapshot=True) as connection:
+    async with patient(engine) as patient_engine, reading(patient_engine, is_snapshot=True) as connection:
         for check in CHECKS:
             await _run(connection, check, report.violations)
         await _run(connection, LIMITS, report.notes)
@@ -219,15 +275,21 @@ async def _run(connection: AsyncConnection, check: Check, findings: list[Finding
 
 
 async def _reproduce(connection: AsyncConnection, report: Report) -> None:
-    """I8: each charge follows from its stored usage, prices and markup. I9: the sums of all charges agree."""
+    """I8: each charge follows from its stored usage, prices and markup. I9: the sums of all charges agree.
+
+    And of I10, what only those who read each call's usage can tell.
+    """
+    tokens: dict[str, Tokens] = {}
     wrong = Finding("I8", "each charge follows from its stored usage, prices and markup", 0, [])
+    changed = Finding("I8", "each charge is at the markup, and within the prices, that its call was reserved at", 0, [])
     totals = report.totals
     async for row in await connection.stream(sa.text(_CHARGES)):
         expected = _expected(row)
         if (row.cost, row.provider_cost, row.charged + row.shortfall) != expected:
-            wrong.count += 1
-            if wrong.count <= ROWS_MAX:
-                wrong.rows.append({"reservation_id": row.id, "cost": row.cost, "expected": expected and expected[0]})
+            _note(wrong, {"reservation_id": row.id, "cost": row.cost, "expected": expected and expected[0]})
+        if row.offers is not None and not _is_as_reserved(row):
+            _note(changed, {"reservation_id": row.id, "provider": row.provider, "markup_bps": row.markup_bps})
+        tokens[row.wallet_id] = _with(tokens.get(row.wallet_id, _NO_TOKENS), row.usage)
         totals.calls += 1
         totals.charged += row.charged
         totals.shortfall += row.shortfall
@@ -235,8 +297,7 @@ async def _reproduce(connection: AsyncConnection, report: Report) -> None:
         if expected is not None:
             totals.markup += expected[0] - expected[1]
     totals.deducted = (await connection.execute(sa.text(_DEDUCTED))).scalar_one()
-    if wrong.count:
-        report.violations.append(wrong)
+    report.violations += [finding for finding in (wrong, changed) if finding.count]
     for says, is_true in (
         (
             "all charges and shortfalls are the providers' cost and the markup",
@@ -246,6 +307,51 @@ async def _reproduce(connection: AsyncConnection, report: Report) -> None:
     ):
         if not is_true:
             report.violations.append(Finding("I9", says, 1, [msgspec.to_builtins(totals)]))
+    await _compare_tokens(connection, report, tokens)
+    await _compare_months(connection, report)
+
+
+async def _compare_tokens(connection: AsyncConnection, report: Report, tokens: dict[str, Tokens]) -> None:
+    counted = {
+        row.wallet_id: (row.input_tokens, row.cached_input_tokens, row.output_tokens)
+        for row in await connection.execute(sa.text(_COUNTED_TOKENS))
+    }
+    wrong = [
+        {"wallet_id": wallet_id, "counted": counted.get(wallet_id), "used": tokens.get(wallet_id)}
+        for wallet_id in sorted(tokens.keys() | counted.keys())
+        if tokens.get(wallet_id, _NO_TOKENS) != counted.get(wallet_id, _NO_TOKENS)
+    ]
+    if wrong:
+        says = "the tokens in the sums of a wallet are those of its calls"
+        report.violations.append(Finding("I10", says, len(wrong), wrong[:ROWS_MAX]))
+
+
+async def _compare_months(connection: AsyncConnection, report: Report) -> None:
+    """Of I10, that what a month has is what its own days have."""
+    by_month: dict[int, list[int]] = {}
+    for table, sign in (("usage_months", 1), ("usage_days", -1)):
+        sums = ", ".join(f"SUM({sum_})" for sum_ in COUNTERS)
+        for day, *found in await connection.execute(sa.text(f"SELECT day, {sums} FROM {table} GROUP BY day")):
+            row = by_month.setdefault(month_of(day), [0] * len(COUNTERS))
+            row[:] = [has + sign * int(more) for has, more in zip(row, found, strict=True)]
+    wrong: list[Row] = [
+        {"day": month, **dict(zip(COUNTERS, sums, strict=True))} for month, sums in by_month.items() if any(sums)
+    ]
+    if wrong:
+        report.violations.append(Finding("I10", "a month's sums are those of its days", len(wrong), wrong[:ROWS_MAX]))
+
+
+def _with(tokens: Tokens, usage: Any) -> Tokens:
+    """`tokens` and those of one call."""
+    try:
+        used = _decode(usage, Usage)
+    except msgspec.MsgspecError:
+        return tokens
+    return (
+        tokens[0] + bounded(used.input_tokens),
+        tokens[1] + bounded(used.cached_input),
+        tokens[2] + bounded(used.output_tokens),
+    )
 
 
 def _expected(row: Any) -> tuple[int, int, int] | None:
@@ -256,6 +362,25 @@ def _expected(row: Any) -> tuple[int, int, int] | None:
     except (msgspec.MsgspecError, TypeError):
         return None
     return total, provider_cost(usage, price), total
+
+
+def _note(finding: Finding, row: Row) -> None:
+    finding.count += 1
+    if finding.count <= ROWS_MAX:
+        finding.rows.append(row)
+
+
+def _is_as_reserved(row: Any) -> bool:
+    """Whether a settled call was charged at the terms of one of the offers that it was reserved for."""
+    try:
+        offers, price = _decode(row.offers, list[Terms]), _decode(row.price, Price)
+    except (msgspec.MsgspecError, TypeError):
+        return False
+    return any(
+        (each.provider, each.model, each.markup_bps) == (row.provider, row.request_model, row.markup_bps)
+        and (price == each.price or is_no_dearer(price, each.price))
+        for each in offers
+    )
 
 
 def _decode(value: Any, type_: type[T]) -> T:

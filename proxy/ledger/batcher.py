@@ -33,6 +33,7 @@ from proxy.ledger.decide import (
     Reserved,
 )
 from proxy.ledger.store import Store, StoreLostError
+from proxy.metrics import Metrics
 from proxy.units import new_id
 
 log = structlog.get_logger(__name__)
@@ -60,8 +61,14 @@ class Batcher:
     """
 
     def __init__(
-        self, store: Store, owner_id: Callable[[], str | None], on_ended: Callable[[str], None] = lambda _: None
+        self,
+        store: Store,
+        owner_id: Callable[[], str | None],
+        metrics: Metrics | None = None,
+        *,
+        on_ended: Callable[[str], None] = lambda _: None,
     ) -> None:
+        self._metrics = metrics or Metrics()
         self._store = store
         self._owner_id = owner_id
         self._on_ended = on_ended
@@ -72,6 +79,17 @@ class Batcher:
         self._is_closing = False
         self._close_by = 0.0
         self._is_lost = False
+        self._busy_since: float | None = None
+
+    @property
+    def waiting(self) -> int:
+        """How many operations are queued."""
+        return len(self._queue)
+
+    @property
+    def busy_s(self) -> float:
+        """For how long the transaction under way has been, in seconds; 0 without one."""
+        return 0.0 if self._busy_since is None else asyncio.get_running_loop().time() - self._busy_since
 
     @property
     def is_lost(self) -> bool:
@@ -162,6 +180,7 @@ class Batcher:
         """What the database answers in the end; None when it is not waited for any longer."""
         attempt = 0
         while True:
+            begun = self._busy_since = asyncio.get_running_loop().time()
             try:
                 outcomes = await self._store.transact(operations, owner_id=self._owner_id())
             except StoreLostError as exc:
@@ -174,7 +193,10 @@ class Batcher:
                 attempt += 1
             else:
                 self._is_lost = False
+                self._metrics.batch(len(operations), asyncio.get_running_loop().time() - begun)
                 return outcomes
+            finally:
+                self._busy_since = None
 
     def _is_worth_waiting_for(self, batch: list[Waiting]) -> bool:
         if asyncio.get_running_loop().time() >= self._close_by:

@@ -18,7 +18,8 @@ from typing import assert_never
 
 import msgspec
 
-from proxy.units import MICROS_PER_SECOND, NANOS_MAX, Micros, Nanos
+from proxy.ledger.rollup import PERHAPS_BILLED, DayKey, UsageDay, bounded, day_of
+from proxy.units import MICROS_PER_SECOND, NANOS_MAX, Micros, Nanos, format_credits
 
 WINDOW = 60 * MICROS_PER_SECOND
 """Rate limits are counted by the clock minute."""
@@ -144,6 +145,7 @@ class Reservation(msgspec.Struct, kw_only=True, gc=False):
     refunded: Nanos = 0
     is_late: bool | None = None
     settled_at: Micros | None = None
+    provider: str | None = None
 
 
 class Transaction(msgspec.Struct, frozen=True, kw_only=True, gc=False):
@@ -159,6 +161,17 @@ class Transaction(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     balance_after: Nanos
     reservation_id: str | None
     idempotency_key: str | None
+    created_at: Micros
+
+
+class Event(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """A row of `admin_events`: what `actor` did; `before` and `after` are JSON."""
+
+    actor: str
+    action: str
+    subject: str
+    before: str
+    after: str
     created_at: Micros
 
 
@@ -185,7 +198,8 @@ class Reserve(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """Hold credits for the call `id`: at least `at_least`, at most `at_most`, else nothing.
 
     `window_tokens` is what it counts against tokens a minute until it is settled, `models` everything that may
-    serve it (`provider/model`), `token_version` that of the JWT that came with it, None with an API key.
+    serve it (`provider/model`), `token_version` that of the JWT that came with it, None with an API key. `offers` is
+    kept for the record: JSON, a list of `routing.Terms`.
     """
 
     id: str
@@ -200,6 +214,7 @@ class Reserve(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     is_stream: bool
     token_version: int | None = None
     client_request_id: str | None = None
+    offers: str | None = None
 
 
 class Settle(msgspec.Struct, frozen=True, kw_only=True, gc=False):
@@ -235,15 +250,17 @@ class Expire(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 class Credit(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """Book `amount` into a wallet by hand: a top-up, a refund of the charge of `reservation_id`, an adjustment.
 
-    `idempotency_key` makes it happen once however often it is sent.
+    A refund without an amount gives back all that is left of the charge. `idempotency_key` makes it happen once however
+    often it is sent. `actor` is the operator who does it, and is put on record; None for what Tollgate does by itself.
     """
 
     wallet_id: str
     type: CreditType
-    amount: Nanos
+    amount: Nanos | None
     description: str
     idempotency_key: str | None = None
     reservation_id: str | None = None
+    actor: str | None = None
 
 
 Operation = Reserve | Settle | Release | Expire | Credit
@@ -276,7 +293,10 @@ class Reserved(msgspec.Struct, frozen=True, gc=False):
 
 
 class Refused(msgspec.Struct, frozen=True, kw_only=True, gc=False):
-    """Nothing is held. Amounts are those of the wallet, or of the key for `KEY_LIMIT`; `retry_after_s` for rates."""
+    """Nothing is held. Amounts are those of the wallet, or of the key for `KEY_LIMIT`; `retry_after_s` for rates.
+
+    `allowed` are those of the operation's models that the caller may use, for `MODEL_NOT_ALLOWED`.
+    """
 
     reason: Refusal
     required: Nanos = 0
@@ -284,6 +304,7 @@ class Refused(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     reserved: Nanos = 0
     is_temporary: bool = False
     retry_after_s: int = 0
+    allowed: tuple[str, ...] = ()
 
 
 class Settled(msgspec.Struct, frozen=True, kw_only=True, gc=False):
@@ -332,7 +353,7 @@ Outcome = Reserved | Refused | Settled | Released | Credited | Faulted
 
 
 class Changes(msgspec.Struct):
-    """What to write: whole rows, each at most once."""
+    """What to write: whole rows, each at most once; but `days` holds what to add to each row."""
 
     wallets: dict[str, Wallet] = msgspec.field(default_factory=dict)
     keys: dict[str, Key] = msgspec.field(default_factory=dict)
@@ -340,6 +361,8 @@ class Changes(msgspec.Struct):
     closed: dict[str, tuple[Reservation, Receipt]] = msgspec.field(default_factory=dict)
     refunded: dict[str, Reservation] = msgspec.field(default_factory=dict)
     transactions: list[Transaction] = msgspec.field(default_factory=list)
+    days: dict[DayKey, UsageDay] = msgspec.field(default_factory=dict)
+    events: list[Event] = msgspec.field(default_factory=list)
 
 
 def decide(state: State, operations: Sequence[Operation]) -> tuple[Changes, list[Outcome]]:
@@ -444,9 +467,11 @@ class _Decider:
             and (key.expires_at is None or key.expires_at > self.state.now)
         ):
             return Refused(reason=Refusal.INVALID_KEY)
-        for patterns in (user.allowed_models, None if key is None else key.allowed_models):
-            if patterns is not None and not all(allows(patterns, model) for model in operation.models):
-                return Refused(reason=Refusal.MODEL_NOT_ALLOWED)
+        allowances = [user.allowed_models] if key is None else [user.allowed_models, key.allowed_models]
+        if allowances.count(None) < len(allowances):
+            allowed = [model for model in operation.models if all(allows(patterns, model) for patterns in allowances)]
+            if len(allowed) < len(operation.models):
+                return Refused(reason=Refusal.MODEL_NOT_ALLOWED, allowed=tuple(allowed))
         return None
 
     def refuse_rate(self, operation: Reserve, user: User, wallet: Wallet, key: Key | None) -> Refused | None:
@@ -504,7 +529,9 @@ class _Decider:
         if key is not None and key.available is not None:
             more = min(more, max(0, key.available))
         charged = min(operation.cost, held + more)
-        if not is_late:
+        if is_late:
+            self.count_released(reservation, -1, is_perhaps_billed=True)
+        else:
             self.free(reservation, wallet, key)
         self.charge(reservation, charged, wallet, key)
         self.count_tokens(reservation, operation.tokens, wallet, key)
@@ -513,6 +540,7 @@ class _Decider:
         reservation.shortfall = operation.cost - charged
         reservation.is_late = is_late
         self.close(reservation, ReservationState.SETTLED, operation.receipt)
+        self.count_settled(reservation, operation.receipt)
         return self.settled(reservation, wallet, is_replay=False)
 
     def settled(self, reservation: Reservation, wallet: Wallet, *, is_replay: bool) -> Settled:
@@ -532,7 +560,7 @@ class _Decider:
             description=reservation.original_model,
             reservation_id=reservation.id,
         )
-        self.book(wallet, deduction, reservation.user_id)
+        self.book(wallet, deduction, -charged, reservation.user_id)
         if key is not None:
             key.spent += charged
             key.period_spent += charged
@@ -555,7 +583,9 @@ class _Decider:
                 key = self.key_of(reservation)
                 self.free(reservation, wallet, key)
                 self.count_tokens(reservation, 0, wallet, key)
-                self.close(reservation, ReservationState.RELEASED, operation.receipt)
+                receipt = operation.receipt
+                self.close(reservation, ReservationState.RELEASED, receipt)
+                self.count_released(reservation, 1, is_perhaps_billed=receipt.outcome in PERHAPS_BILLED)
                 return Released()
             case ReservationState.SETTLED if operation.is_undelivered:
                 return self.refund_undelivered(reservation, wallet)
@@ -576,9 +606,10 @@ class _Decider:
                 description="the answer was not delivered",
                 reservation_id=reservation.id,
             )
-            self.book(wallet, refund, reservation.user_id)
+            self.book(wallet, refund, left, reservation.user_id)
             reservation.refunded = reservation.charged
             self.changes.refunded[reservation.id] = reservation
+            self.day(reservation).refunded += left
         return Released(reservation.refunded)
 
     def expire(self, operation: Expire) -> Outcome:
@@ -590,6 +621,7 @@ class _Decider:
             return Released(is_replay=True)
         self.free(reservation, wallet, self.key_of(reservation))
         self.close(reservation, ReservationState.EXPIRED, Receipt(outcome="expired"))
+        self.count_released(reservation, 1, is_perhaps_billed=True)
         return Released()
 
     def free(self, reservation: Reservation, wallet: Wallet, key: Key | None) -> None:
@@ -600,7 +632,43 @@ class _Decider:
     def close(self, reservation: Reservation, state: ReservationState, receipt: Receipt) -> None:
         reservation.state = state
         reservation.settled_at = self.state.now
+        reservation.provider = receipt.provider
         self.changes.closed[reservation.id] = (reservation, receipt)
+
+    # -- what ended calls add up to
+
+    def day(self, reservation: Reservation) -> UsageDay:
+        """The row in which an ended call is counted."""
+        key_id, provider = reservation.key_id or "", reservation.provider or ""
+        day, model = day_of(reservation.settled_at or 0), reservation.original_model
+        key = (reservation.wallet_id, day, reservation.user_id, key_id, model, provider)
+        row = self.changes.days.get(key)
+        if row is None:
+            row = self.changes.days[key] = UsageDay(
+                wallet_id=reservation.wallet_id,
+                day=day,
+                user_id=reservation.user_id,
+                key_id=key_id,
+                model=model,
+                provider=provider,
+            )
+        return row
+
+    def count_settled(self, reservation: Reservation, receipt: Receipt) -> None:
+        row = self.day(reservation)
+        row.calls += 1
+        row.add_tokens(receipt.usage)
+        row.charged += reservation.charged
+        row.provider_cost += bounded(receipt.provider_cost or 0)
+        row.shortfall += bounded(reservation.shortfall)
+
+    def count_released(self, reservation: Reservation, number: int, *, is_perhaps_billed: bool) -> None:
+        """Count a call that was released, or with -1 count it no more."""
+        row = self.day(reservation)
+        row.released += number
+        if is_perhaps_billed:
+            row.perhaps_billed += number
+            row.perhaps_billed_amount += number * reservation.amount
 
     # -- credits by hand
 
@@ -611,58 +679,47 @@ class _Decider:
         if operation.idempotency_key is not None:
             booked = self.state.transactions.get((wallet.id, operation.idempotency_key))
             if booked is not None:
-                return _replayed_credit(booked, operation)
-        fault = self.refuse_credit(operation, wallet)
-        if fault is not None:
-            return Faulted(fault)
-        transaction = self.book(wallet, operation, wallet.owner_id)
+                return _replayed_credit(booked, operation, self.left_of(operation, wallet))
+        left = self.left_of(operation, wallet)
+        amount = left if operation.amount is None else operation.amount
+        fault = _refuse_credit(operation, amount, left, wallet)
+        if fault is not None or amount is None:
+            return Faulted(fault or Fault.OUT_OF_RANGE)
+        transaction = self.book(wallet, operation, amount, wallet.owner_id)
         if operation.type == CreditType.REFUND and operation.reservation_id is not None:
             reservation = self.state.reservations[operation.reservation_id]
-            reservation.refunded += operation.amount
+            reservation.refunded += amount
             self.changes.refunded[reservation.id] = reservation
+            self.day(reservation).refunded += amount
+        if operation.actor is not None:
+            self.changes.events.append(_event(transaction, operation.actor))
         return Credited(transaction=transaction)
 
-    def refuse_credit(self, operation: Credit, wallet: Wallet) -> Fault | None:
-        amount = operation.amount
-        if not 0 <= wallet.balance + amount <= NANOS_MAX:
-            return Fault.OUT_OF_RANGE
-        match operation.type:
-            case CreditType.TOPUP:
-                return None if amount > 0 else Fault.OUT_OF_RANGE
-            case CreditType.ADJUSTMENT:
-                if not amount:
-                    return Fault.OUT_OF_RANGE
-                return Fault.BELOW_RESERVED if wallet.balance + amount < wallet.reserved else None
-            case CreditType.REFUND:
-                reservation = self.state.reservations.get(operation.reservation_id or "")
-                if reservation is None or reservation.wallet_id != wallet.id:
-                    return Fault.UNKNOWN_RESERVATION
-                if amount <= 0:
-                    return Fault.OUT_OF_RANGE
-                return Fault.ABOVE_CHARGE if amount > reservation.charged - reservation.refunded else None
-            case CreditType.DEDUCTION:
-                return Fault.OUT_OF_RANGE
-            case _:
-                assert_never(operation.type)
+    def left_of(self, operation: Credit, wallet: Wallet) -> Nanos | None:
+        """What a refund can give back of its charge; None where the wallet has no such charge."""
+        reservation = self.state.reservations.get(operation.reservation_id or "")
+        if reservation is None or reservation.wallet_id != wallet.id:
+            return None
+        return reservation.charged - reservation.refunded
 
     # -- shared
 
-    def book(self, wallet: Wallet, credit: Credit, user_id: str) -> Transaction:
+    def book(self, wallet: Wallet, credit: Credit, amount: Nanos, user_id: str) -> Transaction:
         wallet.seq += 1
         transaction = Transaction(
             wallet_id=wallet.id,
             user_id=user_id,
             seq=wallet.seq,
             type=credit.type,
-            amount=credit.amount,
+            amount=amount,
             description=credit.description,
             balance_before=wallet.balance,
-            balance_after=wallet.balance + credit.amount,
+            balance_after=wallet.balance + amount,
             reservation_id=credit.reservation_id,
             idempotency_key=credit.idempotency_key,
             created_at=self.state.now,
         )
-        wallet.balance += credit.amount
+        wallet.balance += amount
         self.changes.wallets[wallet.id] = wallet
         self.changes.transactions.append(transaction)
         if credit.idempotency_key is not None:
@@ -741,12 +798,55 @@ def _replayed_reserve(existing: Reservation, operation: Reserve) -> Outcome:
     return Reserved(existing.amount, is_replay=True)
 
 
-def _replayed_credit(booked: Transaction, operation: Credit) -> Outcome:
+def _refuse_credit(operation: Credit, amount: Nanos | None, left: Nanos | None, wallet: Wallet) -> Fault | None:
+    """Why a credit of `amount` cannot be booked; `left` is what a refund may give back."""
+    if operation.type == CreditType.REFUND and left is None:
+        return Fault.UNKNOWN_RESERVATION
+    if amount is None or wallet.balance + amount > NANOS_MAX:
+        return Fault.OUT_OF_RANGE
+    match operation.type:
+        case CreditType.TOPUP:
+            return None if amount > 0 else Fault.OUT_OF_RANGE
+        case CreditType.ADJUSTMENT:
+            if not amount:
+                return Fault.OUT_OF_RANGE
+            return Fault.BELOW_RESERVED if wallet.balance + amount < wallet.reserved else None
+        case CreditType.REFUND:
+            if operation.amount is not None and amount <= 0:
+                return Fault.OUT_OF_RANGE
+            return None if 0 < amount <= (left or 0) else Fault.ABOVE_CHARGE
+        case CreditType.DEDUCTION:
+            return Fault.OUT_OF_RANGE
+        case _:
+            assert_never(operation.type)
+
+
+def _replayed_credit(booked: Transaction, operation: Credit, left: Nanos | None) -> Outcome:
+    """The transaction that was booked under this key. A refund of all was booked if nothing is `left` of the charge."""
+    amount = booked.amount if operation.amount is None and not left else operation.amount
     if (booked.type, booked.amount, booked.reservation_id, booked.description) != (
         operation.type,
-        operation.amount,
+        amount,
         operation.reservation_id,
         operation.description,
     ):
         return Faulted(Fault.OTHER_VALUES)
     return Credited(transaction=booked, is_replay=True)
+
+
+def _event(transaction: Transaction, actor: str) -> Event:
+    after = {
+        "balance": format_credits(transaction.balance_after),
+        "amount": format_credits(transaction.amount),
+        "description": transaction.description,
+        "request_id": transaction.reservation_id,
+        "idempotency_key": transaction.idempotency_key,
+    }
+    return Event(
+        actor=actor,
+        action=f"credits.{transaction.type}",
+        subject=transaction.user_id,
+        before=msgspec.json.encode({"balance": format_credits(transaction.balance_before)}).decode(),
+        after=msgspec.json.encode(after).decode(),
+        created_at=transaction.created_at,
+    )

@@ -13,6 +13,7 @@ from proxy.errors import (
     InsufficientCredits,
     KeyLimitReached,
     LedgerFault,
+    ModelNotAllowed,
     NotFound,
     RateLimited,
     TollgateError,
@@ -38,9 +39,13 @@ from proxy.ledger.decide import (
     Settled,
 )
 from proxy.ledger.store import Store
+from proxy.metrics import Metrics
 
 RESERVE_WAIT_S_MAX = 5.0
 """A call that cannot be reserved by then is refused with 503: no provider is asked for what may not be paid."""
+
+HANGING_S = 3.0
+"""A transaction takes milliseconds: one that takes so long is as good as lost."""
 
 CREDIT_WAIT_S_MAX = 30.0
 
@@ -54,18 +59,33 @@ class Ledger:
     """
 
     def __init__(
-        self, store: Store, owner_id: Callable[[], str | None] = lambda: None, *, end_wait_s: float = math.inf
+        self,
+        store: Store,
+        owner_id: Callable[[], str | None] = lambda: None,
+        metrics: Metrics | None = None,
+        *,
+        end_wait_s: float = math.inf,
     ) -> None:
         """`end_wait_s` is how many seconds a settle or a release is waited for, which is booked all the same later."""
         self._in_flight: set[str] = set()
-        self._batcher = Batcher(store, owner_id, self._in_flight.discard)
+        self._batcher = Batcher(store, owner_id, metrics, on_ended=self._in_flight.discard)
         self._reserve_limit = CommonLimit(RESERVE_WAIT_S_MAX)
         self._end_limit = CommonLimit(end_wait_s)
 
     @property
     def is_lost(self) -> bool:
-        """Whether the last attempt did not reach the database."""
-        return self._batcher.is_lost
+        """Whether the last attempt did not reach the database, or the one under way hangs there."""
+        return self._batcher.is_lost or self._batcher.busy_s > HANGING_S
+
+    @property
+    def waiting(self) -> int:
+        """How many operations wait for their turn."""
+        return self._batcher.waiting
+
+    @property
+    def in_flight(self) -> int:
+        """How many reservations belong to calls of this process."""
+        return len(self._in_flight)
 
     def is_in_flight(self, reservation_id: str) -> bool:
         """Whether the reservation belongs to a call of this process that has not ended, or whose end is not booked."""
@@ -194,7 +214,7 @@ def _refusal(refused: Refused) -> TollgateError:
         case Refusal.CONCURRENCY:
             return RateLimited("Too many calls at once.", retry_after_s=refused.retry_after_s)
         case Refusal.MODEL_NOT_ALLOWED:
-            return Forbidden("This caller may not use this model.", code="model_not_allowed")
+            return ModelNotAllowed(refused.allowed)
         case Refusal.INACTIVE_USER:
             return Forbidden("This account is not active.", code="inactive_user")
         case Refusal.UNKNOWN_CALLER | Refusal.INVALID_KEY | Refusal.STALE_TOKEN:
@@ -214,11 +234,15 @@ def _credit_fault(fault: Fault) -> TollgateError:
         case Fault.UNKNOWN_RESERVATION:
             return NotFound("There is no such charge.")
         case Fault.BELOW_RESERVED:
-            return BadRequest("This would take the balance below what open calls hold.", param="amount")
+            return BadRequest(
+                "This would take the balance below what open calls hold.", param="amount", code="below_reserved"
+            )
         case Fault.ABOVE_CHARGE:
-            return BadRequest("A refund gives back at most what its charge took.", param="amount")
+            return BadRequest(
+                "A refund gives back at most what is left of its charge.", param="amount", code="refund_above_charge"
+            )
         case Fault.OUT_OF_RANGE:
-            return BadRequest("The amount is out of range.", param="amount")
+            return BadRequest("The amount is out of range.", param="amount", code="invalid_value")
         case Fault.NOT_OPEN:
             return LedgerFault(f"credit: {fault}")
         case _:

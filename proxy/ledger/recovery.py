@@ -56,7 +56,13 @@ class Lease:
         self._stray_s = stray_s
         self._steady_since = 0.0
         self._suspects: set[str] = set()
+        self._held_until = 0.0
         self.id: str | None = None
+
+    @property
+    def is_held(self) -> bool:
+        """Whether nobody may take this process for dead just now, as far as it knows."""
+        return self._is_embedded or asyncio.get_running_loop().time() < self._held_until
 
     @asynccontextmanager
     async def held(self, ledger: Ledger) -> AsyncIterator[None]:
@@ -80,6 +86,7 @@ class Lease:
 
     async def register(self) -> None:
         """Become a new instance."""
+        begun = asyncio.get_running_loop().time()
         async with writing(self._engine) as connection:
             now = await database_now(connection)
             instance_id = new_id("ins")
@@ -92,6 +99,7 @@ class Lease:
                 )
             )
         self.id = instance_id
+        self._held_until = begun + self._lease_s
         self._steady_since = asyncio.get_running_loop().time()
 
     async def renew(self) -> bool:
@@ -99,6 +107,7 @@ class Lease:
 
         A lease that had run out is extended all the same; but whatever held its owner up may have held up the others.
         """
+        begun = asyncio.get_running_loop().time()
         async with writing(self._engine) as connection:
             held_until = await connection.scalar(
                 sa.select(instances.c.lease_until)
@@ -111,6 +120,7 @@ class Lease:
             await connection.execute(
                 instances.update().where(instances.c.id == self.id).values(lease_until=now + _micros(self._lease_s))
             )
+        self._held_until = begun + self._lease_s
         if held_until < now:
             self._steady_since = asyncio.get_running_loop().time()
         return True

@@ -77,6 +77,7 @@ RESERVATION_COLUMNS = {
     "refunded": "int",
     "is_late": "bool",
     "settled_at": "int",
+    "provider": "text",
 }
 RESERVED_COLUMNS = {
     "id": "text",
@@ -91,6 +92,7 @@ RESERVED_COLUMNS = {
     "original_model": "text",
     "is_stream": "bool",
     "created_at": "int",
+    "offers": "json",
 }
 CLOSED_COLUMNS = {
     "id": "text",
@@ -123,6 +125,36 @@ TRANSACTION_COLUMNS = {
     "balance_after": "int",
     "reservation_id": "text",
     "idempotency_key": "text",
+    "created_at": "int",
+}
+_USAGE_KEY = {
+    "wallet_id": "text",
+    "day": "int",
+    "user_id": "text",
+    "key_id": "text",
+    "model": "text",
+    "provider": "text",
+}
+_USAGE_COUNTERS = {
+    "calls": "int",
+    "input_tokens": "int",
+    "cached_input_tokens": "int",
+    "output_tokens": "int",
+    "charged": "int",
+    "provider_cost": "int",
+    "shortfall": "int",
+    "refunded": "int",
+    "released": "int",
+    "perhaps_billed": "int",
+    "perhaps_billed_amount": "int",
+}
+
+EVENT_COLUMNS = {
+    "actor": "text",
+    "action": "text",
+    "subject": "text",
+    "before": "json",
+    "after": "json",
     "created_at": "int",
 }
 
@@ -186,6 +218,14 @@ def array(texts: Iterable[str]) -> str:
     return "{" + ",".join(['"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"' for text in texts]) + "}"
 
 
+def _add(table: str, key: dict[str, str], counters: dict[str, str]) -> Statement:
+    """Add to the `counters` of the row with that primary key, which need not be there yet."""
+    insert = _insert(table, {**key, **counters})
+    changes = ", ".join(f"{column} = {table}.{column} + excluded.{column}" for column in counters)
+    conflict = f" ON CONFLICT ({', '.join(key)}) DO UPDATE SET {changes}"
+    return Statement(insert.postgresql + conflict, insert.sqlite + conflict, insert.columns)
+
+
 @cache
 def together(statements: tuple[Statement, ...]) -> str:
     """Those writes as one statement of PostgreSQL, which takes their parameters in the same order.
@@ -223,9 +263,12 @@ READ_TRANSACTIONS = Statement(
 
 INSERT_RESERVATIONS = _insert("reservations", RESERVED_COLUMNS)
 INSERT_TRANSACTIONS = _insert("credit_transactions", {"id": "text", **TRANSACTION_COLUMNS})
+INSERT_EVENTS = _insert("admin_events", {"id": "text", **EVENT_COLUMNS})
 UPDATE_RESERVATIONS = _update("reservations", CLOSED_COLUMNS)
 UPDATE_REFUNDED = _update("reservations", {"id": "text", "refunded": "int"})
 UPDATE_WALLETS = _update("wallets", {"id": "text", **_WALLET_COUNTERS})
+ADD_USAGE_DAYS = _add("usage_days", _USAGE_KEY, _USAGE_COUNTERS)
+ADD_USAGE_MONTHS = _add("usage_months", _USAGE_KEY, _USAGE_COUNTERS)
 UPDATE_KEYS = _update("api_keys", {"id": "text", **_KEY_COUNTERS})
 
 READ_POSTGRESQL = ", ".join(

@@ -23,6 +23,7 @@ from proxy.ledger import statements as sql
 from proxy.ledger.decide import (
     Changes,
     Credit,
+    Event,
     Key,
     Operation,
     Outcome,
@@ -34,6 +35,7 @@ from proxy.ledger.decide import (
     Wallet,
     decide,
 )
+from proxy.ledger.rollup import UsageDay, by_month
 from proxy.units import new_id, now_micros
 
 Row = tuple[Any, ...]
@@ -146,6 +148,7 @@ def _writes(changes: Changes, owner_id: str | None) -> list[tuple[sql.Statement,
             reservation.original_model,
             operation.is_stream,
             reservation.created_at,
+            operation.offers,
         )
         for reservation, operation in changes.reserved.values()
     ]
@@ -179,13 +182,16 @@ def _writes(changes: Changes, owner_id: str | None) -> list[tuple[sql.Statement,
         (sql.UPDATE_RESERVATIONS, closed),
         (sql.UPDATE_REFUNDED, refunded),
         (sql.INSERT_TRANSACTIONS, transactions),
+        (sql.ADD_USAGE_DAYS, _rows(sql.ADD_USAGE_DAYS.columns, changes.days.values())),
+        (sql.ADD_USAGE_MONTHS, _rows(sql.ADD_USAGE_MONTHS.columns, by_month(changes.days.values()))),
+        (sql.INSERT_EVENTS, [(new_id("event"), *row) for row in _rows(sql.EVENT_COLUMNS, changes.events)]),
         (sql.UPDATE_WALLETS, _rows(sql.UPDATE_WALLETS.columns, changes.wallets.values())),
         (sql.UPDATE_KEYS, _rows(sql.UPDATE_KEYS.columns, changes.keys.values())),
     ]
     return [(statement, rows) for statement, rows in writes if rows]
 
 
-def _rows(columns: Iterable[str], structs: Iterable[Wallet | Key | Transaction]) -> list[Row]:
+def _rows(columns: Iterable[str], structs: Iterable[Wallet | Key | Transaction | UsageDay | Event]) -> list[Row]:
     return list(map(attrgetter(*columns), structs))
 
 

@@ -7,8 +7,9 @@ loses updates without an error.
 
 import fcntl
 import os
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, contextmanager
+import sqlite3
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,17 +25,23 @@ from proxy.units import Micros, now_micros
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-SCHEMA_HEAD = "0003"
+SCHEMA_HEAD = "0006"
 """The revision this code is written for: the newest file in `migrations/versions`."""
 
 CONNECTIONS_MAX = 5
 STATEMENT_S_MAX = 5
+WHOLE_S_MAX = 3600
+"""For a statement over a whole table, however long that has become."""
+
 _MIGRATION_LOCK = 0x746F6C6C
 """Any number, as long as every migration of Tollgate takes the same one."""
 
 
-def connect(url: str, *, pooled: bool = True) -> AsyncEngine:
-    """An engine for `url`; nothing is opened yet. Not pooled: each connection is opened when asked for."""
+def connect(url: str, *, pooled: bool = True, command_s_max: float = 2 * STATEMENT_S_MAX) -> AsyncEngine:
+    """An engine for `url`; nothing is opened yet. Not pooled: each connection is opened when asked for.
+
+    On PostgreSQL a statement without an answer after `command_s_max` is given up.
+    """
     pool: dict[str, Any] = (
         {"pool_size": CONNECTIONS_MAX, "max_overflow": 0, "pool_timeout": STATEMENT_S_MAX, "pool_pre_ping": True}
         if pooled
@@ -44,7 +51,7 @@ def connect(url: str, *, pooled: bool = True) -> AsyncEngine:
         return create_async_engine(
             url,
             isolation_level="READ COMMITTED",
-            connect_args={"timeout": STATEMENT_S_MAX, "command_timeout": 2 * STATEMENT_S_MAX},
+            connect_args={"timeout": STATEMENT_S_MAX, "command_timeout": command_s_max},
             hide_parameters=True,  # an error's text goes to the log, and hashes of passwords do not
             **pool,
         )
@@ -54,6 +61,20 @@ def connect(url: str, *, pooled: bool = True) -> AsyncEngine:
     sa.event.listen(engine.sync_engine, "connect", _prepare_sqlite)
     sa.event.listen(engine.sync_engine, "begin", _begin_sqlite)
     return engine
+
+
+@asynccontextmanager
+async def patient(engine: AsyncEngine) -> AsyncIterator[AsyncEngine]:
+    """An engine for the same database whose statements may take long: for whoever reads or changes all of it."""
+    if engine.dialect.name == "sqlite":
+        yield engine  # which gives up nothing
+        return
+    url = engine.url.render_as_string(hide_password=False)
+    patient_engine = connect(url, pooled=False, command_s_max=WHOLE_S_MAX)
+    try:
+        yield patient_engine
+    finally:
+        await patient_engine.dispose()
 
 
 def _prepare_sqlite(connection: Any, _record: object) -> None:
@@ -147,45 +168,55 @@ async def check_schema(engine: AsyncEngine) -> None:
         return
     if found is None:
         raise SettingsError(f"the database {name_of(engine)} holds no Tollgate schema: run `tollgate migrate` first")
-    await check_not_newer(engine)
+    _refuse_newer(found, name_of(engine))
     raise SettingsError(
         f"the database {name_of(engine)} is at revision {found}, older than {SCHEMA_HEAD}: run `tollgate migrate`"
     )
 
 
-async def check_not_newer(engine: AsyncEngine) -> None:
-    """Raises `SettingsError` when a newer program than this one has migrated the schema."""
-    found = await revision(engine)
+def _refuse_newer(found: str | None, name: str) -> None:
+    """Raises `SettingsError` when a newer program than this one has migrated the schema of the database `name`."""
     if found is not None and found > SCHEMA_HEAD:
         raise SettingsError(
-            f"the database {name_of(engine)} is at revision {found}, newer than this program knows ({SCHEMA_HEAD}):"
+            f"the database {name} is at revision {found}, newer than this program knows ({SCHEMA_HEAD}):"
             " install the newer Tollgate"
         )
 
 
-async def migrate(engine: AsyncEngine, target: str = "head") -> None:
-    """Bring the schema up to date, or back down to the revision `target` (`base`: to nothing), in one transaction.
+async def migrate(
+    engine: AsyncEngine,
+    target: str = "head",
+    *,
+    then: Callable[[AsyncConnection], Awaitable[None]] | None = None,
+) -> None:
+    """Bring the schema up to date, or up or down to the revision `target` (`base`: to nothing), then do `then`.
 
-    Two at once wait for each other.
+    All in one transaction. Two at once wait for each other, and the second one finds its work done. Raises
+    `SettingsError` when a newer program has migrated the schema.
     """
-    await check_not_newer(engine)
-    async with engine.connect() as connection:
+    async with patient(engine) as patient_engine, patient_engine.connect() as connection:
         await connection.execution_options(is_writing=True)
         async with connection.begin():
             if connection.dialect.name == "postgresql":
                 await connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_MIGRATION_LOCK)))
-            await connection.run_sync(_run_migrations, target)
+            await connection.run_sync(_run_migrations, target, name_of(engine))
+            if then is not None:
+                await then(connection)
 
 
-def _run_migrations(connection: sa.Connection, target: str) -> None:
+def _run_migrations(connection: sa.Connection, target: str, name: str) -> None:
     from alembic import command  # noqa: PLC0415 - takes a fifth of a second, and most starts need no migration
     from alembic.config import Config  # noqa: PLC0415 - likewise
+    from alembic.migration import MigrationContext  # noqa: PLC0415 - likewise
 
+    current = MigrationContext.configure(connection).get_current_revision()
+    _refuse_newer(current, name)
     config = Config()
     config.set_main_option("script_location", str(_migrations()))
     config.set_main_option("path_separator", "os")
     config.attributes["connection"] = connection
-    (command.upgrade if target == "head" else command.downgrade)(config, target)
+    is_up = target == "head" or (target != "base" and target > (current or ""))
+    (command.upgrade if is_up else command.downgrade)(config, target)
 
 
 def _migrations() -> Path:
@@ -198,6 +229,40 @@ def _migrations() -> Path:
 def name_of(engine: AsyncEngine) -> str:
     """The engine's database for people, without its password."""
     return engine.url.render_as_string(hide_password=True)
+
+
+# ---- a copy of an embedded database
+
+
+def copy_sqlite(source: Path, copy: Path) -> None:
+    """Write the database `source` as it is at this moment into the new file `copy`, which is whole or not there.
+
+    Whoever writes to `source` meanwhile is not kept waiting. Raises `SettingsError` when `copy` exists or cannot be
+    written.
+    """
+    unfinished = copy.with_name(f"{copy.name}.unfinished")
+    try:
+        os.close(os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600))  # it holds hashes of passwords
+        with closing(sqlite3.connect(source)) as read, closing(sqlite3.connect(unfinished)) as written:
+            read.backup(written)  # in one step, and so of one moment
+            written.execute("PRAGMA journal_mode = DELETE")  # nothing of it is left in a file beside it
+        _flush(unfinished)
+        os.link(unfinished, copy)
+        _flush(copy.parent)
+    except FileExistsError as exc:
+        raise SettingsError(f"{copy} is there already: a backup overwrites nothing") from exc
+    except OSError as exc:
+        raise SettingsError(f"{copy} cannot be written: {exc.strerror}") from exc
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _flush(path: Path) -> None:
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
 
 
 # ---- the one process of an embedded database

@@ -35,6 +35,32 @@ def _window() -> list[sa.Column[int]]:
     return [_counter("window_start"), _counter("window_requests"), _counter("window_tokens"), _counter("open_calls")]
 
 
+def _usage(name: str) -> sa.Table:
+    """Sums over calls, each row of one wallet; `day` is in days since the epoch."""
+    return sa.Table(
+        name,
+        metadata,
+        sa.Column("wallet_id", sa.Text, primary_key=True),
+        sa.Column("day", sa.BigInteger, primary_key=True, autoincrement=False),
+        sa.Column("user_id", sa.Text, primary_key=True),
+        sa.Column("key_id", sa.Text, primary_key=True),
+        sa.Column("model", sa.Text, primary_key=True),
+        sa.Column("provider", sa.Text, primary_key=True),
+        _counter("calls"),
+        _counter("input_tokens"),
+        _counter("cached_input_tokens"),
+        _counter("output_tokens"),
+        _counter("charged"),
+        _counter("provider_cost"),
+        _counter("shortfall"),
+        _counter("refunded"),
+        _counter("released"),
+        _counter("perhaps_billed"),
+        _counter("perhaps_billed_amount"),
+        sa.Index(f"ix_{name}_day", "day"),
+    )
+
+
 users = sa.Table(
     "users",
     metadata,
@@ -140,6 +166,7 @@ reservations = sa.Table(
     sa.Column("ttft_ms", sa.BigInteger),
     sa.Column("duration_ms", sa.BigInteger),
     sa.Column("settled_at", sa.BigInteger),
+    sa.Column("offers", sa.JSON(none_as_null=True)),
     sa.CheckConstraint("state IN ('open', 'settled', 'released', 'expired')", name="state"),
     sa.CheckConstraint("amount >= 0 AND charged >= 0 AND shortfall >= 0", name="amounts"),
     sa.CheckConstraint("refunded >= 0 AND refunded <= charged", name="refunded"),
@@ -186,7 +213,20 @@ credit_transactions = sa.Table(
         postgresql_where=sa.text("type = 'deduction'"),
         sqlite_where=sa.text("type = 'deduction'"),
     ),
+    sa.Index(
+        "ix_credit_transactions_by_hand",
+        "wallet_id",
+        "seq",
+        postgresql_where=sa.text("type <> 'deduction'"),
+        sqlite_where=sa.text("type <> 'deduction'"),
+    ),
 )
+
+usage_days = _usage("usage_days")
+"""What ended calls add up to, by UTC day: see `ledger.rollup`. No CHECK: a sum must never refuse a charge."""
+
+usage_months = _usage("usage_months")
+"""The same by month, under the first day of each, for reports over many wallets and much time."""
 
 system_config = sa.Table(
     "system_config",
@@ -253,4 +293,6 @@ admin_events = sa.Table(
     sa.Column("before", sa.JSON(none_as_null=True)),
     sa.Column("after", sa.JSON(none_as_null=True)),
     sa.Column("created_at", sa.BigInteger, nullable=False),
+    sa.Index("ix_admin_events_subject_id", "subject", "id"),
+    sa.Index("ix_admin_events_actor_id", "actor", "id"),
 )

@@ -18,6 +18,7 @@ class ProviderCall(msgspec.Struct, frozen=True):
 
     `path` is relative to the provider's base, such as `chat/completions`. `model` is the request model: its name
     at the provider, as `body` has it. `headers` are the client's own: what crosses is the provider's choice.
+    `output_tokens_max` is the model's own maximum, for providers that need one where `body` names none.
     """
 
     path: str
@@ -25,6 +26,7 @@ class ProviderCall(msgspec.Struct, frozen=True):
     body: bytes
     headers: Headers
     stream: bool
+    output_tokens_max: int | None = None
 
 
 class UpstreamResponse(Protocol):
@@ -62,7 +64,7 @@ class Provider(Protocol):
         """Send `call` once and return as soon as the head of the answer is there, whatever its status.
 
         Raises `UpstreamUnreachable` when nothing was sent, `UpstreamBroken` or `UpstreamTimeout` when the
-        provider may have read the call.
+        provider may have read the call, and `BadRequest` for a call that it has no words for: nothing was sent.
         """
         ...
 

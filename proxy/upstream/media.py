@@ -1,6 +1,7 @@
 """Keeps providers in the operator's own network from fetching what only that network may see."""
 
 import asyncio
+import ipaddress
 import socket
 
 from proxy.errors import BadRequest
@@ -12,11 +13,12 @@ HOSTS_MAX = 32
 RESOLVE_S_MAX = 5.0
 
 
-async def check_media(body: bytes) -> None:
+async def check_media(body: bytes, *, resolves: bool) -> None:
     """Raises `BadRequest` when a medium of the request `body` lies in a private network, or nobody can tell.
 
-    Names are looked up here, and the provider will look them up again: a name whose owner changes it in between is not
-    caught, nor is a redirect. A provider that must never reach into its network needs to be kept from it there too.
+    Names are refused, since the provider looks them up by itself, and their owner may tell it something else than us.
+    With `resolves` they are looked up here, and pass if all of their addresses are public just now. What is not caught
+    either way is a redirect: a provider that must never reach into its network needs to be kept from it there too.
     """
     urls = media_urls(body)
     hosts = {host_of(url) for url in urls}
@@ -25,12 +27,22 @@ async def check_media(body: bytes) -> None:
     for host in hosts:
         if host is None or is_private_name(host):
             raise _refusal("Media must lie on the public internet, or be sent as data.")
+    if not resolves and any(host is not None and not _is_address(host) for host in hosts):
+        raise _refusal("Media must be sent as data here, or lie at a public IP address: names are not looked up.")
     if not all(await asyncio.gather(*(_is_public(host) for host in hosts if host is not None))):
         raise _refusal("Media must lie on the public internet, or be sent as data.")
 
 
 def _refusal(message: str) -> BadRequest:
     return BadRequest(message, code="unsupported_media_url")
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
 
 
 async def _is_public(host: str) -> bool:

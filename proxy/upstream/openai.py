@@ -78,6 +78,8 @@ _DROPPED_PREFIXES = (
 class OpenAIProvider:
     """A server with OpenAI's API under `base_url`, such as `https://api.openai.com/v1`.
 
+    A query in it goes with every call: Azure wants `?api-version=…` there.
+
     Without an `api_key` no authorization is sent, as servers in one's own network often want it. `headers` go with
     every call, and before those of the client.
 
@@ -96,9 +98,9 @@ class OpenAIProvider:
         headers: Sequence[tuple[str, str]] = (),
     ) -> None:
         self.name = name
-        self._base_url = _checked_base_url(base_url, provider=name)
+        self._base_url, self._query = checked_base_url(base_url, provider=name)
         self._own_headers = _authorization(api_key, provider=name)
-        self._own_headers += _checked_headers(headers, beside=self._own_headers, provider=name)
+        self._own_headers += checked_headers(headers, beside=self._own_headers, provider=name)
         self._client = client
         self._timeouts = timeouts
         self._composed = lru_cache(maxsize=256)(self._compose)
@@ -109,7 +111,7 @@ class OpenAIProvider:
         return await self._client.send(
             provider=self.name,
             method="POST",
-            url=f"{self._base_url}/{call.path}",
+            url=f"{self._base_url}/{call.path}{self._query}",
             headers=self._composed(_crossing(call.headers), is_stream=call.stream),
             body=call.body,
             timeouts=self._timeouts,
@@ -162,7 +164,8 @@ def _crossing(headers: Headers) -> tuple[tuple[bytes, bytes], ...]:
     return tuple([header for header in headers if header[0] in _CLIENT_HEADERS or header[0].startswith(_CLIENT_PREFIX)])
 
 
-def _checked_base_url(base_url: str, *, provider: str) -> str:
+def checked_base_url(base_url: str, *, provider: str) -> tuple[str, str]:
+    """What stands before the path of a call, and what behind it. Raises `SettingsError` for no plain HTTP address."""
     # The messages do not quote the address: it may hold a password.
     place = f"The base_url of provider {provider!r}"
     try:
@@ -176,12 +179,14 @@ def _checked_base_url(base_url: str, *, provider: str) -> str:
         raise SettingsError(f"{place} must begin with http:// or https:// and a host, and be plain ASCII.")
     if "@" in parts.netloc:
         raise SettingsError(f"{place} must not hold credentials: put the key into the environment.")
-    if "?" in base_url or "#" in base_url:
-        raise SettingsError(f"{place} must not have a query or a fragment: paths are appended to it.")
-    return base_url.rstrip("/")
+    if "#" in base_url:
+        raise SettingsError(f"{place} must not have a fragment: no server would see it.")
+    path, mark, query = base_url.partition("?")
+    return path.rstrip("/"), f"{mark}{query}" if query else ""
 
 
-def _checked_headers(headers: Sequence[tuple[str, str]], *, beside: Headers, provider: str) -> Headers:
+def checked_headers(headers: Sequence[tuple[str, str]], *, beside: Headers, provider: str) -> Headers:
+    """The operator's header fields. Raises `SettingsError` for one that cannot be sent or is `beside` them already."""
     checked: Headers = []
     for name, value in headers:
         field, text = name.lower().encode(), value.strip().encode("latin-1", "replace")
@@ -193,8 +198,11 @@ def _checked_headers(headers: Sequence[tuple[str, str]], *, beside: Headers, pro
 
 
 def _authorization(api_key: str | None, *, provider: str) -> Headers:
-    if not api_key:
-        return []
+    return [(b"authorization", b"Bearer " + checked_key(api_key, provider=provider))] if api_key else []
+
+
+def checked_key(api_key: str, *, provider: str) -> bytes:
+    """The key as a header has it. Raises `SettingsError` when it cannot be sent."""
     if not re.fullmatch(r"[\x21-\x7e]+", api_key):
         raise SettingsError(f"The key of provider {provider!r} has a space, line break or other unusable character.")
-    return [(b"authorization", b"Bearer " + api_key.encode())]
+    return api_key.encode()

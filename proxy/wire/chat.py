@@ -33,6 +33,7 @@ from proxy.wire.requests import (
     check_tools,
     image_bytes,
     is_set,
+    is_switched_on,
     thinking_tokens,
     unsupported,
 )
@@ -68,13 +69,21 @@ class ChatRequest(Maxima, frozen=True, kw_only=True):
     prediction: Raw = NULL  # `Raw | None` would take nothing but null
 
 
-_REFUSED: Final = {**STATE, **OUTSIDE_OF_TOKENS, "prompt": "state kept at the provider is not bounded"}
+_WEB_SEARCH = "web_search_options"
+
+_REFUSED: Final = {
+    **STATE,
+    **OUTSIDE_OF_TOKENS,
+    "chat_template": "the size of a prompt is that of its messages",
+    "prompt": "state kept at the provider is not bounded",
+}
+del _REFUSED[_WEB_SEARCH]
 _MODALITIES = frozenset({"text", "audio"})
 _TEXT_PARTS = frozenset({"text", "refusal"})
 
 _decode_request = msgspec.json.Decoder(ChatRequest).decode
 
-_TOP = Spelling((*ChatRequest.__struct_fields__, *_REFUSED), HARMLESS)
+_TOP = Spelling((*ChatRequest.__struct_fields__, *_REFUSED, _WEB_SEARCH), HARMLESS)
 _MESSAGE = Spelling((*Message.__struct_fields__, "audio"), ("name", "refusal", "tool_call_id", "tool_calls"))
 _PART = Spelling(Part.__struct_fields__, ("cache_control", "file", "image_url", "input_audio", "text"))
 _FILE = Spelling(("file_id",), ("file_data", "filename", "url", "detail", "data", "format"))
@@ -97,6 +106,7 @@ def decode_chat(body: bytes) -> PaidRequest:
         raise bad_request(exc) from exc
     media = [part.type for part in content if part.type not in _TEXT_PARTS]
     images = sum(kind in IMAGE_PARTS for kind in media) if media else 0
+    tools = {"web_search": _WEB_SEARCH} if is_switched_on(fields.get(_WEB_SEARCH)) else {}
     return PaidRequest(
         endpoint=Endpoint.CHAT,
         model=request.model,
@@ -108,10 +118,16 @@ def decode_chat(body: bytes) -> PaidRequest:
         # https://platform.openai.com/docs/guides/predicted-outputs: what does not come true is billed as output.
         prediction_tokens=len(request.prediction) if is_set(request.prediction) else 0,
         service_tier=request.service_tier,
-        is_unsized=bool(media),
-        has_only_images=bool(images) and images == len(media),
+        # What a tool finds becomes prompt.
+        is_unsized=bool(media or tools),
+        # vLLM lets a request say how finely an image is cut, whatever the model does by default.
+        has_only_images=bool(images)
+        and images == len(media)
+        and not (tools or is_set(fields.get("mm_processor_kwargs"))),
+        has_instructions=bool(request.tools) or is_set(fields.get("response_format")),
         images=images,
         image_bytes=image_bytes(parts) if images else 0,
+        tools=tools,
         wants_audio="audio" in (request.modalities or ()) or is_set(fields.get("audio")),
         must_unstore=bool(request.store),
     )

@@ -9,6 +9,7 @@ from typing import Annotated, Final
 import msgspec
 from msgspec import Meta
 
+from proxy.errors import BadRequest
 from proxy.wire.objects import UNREADABLE, Spelling, bad_request
 from proxy.wire.requests import (
     HARMLESS,
@@ -76,6 +77,9 @@ def decode_completion(body: bytes) -> PaidRequest:
         check_fields(request, body, _COMPLETION, _COMPLETION_REFUSED)
     except UNREADABLE as exc:
         raise bad_request(exc) from exc
+    if request.stream and (request.best_of or 1) > (request.n or 1):
+        # As at OpenAI; who leaves such a stream would not pay for what it does not show.
+        raise BadRequest("The best of several answers cannot be streamed.", param="best_of", code="invalid_value")
     prompts = _count(request.prompt)
     return PaidRequest(
         endpoint=Endpoint.COMPLETIONS,
@@ -107,7 +111,5 @@ def decode_embedding(body: bytes) -> PaidRequest:
 
 
 def _count(prompts: str | list[str | int | list[int]]) -> int:
-    """How many prompts there are: a text and a list of tokens are one."""
-    if isinstance(prompts, str) or isinstance(prompts[0], int):
-        return 1
-    return len(prompts)
+    """How many prompts there are at most: a text and a list of tokens are one."""
+    return 1 if isinstance(prompts, str) or set(map(type, prompts)) == {int} else len(prompts)

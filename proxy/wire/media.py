@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any, Final
 from urllib.parse import urlsplit
 
-import msgspec
+from proxy.wire.objects import decode_any
 
 _URL_KEYS: Final = ("url", "uri", "file_data")
 """What the name of a field holds whose value may be fetched."""
@@ -25,7 +25,7 @@ _NUMBER = re.compile(r"0x[0-9a-f]*|[0-9]+")
 
 def media_urls(body: bytes) -> list[str]:
     """All addresses in the messages or items of the JSON `body` that a provider may fetch; data in the body is none."""
-    request = msgspec.json.decode(body)
+    request = decode_any(body)
     found = [*_urls(request.get("messages"), is_url=False), *_urls(request.get("input"), is_url=False)]
     return [url for url in found if url.lstrip()[:5].lower() != "data:"]
 

@@ -12,6 +12,7 @@ So an object that we read must not name a field twice, nor hold a name that beco
 once letter case, `_` and `-` are ignored. Names are compared as they are after unescaping.
 """
 
+import json
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import chain
@@ -52,6 +53,19 @@ decode_fields = msgspec.json.Decoder(Fields).decode
 _decode_fields_list = msgspec.json.Decoder(list[Fields]).decode
 _decode_members = msgspec.json.Decoder(_Members, dec_hook=_named).decode
 _decode_members_list = msgspec.json.Decoder(list[_Members], dec_hook=_named).decode
+
+
+def decode_any(body: bytes) -> Any:
+    """The value of the JSON `body`, which has been read as a request, in Python's own types.
+
+    Numbers beyond them (`1e999` is JSON) come back as their digits. A request may hold them in any place that is not
+    read, where nobody has looked at them before.
+    """
+    try:
+        return msgspec.json.decode(body)
+    except msgspec.ValidationError:
+        return json.loads(body, parse_int=str, parse_float=str)
+
 
 _MEMBER_START = re.compile(rb'[\s{,]*"[^"\\]*(?:\\.[^"\\]*)*"\s*:\s*', re.DOTALL)
 """What stands between the values of an object that is known to be well-formed: punctuation and the next name."""

@@ -3,6 +3,7 @@
 from collections.abc import Collection, Iterable, Mapping
 from enum import StrEnum
 from functools import cached_property
+from types import MappingProxyType
 from typing import Annotated, Final, Protocol
 
 import msgspec
@@ -19,6 +20,9 @@ TOKENS_MAX = 2**53 - 1
 
 ITEMS_MAX = 20_000
 """Messages, parts or tools in one request: each costs time to be looked at, and no conversation has so many."""
+
+TOOL_CALLS_MAX = 10_000
+"""Uses of the provider's tools in one call."""
 
 FIELDS_MAX = 1_000
 """Fields at the top of a request."""
@@ -44,8 +48,10 @@ class PaidRequest(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     outputs for all `prompts` together. `prediction_tokens` bounds what may be billed of each choice on top of the
     maximum, `thinking_tokens` is the budget for reasoning inside of it. `is_unsized` says that some of the prompt is no
     text in the body; `images` counts the images in it, which have `image_bytes` of the body, and `has_only_images` says
-    that they are all of it. `wants_audio` says that the answer may be spoken, `must_unstore` that the provider would
-    keep it unless it is told not to.
+    that they are all of it. `has_instructions` says that a provider may explain to the model, in words of its own, what
+    the request has: tools, or a format of the answer. `tools` are those that the provider runs, by what they are priced
+    as, with what the request calls them; `tool_calls_max` bounds the uses of all of them together. `wants_audio` says
+    that the answer may be spoken, `must_unstore` that the provider would keep it unless it is told not to.
     """
 
     endpoint: Endpoint
@@ -61,9 +67,12 @@ class PaidRequest(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     service_tier: str | None = None
     is_unsized: bool = False
     has_only_images: bool = False
+    has_instructions: bool = False
     wants_audio: bool = False
     images: int = 0
     image_bytes: int = 0
+    tools: dict[str, str] = {}
+    tool_calls_max: int | None = None
     must_unstore: bool = False
 
     @cached_property
@@ -110,6 +119,7 @@ _MAXIMA: Final = ("max_tokens", *Maxima.__struct_fields__)
 
 STATE: Final[Mapping[str, str]] = {
     "conversation": "state kept at the provider is not bounded",
+    "data_sources": "what a provider adds to a prompt is not bounded",
     "preset": "state kept at the provider is not bounded",
     "previous_response_id": "state kept at the provider is not bounded",
 }
@@ -117,13 +127,16 @@ STATE: Final[Mapping[str, str]] = {
 OUTSIDE_OF_TOKENS: Final[Mapping[str, str]] = {
     "background": "answers in the background cannot be metered",
     "candidate_count": "'n' is the number of choices",
+    "deferred": "answers in the background cannot be metered",
     "enable_search": "web search is billed outside of tokens",
+    "extra_body": "gateways put its fields in the place of those that were priced",
     "fallbacks": "only the model that was priced may answer",
     "models": "only the model that was priced may answer",
     "num_generations": "'n' is the number of choices",
     "num_return_sequences": "'n' is the number of choices",
     "plugins": "plugins are billed outside of tokens",
     "search_parameters": "web search is billed outside of tokens",
+    "web_search": "web search is billed outside of tokens",
     "web_search_options": "web search is billed outside of tokens",
 }
 """Top-level fields that make a call's cost unbounded, at OpenAI or at those who took over its API, and why."""
@@ -146,7 +159,9 @@ HARMLESS: Final = (
 )
 """Names that are often there and mean nothing that we read: known, they need not be looked at any closer."""
 
-_SWITCHED_OFF = frozenset({b"null", b"false", b"[]", b"1"})
+_SWITCHED_OFF = frozenset({b"null", b"false", b"[]"})
+_NUMBERS = frozenset({"candidate_count", "n", "num_generations", "num_return_sequences"})
+"""What a 1 switches off; of anything else, some parsers take it for true."""
 _PRICED_TOOLS = frozenset({"function", "custom"})
 _STREAM_OPTIONS = Spelling(StreamOptions.__struct_fields__, ("include_obfuscation",))
 
@@ -169,7 +184,7 @@ def check_fields(request: _Common, body: bytes, spelling: Spelling, refused: Map
     check_spelling(fields, spelling)
     if not refused.keys().isdisjoint(fields):
         for field, reason in refused.items():
-            if field in fields and bytes(fields[field]) not in _SWITCHED_OFF:
+            if is_switched_on(fields.get(field), is_number=field in _NUMBERS):
                 raise unsupported(field, f"'{field}' is not supported: {reason}.")
     if request.stream_options is not None:
         options = unique_fields(fields["stream_options"], "stream_options")
@@ -177,14 +192,29 @@ def check_fields(request: _Common, body: bytes, spelling: Spelling, refused: Map
     return fields
 
 
-def check_tools(tools: Collection[Tool]) -> None:
-    """Raises `BadRequest` for tools that the provider runs itself, and bills for."""
+def is_switched_on(value: Raw | None, *, is_number: bool = False) -> bool:
+    """Whether a field is there and asks for something; one that says how many does not with 1."""
+    if value is None:
+        return False
+    said = bytes(value)
+    return said not in _SWITCHED_OFF and not (is_number and said == b"1")
+
+
+def check_tools(tools: Collection[Tool], hosted: Mapping[str, str] = MappingProxyType({})) -> dict[str, str]:
+    """Those of `tools` that the provider runs itself, by what they are priced as (see `PaidRequest.tools`).
+
+    `hosted` says that of each type that can have a price. Raises `BadRequest` for all others that are billed.
+    """
     check_number(len(tools), "tools")
+    found = {}
     for tool in tools:
-        if tool.type not in _PRICED_TOOLS:
+        if tool.type in hosted:
+            found[hosted[tool.type]] = tool.type
+        elif tool.type not in _PRICED_TOOLS:
             raise unsupported(
                 "tools", f"Tools of type '{tool.type}' are billed outside of tokens, and not priced here."
             )
+    return found
 
 
 def check_number(items: int, param: str) -> None:

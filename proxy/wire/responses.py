@@ -10,12 +10,22 @@ import msgspec
 from msgspec import Meta, Raw
 
 from proxy.wire.chat import check_files
-from proxy.wire.objects import UNREADABLE, Fields, Spelling, bad_request, checked_objects
+from proxy.wire.objects import (
+    NULL,
+    UNREADABLE,
+    Fields,
+    Spelling,
+    bad_request,
+    check_spelling,
+    checked_objects,
+    unique_fields,
+)
 from proxy.wire.requests import (
     HARMLESS,
     IMAGE_PARTS,
     OUTSIDE_OF_TOKENS,
     STATE,
+    TOOL_CALLS_MAX,
     Endpoint,
     Maxima,
     ModelName,
@@ -28,6 +38,7 @@ from proxy.wire.requests import (
     check_tools,
     image_bytes,
     is_set,
+    is_switched_on,
     thinking_tokens,
     unsupported,
 )
@@ -39,6 +50,7 @@ class _Part(msgspec.Struct, frozen=True):
 
 class _Item(msgspec.Struct, frozen=True):
     type: str | None = None
+    role: str | None = None
     content: str | list[_Part] | None = None
     output: str | list[_Part] | dict[str, Raw] | None = None
 
@@ -52,13 +64,13 @@ class _ResponseRequest(Maxima, frozen=True, kw_only=True):
     service_tier: str | None = None
     store: bool | None = None
     tools: list[Tool] | None = None
+    max_tool_calls: Annotated[int, Meta(ge=1, le=TOOL_CALLS_MAX)] | None = None
 
 
 _REFUSED: Final = {
     **STATE,
     **OUTSIDE_OF_TOKENS,
     "context_management": "state kept at the provider is not bounded",
-    "max_tool_calls": "tools that the provider runs are billed outside of tokens",
     "n": "there is one response",
     "prompt": "state kept at the provider is not bounded",
 }
@@ -68,10 +80,22 @@ _TOP = Spelling(
 )
 _ITEM = Spelling(
     _Item.__struct_fields__,
-    ("arguments", "call_id", "encrypted_content", "id", "name", "phase", "role", "status", "summary"),
+    ("arguments", "call_id", "encrypted_content", "id", "name", "phase", "status", "summary"),
 )
 _PART = Spelling(_Part.__struct_fields__, ("annotations", "detail", "file_data", "filename", "image_url", "text"))
-_TOOL = Spelling(Tool.__struct_fields__, ("description", "name", "parameters", "strict", "format"))
+_TOOL = Spelling((*Tool.__struct_fields__, "container"), ("description", "name", "parameters", "strict", "format"))
+
+_CONTAINER = Spelling(("type", "memory_limit", "file_ids"), ())
+
+_HOSTED_TOOLS: Final = {
+    "web_search": "web_search",
+    "web_search_2025_08_26": "web_search",
+    "web_search_preview": "web_search",
+    "web_search_preview_2025_03_11": "web_search",
+    "file_search": "file_search",
+    "code_interpreter": "code_interpreter",
+}
+"""Types of tools that the provider runs and that can have a price, and what they are priced as."""
 
 _SIZED_ITEMS = frozenset(
     {
@@ -96,9 +120,12 @@ def decode_response(body: bytes) -> PaidRequest:
     try:
         request = _decode_request(body)
         fields = check_fields(request, body, _TOP, _REFUSED)
-        check_tools(request.tools or ())
+        tools = check_tools(request.tools or (), _HOSTED_TOOLS)
         if request.tools:
-            checked_objects([fields["tools"]], _TOOL, "tools")
+            for tool, members in zip(request.tools, checked_objects([fields["tools"]], _TOOL, "tools"), strict=True):
+                if tool.type == "code_interpreter":
+                    _check_container(members.get("container"))
+        _check_instructions(fields.get("instructions"))
         items = request.input if isinstance(request.input, list) else []
         parts = _check_items(items, fields["input"]) if items else []
     except UNREADABLE as exc:
@@ -112,13 +139,21 @@ def decode_response(body: bytes) -> PaidRequest:
         maxima=request.named,
         thinking_tokens=thinking_tokens(fields.get("reasoning")),
         service_tier=request.service_tier,
-        is_unsized=bool(media),
-        has_only_images=bool(images) and images == len(media),
+        # What a tool finds becomes prompt.
+        is_unsized=bool(media or tools),
+        has_only_images=bool(images) and images == len(media) and not tools,
         images=images,
         image_bytes=image_bytes(parts) if images else 0,
+        tools=tools,
+        tool_calls_max=request.max_tool_calls,
         # OpenAI keeps a response unless it is told not to.
         must_unstore=request.store is not False,
     )
+
+
+def _check_instructions(instructions: Raw | None) -> None:
+    if instructions is not None and memoryview(instructions)[0] not in b'"n':
+        raise unsupported("instructions", "Instructions are a text here: the items of a list may be of any size.")
 
 
 def _check_items(items: list[_Item], raw: Raw) -> list[Fields]:
@@ -126,7 +161,8 @@ def _check_items(items: list[_Item], raw: Raw) -> list[Fields]:
     parts = [part for item in items for part in (item.content, item.output) if isinstance(part, list)]
     check_number(len(items) + sum(map(len, parts)), "input")
     for item in items:
-        if item.type == "item_reference":
+        # Without a type it is a message, or, if it is not that, a reference by its id.
+        if item.type == "item_reference" or (item.type is None and item.role is None):
             raise unsupported("input", "Items kept at the provider are not supported: send them whole.")
     members: list[Fields] = checked_objects([raw], _ITEM, "input")
     contents = [
@@ -141,7 +177,30 @@ def _check_items(items: list[_Item], raw: Raw) -> list[Fields]:
     for fields in members:
         if is_set(fields.get("file_id")):
             raise unsupported("input", "Files kept at the provider are not supported.")
+        if is_set(fields.get("container_id")):
+            raise unsupported("input", "Containers kept at the provider are not supported: leave their items out.")
     return checked
+
+
+def _check_container(container: Raw | None) -> None:
+    """Raises `BadRequest` unless a code interpreter gets a new container, with no files in it, of the smallest kind.
+
+    One that exists, and files, are kept at the provider under a key that all callers share; larger ones cost more.
+    """
+    fields = _object(container)
+    check_spelling(fields, _CONTAINER, "tools")
+    is_new = bytes(fields.get("type", NULL)) == b'"auto"' and not is_switched_on(fields.get("file_ids"))
+    is_smallest = bytes(fields.get("memory_limit", NULL)) in {b"null", b'"1g"'}
+    if not (is_new and is_smallest):
+        raise unsupported(
+            "tools", 'A code interpreter needs "container": {"type": "auto"}, without files, of 1g at most.'
+        )
+
+
+def _object(value: Raw | None) -> Fields:
+    """The fields of `value`; none where it is no object."""
+    is_object = value is not None and memoryview(value)[0] == ord("{")
+    return unique_fields(value, "tools") if value is not None and is_object else {}
 
 
 def _media(item: _Item) -> list[str | None]:

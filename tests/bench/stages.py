@@ -1,5 +1,6 @@
 """What the parts of a paid call cost by themselves, in µs of CPU: each replayed over one typical call."""
 
+import asyncio
 import time
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr
@@ -7,14 +8,14 @@ from io import StringIO
 from types import SimpleNamespace
 
 import msgspec
-import structlog
 
 from proxy.estimate import estimate
-from proxy.exchange import Call, _headers, _Open, _provider_call
+from proxy.exchange import Call, Exchange, _headers, _Open, _provider_call
 from proxy.identity.keys import Caller, Scope, hash_key
 from proxy.ledger.decide import Key, Receipt, Reserve, Settle, State, User, Wallet, decide
 from proxy.ledger.store import _as_json, _writes
 from proxy.metering import meter_plain, stream_meter
+from proxy.metrics import Charge, Metrics
 from proxy.observability import configure_logs
 from proxy.pricing import Price, cost, provider_cost
 from proxy.routing import Candidate, Offer
@@ -99,7 +100,7 @@ def stages() -> Iterator[tuple[str, float]]:
     yield "price", cpu_us(charged)
     yield "headers of the answer", cpu_us(lambda: _headers(opened, response))
     yield "ledger: decide and encode", cpu_us(ledger_batch()) / PAIRS
-    yield "log line", log_line()
+    yield "count and log", count_and_log(opened)
     yield "a chunk: split and meter", chunk()
 
 
@@ -148,25 +149,22 @@ def _reserve() -> Reserve:
     )
 
 
-def log_line() -> float:
-    """One line for one call, to a file in memory."""
+def count_and_log(opened: _Open) -> float:
+    """All that is observed of one call: its end, a batch of the ledger, and its line, to a file in memory."""
+
+    async def measured() -> float:
+        exchange = Exchange(None, {}, dict, None, metrics := Metrics())
+        charge = Charge(Usage(input=400, output=100), "reported", 12_345, 11_111, 0)
+
+        def observed() -> None:
+            metrics.batch(PAIRS, 0.001)
+            exchange._note_end(opened, "completed", charge)
+
+        return cpu_us(observed)
+
     with redirect_stderr(StringIO()):
         configure_logs()
-        log = structlog.get_logger("bench")
-        return cpu_us(
-            lambda: log.info(
-                "call",
-                request_id="req_" + "0" * 32,
-                user_id="usr_" + "0" * 32,
-                model="bench-model",
-                provider="bench",
-                outcome="completed",
-                usage_source="reported",
-                charged="0.00002",
-                shortfall="0",
-                duration_ms=12,
-            )
-        )
+        return asyncio.run(measured())
 
 
 def chunk() -> float:

@@ -1,9 +1,9 @@
 """What the ledger is measured against: the same books, kept by one transaction for each operation.
 
 Each of these locks the wallet, checks the caller, the limits and what is available, writes the reservation or the
-deduction, and moves the counters of wallet and key, as the ledger does; `tollgate audit` passes on what they leave.
-They are written for speed, with as few statements as they can do with, and lack what the benchmark does not ask of
-them: limits by period, instances that were fenced, late settles, and an answer for an operation that is sent again.
+deduction, and moves the counters of wallet, key and day, as the ledger does; `tollgate audit` passes on what they
+leave. They are written for speed, with as few statements as they can do with, and lack what the benchmark does not ask
+of them: limits by period, instances that were fenced, late settles, and an answer for an operation that is sent again.
 """
 
 import asyncio
@@ -23,7 +23,10 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 from sqlalchemy.orm import registry
 
 from proxy.ledger.decide import WINDOW, Reserve, Settle, allows
+from proxy.ledger.rollup import COUNTERS, day_of, month_of, tokens_of
 from proxy.ledger.statements import (
+    ADD_USAGE_DAYS,
+    ADD_USAGE_MONTHS,
     CLOSED_COLUMNS,
     KEY_COLUMNS,
     RESERVATION_COLUMNS,
@@ -31,6 +34,7 @@ from proxy.ledger.statements import (
     TRANSACTION_COLUMNS,
     USER_COLUMNS,
     WALLET_COLUMNS,
+    Statement,
 )
 from proxy.storage import tables
 from proxy.units import new_id, now_micros
@@ -138,11 +142,19 @@ class _Reservation(_Row): ...
 class _Transaction(_Row): ...
 
 
+class _UsageDay(_Row): ...
+
+
+class _UsageMonth(_Row): ...
+
+
 _mapping = registry(metadata=tables.metadata)
 _mapping.map_imperatively(_User, tables.users)
 _mapping.map_imperatively(_Wallet, tables.wallets)
 _mapping.map_imperatively(_Key, tables.api_keys)
 _mapping.map_imperatively(_Reservation, tables.reservations)
+_mapping.map_imperatively(_UsageDay, tables.usage_days)
+_mapping.map_imperatively(_UsageMonth, tables.usage_months)
 _mapping.map_imperatively(  # `metadata` is a name that the ORM keeps to itself
     _Transaction, tables.credit_transactions, properties={"details": tables.credit_transactions.c.metadata}
 )
@@ -219,6 +231,41 @@ class OrmBooker:
             key.spent += charged
             key.period_spent += charged
             _close(reservation, operation, charged, now)
+            row = _usage_day(operation, reservation, charged, now)
+            await _count(session, _UsageDay, row)
+            await _count(session, _UsageMonth, row | {"day": month_of(row["day"])})
+
+
+_DAY_KEY = ADD_USAGE_DAYS.columns[:6]
+
+
+async def _count(session: AsyncSession, table: Any, row: dict[str, Any]) -> None:
+    counted = await session.get(table, tuple(row[name] for name in _DAY_KEY))
+    if counted is None:
+        session.add(table(**row))
+        return
+    for name in COUNTERS:
+        setattr(counted, name, counted[name] + row[name])
+
+
+def _usage_day(operation: Settle, reservation: Any, charged: int, now: int) -> dict[str, Any]:
+    """What a settled call adds to the sums of its day, whose first columns are their key."""
+    input_tokens, cached_input_tokens, output_tokens = tokens_of(operation.receipt.usage)
+    return dict.fromkeys(ADD_USAGE_DAYS.columns, 0) | {
+        "wallet_id": operation.wallet_id,
+        "day": day_of(now),
+        "user_id": reservation["user_id"],
+        "key_id": reservation["key_id"],
+        "model": reservation["original_model"],
+        "provider": operation.receipt.provider,
+        "calls": 1,
+        "input_tokens": input_tokens,
+        "cached_input_tokens": cached_input_tokens,
+        "output_tokens": output_tokens,
+        "charged": charged,
+        "provider_cost": operation.receipt.provider_cost,
+        "shortfall": operation.cost - charged,
+    }
 
 
 async def _locked(session: AsyncSession, wallet_id: str) -> _Wallet:
@@ -288,6 +335,13 @@ def _insert(table: str, columns: Iterable[str]) -> str:
     return f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({', '.join(f':{column}' for column in columns)})"
 
 
+def _add(statement: Statement, names: dict[str, str]) -> str:
+    """An upsert whose parameters have these names, by column."""
+    head, values, conflict = re.split(r"VALUES \([?, ]+\)", statement.sqlite)[0], names.values(), " ON CONFLICT"
+    placed = ", ".join(f":{name}" for name in values)
+    return f"{head}VALUES ({placed}){conflict}{statement.sqlite.partition(conflict)[2]}"
+
+
 _READ_WALLET = f"SELECT {_columns('wallets', WALLET_COLUMNS)} FROM wallets WHERE id = :wallet_id"
 _LOCK_WALLET = f"{_READ_WALLET} FOR NO KEY UPDATE"
 _READ_CALLER = (
@@ -321,6 +375,8 @@ _SETTLE = (
     .replace(":amount", ":taken"),
     f"UPDATE api_keys SET spent = spent + :charged, period_spent = period_spent + :charged, {_FREE} WHERE id = :key_id",
     f"UPDATE wallets SET balance = :balance_after, seq = :seq, {_FREE} WHERE id = :wallet_id",
+    _add(ADD_USAGE_DAYS, {column: f"day_{column}" for column in ADD_USAGE_DAYS.columns}),
+    _add(ADD_USAGE_MONTHS, {column: f"day_{column}" for column in ADD_USAGE_MONTHS.columns} | {"day": "month"}),
 )
 
 
@@ -352,6 +408,7 @@ def _reserve_values(operation: Reserve, wallet: Any, caller: Any, owner_id: str)
         "window_tokens": operation.window_tokens,
         "original_model": operation.original_model,
         "is_stream": operation.is_stream,
+        "offers": operation.offers,
         "created_at": now,
         "window": _window(now),
     }
@@ -364,7 +421,10 @@ def _settle_values(operation: Settle, wallet: Any, row: Any) -> dict[str, Any]:
         raise NotBookedError(operation.id)
     call, receipt = _Part(row, "call"), operation.receipt
     charged = _charge(operation, wallet, _Part(row, "key"), call)
+    day = _usage_day(operation, call, charged, now)
     return {
+        **{f"day_{column}": value for column, value in day.items()},
+        "month": month_of(day["day"]),
         "id": operation.id,
         "state": "settled",
         "cost": operation.cost,

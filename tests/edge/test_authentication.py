@@ -12,6 +12,7 @@ from proxy.app import Tollgate, identified, routed
 from proxy.edge import authentication as module
 from proxy.edge.authentication import CHECKED_BY_LEDGER, NEEDS, PUBLIC, Authentication, authenticated, needs
 from proxy.edge.errors import respond
+from proxy.edge.invoke import INVOKE_PATH, TEST_PATH
 from proxy.errors import Unauthenticated, Unavailable
 from proxy.identity.keys import KeyTerms, Scope, create_key
 from proxy.identity.users import create_user
@@ -82,6 +83,7 @@ async def test_every_route_is_public_by_name_or_asks_who_is_there(on_sqlite):
     paths = {path for _, path, _ in found}
     assert paths >= PUBLIC
     assert {"/v1/chat/completions", "/v1/models", "/me", "/api/v1/keys/x"} <= paths
+    assert {"/api/v1/admin/users/x/credits", "/api/v1/admin/users/x/keys/x", "/api/v1/admin/events"} <= paths
     async with client_of(app) as http:
         for method, path, options in found:
             answer = await http.request(method, path)
@@ -105,10 +107,19 @@ async def test_routes_for_admins_refuse_everybody_else(on_sqlite):
                     assert (await http.request(method, path)).status_code == 403, (method, path, name)
 
 
+async def test_the_framework_answers_nobody_by_itself(on_sqlite):
+    """Not even admins hear from it, on a path for them, half of what it may be asked; paid paths say it all."""
+    app = routed(on_sqlite)
+    async with client_of(app, (await people(on_sqlite))["admin admin"]) as http:
+        for method, path, options in doors(app):
+            if method == "OPTIONS" and path not in PUBLIC:
+                assert (await http.request(method, path)).status_code == 403, (path, options)
+
+
 async def test_what_manages_an_account_needs_more_than_a_key_for_calls(on_sqlite):
     """All of one's own account and keys, by whatever method; calls, models and receipts need no more."""
     for method, path, options in doors(routed(on_sqlite)):
-        if method != "OPTIONS" and path.startswith(("/me", "/api/v1/keys")):
+        if method != "OPTIONS" and path not in PUBLIC and path.startswith(("/me", "/api/v1/keys")):
             assert options[NEEDS] is Scope.MANAGE, (method, path)
         if path.startswith(("/v1/", "/api/v1/credits/")) and NEEDS in options:
             assert options[NEEDS] is Scope.INFERENCE, (method, path)
@@ -380,7 +391,7 @@ async def test_unknown_keys_are_not_remembered(tollgate, door, monkeypatch):
 async def test_only_what_the_ledger_checks_again_is_served_from_memory(on_sqlite):
     """The paid paths, and no other."""
     found = {path for _, path, options in doors(routed(on_sqlite)) if CHECKED_BY_LEDGER in options}
-    assert found == {f"/v1/{endpoint}" for endpoint in Endpoint}
+    assert found == {*(f"/v1/{endpoint}" for endpoint in Endpoint), INVOKE_PATH, TEST_PATH}
 
 
 @pytest.fixture(autouse=True)

@@ -108,6 +108,26 @@ def test_an_offer_to_upgrade_is_ignored_on_a_used_connection(served, key):
     assert b"HTTP/1.1 200 " in everything(client)
 
 
+@pytest.mark.parametrize("stream", [b"", b', "stream": true'])
+def test_an_old_client_gets_no_chunks(served, key, stream):
+    """HTTP/1.0 (nginx speaks it by default) has none: what has no length ends with the connection."""
+    body = BODY[:-1] + stream + b"}"
+    client = connected(served)
+    client.sendall(
+        b"POST /v1/chat/completions HTTP/1.0\r\nConnection: keep-alive\r\nAuthorization: Bearer %b\r\n"
+        b"Content-Length: %d\r\n\r\n%b" % (key.encode(), len(body), body)
+    )
+    head, _, answer = everything(client).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 200 ")
+    assert b"transfer-encoding" not in head
+    assert b"connection: close" in head
+    if stream:
+        assert answer.startswith(b"data: {")
+        assert answer.endswith(b"}\n\ndata: [DONE]\n\n")
+    else:
+        assert json.loads(answer)["choices"]
+
+
 def test_a_body_that_speaks_of_upgrades_is_left_alone(served, key):
     """Only a header field is renamed."""
     body = BODY.replace(b"hi", b"\\n\nUpgrade: now").replace(b"\\n\n", b"\\n")
@@ -118,3 +138,54 @@ def test_a_body_that_speaks_of_upgrades_is_left_alone(served, key):
     )
     answer = everything(client)
     assert b"Upgrade: now" in answer
+
+
+# ---- requests that a proxy in front may cut up otherwise than we do (RFC 9112, sections 6.1, 6.3 and 11.2)
+
+SMUGGLED = b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n"
+SIZE = len(BODY)
+CHUNKS = b"%x\r\n%b\r\n0\r\n\r\n" % (SIZE, BODY)
+
+
+@pytest.mark.parametrize(
+    ("fields", "body"),
+    [
+        (b"Transfer-Encoding: chunked\r\nContent-Length: 5", CHUNKS),
+        (b"Content-Length: 5\r\nTransfer-Encoding: chunked", CHUNKS),
+        (b"Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked", CHUNKS),
+        (b"Transfer-Encoding: chunked, identity", CHUNKS),
+        (b"Transfer-Encoding: xchunked", CHUNKS),
+        (b"Transfer-Encoding: \x0bchunked", CHUNKS),
+        (b"Transfer-Encoding : chunked", CHUNKS),
+        (b"X-A: a\r\n Transfer-Encoding: chunked", CHUNKS),
+        (b"X-A: a\rTransfer-Encoding: chunked", CHUNKS),
+        (b"X-A: a\nTransfer-Encoding: chunked", CHUNKS),
+        (b"X-A: a\x00b\r\nContent-Length: %d" % SIZE, BODY),
+        (b"Content-Length: %d\r\nContent-Length: %d" % (SIZE, SIZE), BODY),
+        (b"Content-Length: %d, %d" % (SIZE, SIZE), BODY),
+        (b"Content-Length: +%d" % SIZE, BODY),
+        (b"Content-Length: 0x%x" % SIZE, BODY),
+        (b"Transfer-Encoding: chunked", b"0x" + CHUNKS),
+        (b"Transfer-Encoding: chunked", b"fffffffffffffffff1\r\n" + BODY),
+        (b"Transfer-Encoding: chunked", b"%x;a\n%b\r\n0\r\n\r\n" % (SIZE, BODY)),
+        (b"Transfer-Encoding: chunked", b"%x\r\n%bXX0\r\n\r\n" % (SIZE, BODY)),
+    ],
+    ids=lambda value: value[:40].decode("ascii", "backslashreplace"),
+)
+def test_nothing_can_be_hidden_behind_a_request(served, key, fields, body):
+    """What has two readings is refused, and what follows it on the connection is not read."""
+    client = connected(served)
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer %b\r\n%b\r\n\r\n"
+    client.sendall(head % (key.encode(), fields) + body + SMUGGLED)
+    answer = everything(client)
+    assert answer.startswith(b"HTTP/1.1 400 ")
+    assert answer.count(b"HTTP/1.1 ") == 1
+    assert error_of(answer)["code"] == "invalid_http"
+
+
+def test_chunks_of_an_old_client_end_its_connection(served, key):
+    """HTTP/1.0 has none, so that whoever sends them has passed through something that may read them otherwise."""
+    client = connected(served)
+    head = b"POST /v1/chat/completions HTTP/1.0\r\nAuthorization: Bearer %b\r\nTransfer-Encoding: chunked\r\n\r\n"
+    client.sendall(head % key.encode() + CHUNKS + SMUGGLED)
+    assert everything(client).count(b"HTTP/1.1 ") == 1

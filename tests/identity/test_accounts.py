@@ -7,7 +7,7 @@ import pytest
 import sqlalchemy as sa
 
 from proxy.errors import BadRequest, Conflict, Forbidden, RateLimited, Unauthenticated, WrongPassword
-from proxy.identity.accounts import Accounts
+from proxy.identity.accounts import Accounts, Welcome
 from proxy.identity.attempts import Attempts
 from proxy.identity.issuers import Issuers
 from proxy.identity.keys import Scope
@@ -51,8 +51,7 @@ def made(books, *, starting_credits=0, is_open=True, provision=True, account_fai
         issuers=Issuers(settings, published),
         by_address=Attempts(1000, 60, time.monotonic),
         by_account=Attempts(account_failures, 3600, time.monotonic),
-        registration_open=is_open,
-        starting_credits=starting_credits,
+        welcome=lambda: Welcome(is_open, starting_credits),
     )
 
 

@@ -11,10 +11,10 @@ import sqlalchemy as sa
 from proxy.ledger.audit import ROWS_MAX, Report, Totals
 from proxy.ledger.decide import Credit, CreditType
 from proxy.ledger.ledger import Ledger
-from proxy.pricing import cost
+from proxy.pricing import cost, provider_cost
 from proxy.storage import database
 from proxy.units import Usage
-from tests.books import PRICE, Books, Person, opened_books, release_of, reserve_of, settle_of
+from tests.books import OFFERS, PRICE, Books, Person, opened_books, release_of, reserve_of, settle_of
 
 
 class Kept(NamedTuple):
@@ -99,13 +99,17 @@ A_RECEIPT = f"usage = '{{}}', price = '{A_PRICE}', markup_bps = 0, provider_cost
 
 
 class Falsehood(NamedTuple):
-    """One corruption, the check that must report it first, what its first row must show, and which sum is wrong too."""
+    """One corruption, the check that must report it first, what its first row must show, and which sums are wrong too.
+
+    `days_say` is what the sums by day are not, in which the call was counted as it was.
+    """
 
     statements: list[str]
     name: str
     says: str
     shows: dict[str, object]
     sum_says: str | None = None
+    days_say: str | None = None
 
 
 BALANCE = "a wallet's balance is the sum of its transactions"
@@ -122,8 +126,14 @@ SETTLED = "every settled reservation has one deduction"
 REFUNDS = "what a call gave back is the sum of its refunds"
 LEASE = "nothing is open of an instance whose lease ended over a minute ago"
 CHARGE = "each charge follows from its stored usage, prices and markup"
+AS_RESERVED = "each charge is at the markup, and within the prices, that its call was reserved at"
 MARGIN = "all charges and shortfalls are the providers' cost and the markup"
 TAKEN = "all charges are what the journal deducted"
+SUMS_TABLES = ("usage_days", "usage_months")
+DAYS = "the sums by day are those of the calls that ended on them"
+MONTHS = "the sums by month are those of the days"
+MONTH = "a month's sums are those of its days"
+TOKENS = "the tokens in the sums of a wallet are those of its calls"
 
 FALSEHOODS = {
     "a balance from nowhere": Falsehood(
@@ -168,6 +178,7 @@ FALSEHOODS = {
         "I1",
         ORPHAN,
         {"id": ":released", "wallet_id": "gone"},
+        days_say=DAYS,
     ),
     "a transaction that changes the balance by more": Falsehood(
         ["UPDATE credit_transactions SET amount = 1001 WHERE seq = 1", "UPDATE wallets SET balance = balance + 1"],
@@ -222,12 +233,14 @@ FALSEHOODS = {
         "I6",
         SETTLED,
         {"reservation_id": ":released", "deductions": 0},
+        days_say=DAYS,
     ),
     "a refund that was not booked": Falsehood(
         ["UPDATE reservations SET refunded = 5 WHERE id = :refunded"],
         "I6",
         REFUNDS,
         {"reservation_id": ":refunded", "refunded": 5, "refunds": 4},
+        days_say=DAYS,
     ),
     "a call that nobody sweeps": Falsehood(
         ["UPDATE instances SET lease_until = 1"], "I7", LEASE, {"reservation_id": ":open", "owner_id": ":instance"}
@@ -243,6 +256,7 @@ FALSEHOODS = {
         "I8",
         CHARGE,
         {"reservation_id": ":paid", "cost": 25, "expected": 26},
+        days_say=TOKENS,
     ),
     "another markup": Falsehood(
         ["UPDATE reservations SET markup_bps = 10000 WHERE id = :paid"],
@@ -263,6 +277,7 @@ FALSEHOODS = {
         CHARGE,
         {"reservation_id": ":paid"},
         MARGIN,
+        DAYS,
     ),
     "another cost": Falsehood(
         ["UPDATE reservations SET cost = 26, shortfall = 1 WHERE id = :paid"],
@@ -270,14 +285,54 @@ FALSEHOODS = {
         CHARGE,
         {"cost": 26, "expected": 25},
         MARGIN,
+        DAYS,
     ),
-    "no usage": Falsehood(["UPDATE reservations SET usage = NULL WHERE id = :paid"], "I8", CHARGE, {"expected": None}),
+    "no usage": Falsehood(
+        ["UPDATE reservations SET usage = NULL WHERE id = :paid"], "I8", CHARGE, {"expected": None}, days_say=TOKENS
+    ),
     "no price": Falsehood(["UPDATE reservations SET price = NULL WHERE id = :paid"], "I8", CHARGE, {"expected": None}),
     "no markup": Falsehood(
         ["UPDATE reservations SET markup_bps = NULL WHERE id = :paid"], "I8", CHARGE, {"expected": None}
     ),
     "no cost to the operator": Falsehood(
-        ["UPDATE reservations SET provider_cost = NULL WHERE id = :paid"], "I8", CHARGE, {"expected": 25}, MARGIN
+        ["UPDATE reservations SET provider_cost = NULL WHERE id = :paid"], "I8", CHARGE, {"expected": 25}, MARGIN, DAYS
+    ),
+    **{
+        f"one too many in {sum_} of a day": Falsehood(
+            [f"UPDATE {table} SET {sum_} = {sum_} + 1 WHERE provider = 'fake'" for table in SUMS_TABLES],
+            "I10",
+            DAYS,
+            {sum_: 1, "provider": "fake"},
+        )
+        for sum_ in (
+            "calls",
+            "charged",
+            "provider_cost",
+            "shortfall",
+            "refunded",
+            "released",
+            "perhaps_billed",
+            "perhaps_billed_amount",
+        )
+    },
+    **{
+        f"one too many in {sum_} of a day": Falsehood(
+            [f"UPDATE {table} SET {sum_} = {sum_} + 1 WHERE provider = 'fake'" for table in SUMS_TABLES],
+            "I10",
+            TOKENS,
+            {"wallet_id": ":wallet", "used": (0, 0, 35)},
+        )
+        for sum_ in ("input_tokens", "cached_input_tokens", "output_tokens")
+    },
+    "tokens of a wallet that used none": Falsehood(
+        [
+            f"INSERT INTO {table} (wallet_id, day, user_id, key_id, model, provider, input_tokens)"
+            " VALUES ('forged', 0, '', '', '', '', 5)"
+            for table in SUMS_TABLES
+        ],
+        "I10",
+        TOKENS,
+        {"wallet_id": "forged", "counted": (5, 0, 0), "used": None},
     ),
     "a price that is none": Falsehood(
         ['UPDATE reservations SET price = \'{"input": "dear"}\' WHERE id = :paid'], "I8", CHARGE, {"expected": None}
@@ -291,20 +346,79 @@ async def test_one_wrong_row_is_found_by_one_check(kept, falsehood):
     await falsify(kept, falsehood.statements)
     report = await kept.books.audit()
     sums = [] if falsehood.sum_says is None else [("I9", falsehood.sum_says)]
-    assert found(report) == [(falsehood.name, falsehood.says), *sums]
-    finding = report.violations[0]
+    days = [] if falsehood.days_say is None else [("I10", falsehood.days_say)]
+    assert sorted(found(report)) == sorted([(falsehood.name, falsehood.says), *sums, *days])
+    finding = next(one for one in report.violations if one.name == falsehood.name)
     shows = {name: kept.ids.get(str(value).removeprefix(":"), value) for name, value in falsehood.shows.items()}
     assert shows.items() <= finding.rows[0].items()
     assert (finding.count, len(finding.rows)) == (1, 1)
     assert not report.is_clean
 
 
+@pytest.mark.parametrize(
+    ("charged_at", "is_kept"),
+    [
+        ({}, True),
+        ({"price": PRICE.marked_up(-5000)}, True),
+        ({"price": PRICE.marked_up(1)}, False),
+        ({"markup_bps": 1}, False),
+        ({"provider": "other"}, False),
+        ({"request_model": "other"}, False),
+    ],
+)
+async def test_a_charge_is_at_what_its_call_was_reserved_at(kept, charged_at, is_kept):
+    """At the markup of one of its offers, and at no more than its prices: a cheaper service tier may have served."""
+    reserve = reserve_of(kept.person, 10, offers=OFFERS)
+    await kept.books.ledger.reserve(reserve)
+    used = Usage(output=10)
+    price, bps = charged_at.get("price", PRICE), charged_at.get("markup_bps", 0)
+    facts = {name: value for name, value in charged_at.items() if name != "price"}
+    plain = settle_of(reserve, 10)
+    receipt = msgspec.structs.replace(
+        plain.receipt,
+        price=msgspec.json.encode(price).decode(),
+        provider_cost=provider_cost(used, price),
+        **facts,
+    )
+    settle = msgspec.structs.replace(plain, cost=cost(used, price, bps), receipt=receipt)
+    await kept.books.ledger.settle(settle)
+    assert found(await kept.books.audit()) == ([] if is_kept else [("I8", AS_RESERVED)])
+
+
+async def test_offers_that_cannot_be_read_are_found(kept):
+    """They would prove nothing."""
+    reserve = reserve_of(kept.person, 10, offers='[{"provider":1}]')
+    await kept.books.ledger.reserve(reserve)
+    await kept.books.ledger.settle(settle_of(reserve, 10))
+    assert found(await kept.books.audit()) == [("I8", AS_RESERVED)]
+
+
+async def test_a_call_counted_on_another_day_is_found_on_both(kept):
+    """One day has what the other lacks."""
+    await falsify(kept, ["UPDATE usage_days SET day = day - 1 WHERE provider = 'fake'"])
+    await kept.books.recount_months()
+    [finding] = (await kept.books.audit()).violations
+    assert (finding.says, sorted(row["calls"] for row in finding.rows)) == (DAYS, [-2, 2])
+
+
+async def test_a_month_that_has_not_what_its_days_have_is_found(kept):
+    """In all, or only under another month."""
+    await falsify(kept, ["UPDATE usage_months SET day = day - 400 WHERE provider = 'fake'"])
+    [finding] = (await kept.books.audit()).violations
+    assert (finding.says, sorted(row["calls"] for row in finding.rows)) == (MONTH, [-2, 2])
+    await kept.books.recount_months()
+    await kept.books.execute("UPDATE usage_months SET input_tokens = input_tokens + 1 WHERE provider = 'fake'")
+    wallets, months = (await kept.books.audit()).violations
+    assert (wallets.says, wallets.rows[0]["input_tokens"]) == (MONTHS, 1)
+    assert (months.says, [row["input_tokens"] for row in months.rows]) == (MONTH, [1])
+
+
 async def test_a_charge_that_is_not_the_cost_breaks_the_totals_too(kept):
     """Sums that do not agree are reported beside the call that is at fault."""
     await falsify(kept, ["UPDATE reservations SET shortfall = 1 WHERE id = :paid"])
     report = await kept.books.audit()
-    assert found(report) == [("I8", CHARGE), ("I9", MARGIN)]
-    assert report.violations[1].rows == [
+    assert found(report) == [("I10", DAYS), ("I8", CHARGE), ("I9", MARGIN)]
+    assert report.violations[2].rows == [
         {"calls": 2, "charged": 35, "shortfall": 1, "provider_cost": 35, "markup": 0, "deducted": 35}
     ]
 

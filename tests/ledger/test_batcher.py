@@ -15,6 +15,7 @@ from proxy.errors import (
     InsufficientCredits,
     KeyLimitReached,
     LedgerFault,
+    ModelNotAllowed,
     NotFound,
     RateLimited,
     Unauthenticated,
@@ -708,7 +709,7 @@ REFUSALS = {
     Refusal.INACTIVE_USER: (Forbidden, {"code": "inactive_user"}),
     Refusal.INVALID_KEY: (Unauthenticated, {}),
     Refusal.STALE_TOKEN: (Unauthenticated, {}),
-    Refusal.MODEL_NOT_ALLOWED: (Forbidden, {"code": "model_not_allowed"}),
+    Refusal.MODEL_NOT_ALLOWED: (ModelNotAllowed, {"code": "model_not_allowed", "allowed": ("p/m",)}),
     Refusal.REQUEST_RATE: (RateLimited, {"retry_after_s": 4}),
     Refusal.TOKEN_RATE: (RateLimited, {"retry_after_s": 4}),
     Refusal.CONCURRENCY: (RateLimited, {"retry_after_s": 4}),
@@ -725,7 +726,9 @@ REFUSALS = {
 async def test_a_refusal_is_an_error_with_its_facts(reason):
     """Each refusal is told as its own error, with the amounts or the wait that the ledger found."""
     error, facts = REFUSALS[reason]
-    outcome = Refused(reason=reason, required=1, available=2, reserved=3, is_temporary=True, retry_after_s=4)
+    outcome = Refused(
+        reason=reason, required=1, available=2, reserved=3, is_temporary=True, retry_after_s=4, allowed=("p/m",)
+    )
     ledger = opened(AnsweringStore(outcome))
     with pytest.raises(error) as raised:
         await ledger.reserve(reserve_of(PERSON, 1))

@@ -108,11 +108,11 @@ def expire(request_id: str, *, wallet_id: str = "w") -> Expire:
     return Expire(id=request_id, wallet_id=wallet_id)
 
 
-def credit(type_: CreditType, amount: int, **more: object) -> Credit:
+def credit(type_: CreditType, amount: int | None, **more: object) -> Credit:
     return Credit(**{"wallet_id": "w", "type": type_, "amount": amount, "description": "by hand", **more})
 
 
-def topup(amount: int, **more: object) -> Credit:
+def topup(amount: int | None, **more: object) -> Credit:
     return credit(CreditType.TOPUP, amount, **more)
 
 
@@ -120,7 +120,7 @@ def adjustment(amount: int, **more: object) -> Credit:
     return credit(CreditType.ADJUSTMENT, amount, **more)
 
 
-def refund(amount: int, request_id: str | None, **more: object) -> Credit:
+def refund(amount: int | None, request_id: str | None, **more: object) -> Credit:
     return credit(CreditType.REFUND, amount, reservation_id=request_id, **more)
 
 
@@ -201,19 +201,21 @@ def test_patterns_of_models(patterns, model, is_allowed):
 
 
 @pytest.mark.parametrize(
-    ("of_user", "of_key", "models", "is_allowed"),
+    ("of_user", "of_key", "models", "allowed"),
     [
-        (["a*"], ["*b"], ("p/ab",), True),
-        (["a*"], ["*b"], ("p/ac",), False),
-        (["a*"], ["*b"], ("p/cb",), False),
-        (["p/*"], None, ("p/a", "q/a"), False),
-        (["a"], None, ("p/a", "q/a"), True),
+        (["a*"], ["*b"], ("p/ab",), ("p/ab",)),
+        (["a*"], ["*b"], ("p/ac",), ()),
+        (["a*"], ["*b"], ("p/cb",), ()),
+        (["p/*"], None, ("p/a", "q/a"), ("p/a",)),
+        (["p/*", "q/*"], ["a"], ("p/b", "q/a", "p/a", "r/a"), ("q/a", "p/a")),
+        (["a"], None, ("p/a", "q/a"), ("p/a", "q/a")),
     ],
 )
-def test_user_and_key_must_both_allow_every_candidate(of_user, of_key, models, is_allowed):
-    """What may serve a call is all of it allowed, by the user and by the key, or the call is refused."""
+def test_user_and_key_must_both_allow_every_candidate(of_user, of_key, models, allowed):
+    """What may serve a call is all of it allowed, by the user and by the key, or the refusal says what of it is."""
     state = state_of(user={"allowed_models": of_user}, key={"allowed_models": of_key})
-    outcome = Reserved(10) if is_allowed else invalid(Refusal.MODEL_NOT_ALLOWED)
+    refused = Refused(reason=Refusal.MODEL_NOT_ALLOWED, allowed=allowed)
+    outcome = Reserved(10) if allowed == models else refused
     assert happens(state, [reserve("a", 10, models=models)]) == [outcome]
 
 
@@ -781,7 +783,7 @@ def test_credits_that_are_booked(operation, balance):
         (topup(2**64), Fault.OUT_OF_RANGE),
         (adjustment(0), Fault.OUT_OF_RANGE),
         (adjustment(NANOS_MAX), Fault.OUT_OF_RANGE),
-        (adjustment(-101), Fault.OUT_OF_RANGE),
+        (adjustment(-101), Fault.BELOW_RESERVED),
         (adjustment(-41), Fault.BELOW_RESERVED),
         (refund(5, None), Fault.UNKNOWN_RESERVATION),
         (refund(5, "?"), Fault.UNKNOWN_RESERVATION),
@@ -790,6 +792,9 @@ def test_credits_that_are_booked(operation, balance):
         (refund(-5, "paid"), Fault.OUT_OF_RANGE),
         (refund(26, "paid"), Fault.ABOVE_CHARGE),
         (refund(1, "open"), Fault.ABOVE_CHARGE),
+        (refund(None, "open"), Fault.ABOVE_CHARGE),
+        (refund(None, "?"), Fault.UNKNOWN_RESERVATION),
+        (topup(None), Fault.OUT_OF_RANGE),
         (credit(CreditType.DEDUCTION, -5), Fault.OUT_OF_RANGE),
     ],
 )
@@ -815,6 +820,44 @@ def test_refunds_add_up_to_the_charge():
     assert [over, more] == [Faulted(Fault.ABOVE_CHARGE)] * 2
     assert release_ == Released(25, is_replay=True)
     assert state.wallets["w"].balance == 125
+
+
+def test_a_refund_without_an_amount_gives_back_what_is_left():
+    """Its key answers for it again, and for no part of it; another one finds nothing left."""
+    state = with_charge()
+    whole = refund(None, "paid", idempotency_key="whole")
+    part, all_of_it, again, other = happens(
+        state,
+        [refund(20, "paid", idempotency_key="part"), whole, whole, refund(None, "paid", idempotency_key="other")],
+    )
+    assert (part.transaction.amount, all_of_it.transaction.amount) == (20, 5)
+    assert again == Credited(transaction=all_of_it.transaction, is_replay=True)
+    assert other == Faulted(Fault.ABOVE_CHARGE)
+    assert happens(state, [refund(4, "paid", idempotency_key="whole")]) == [Faulted(Fault.OTHER_VALUES)]
+
+
+def test_a_key_of_a_part_is_not_one_of_the_whole():
+    """As long as anything is left, all of it would be another amount."""
+    state = with_charge()
+    happens(state, [refund(20, "paid", idempotency_key="once")])
+    assert happens(state, [refund(None, "paid", idempotency_key="once")]) == [Faulted(Fault.OTHER_VALUES)]
+
+
+def test_what_an_operator_books_is_on_record():
+    """With who, what, before and after, once; what Tollgate books by itself, or refuses, is not."""
+    state = with_charge()
+    wanted = refund(7, "paid", actor="boss", idempotency_key="once")
+    changes, _ = decide(state, [topup(1), topup(0, actor="boss"), wanted, wanted])
+    (event,) = changes.events
+    assert (event.actor, event.action, event.subject, event.created_at) == ("boss", "credits.refund", "u", NOW)
+    assert msgspec.json.decode(event.before) == {"balance": "0.000000101"}
+    assert msgspec.json.decode(event.after) == {
+        "balance": "0.000000108",
+        "amount": "0.000000007",
+        "description": "by hand",
+        "request_id": "paid",
+        "idempotency_key": "once",
+    }
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from types import SimpleNamespace
 
+import msgspec
 import pytest
 import sqlalchemy as sa
 import structlog
@@ -28,8 +29,9 @@ from proxy.ledger.decide import Credit, CreditType, Expire, Released, Reserved, 
 from proxy.ledger.ledger import Ledger
 from proxy.ledger.store import PostgresStore, SqliteStore, StoreLostError, StoreRefusedError
 from proxy.storage import database
+from proxy.storage.tables import admin_events
 from proxy.units import NANOS_MAX, new_id
-from tests.books import Books, release_of, reserve_of, second_store, settle_of
+from tests.books import OFFERS, Books, release_of, reserve_of, second_store, settle_of
 
 on_postgresql = pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
 
@@ -60,6 +62,11 @@ async def transactions(books: Books, wallet_id: str) -> list[dict]:
     return await rows(books, "SELECT * FROM credit_transactions WHERE wallet_id = :id ORDER BY seq", id=wallet_id)
 
 
+def stored(value: object) -> object:
+    """A JSON column's value, which one driver gives as text."""
+    return msgspec.json.decode(value) if isinstance(value, str) else value
+
+
 def part(row: dict, *names: str) -> tuple:
     return tuple(row[name] for name in names)
 
@@ -70,7 +77,7 @@ def part(row: dict, *names: str) -> tuple:
 async def test_a_reserve_is_on_record(books):
     """An open reservation of this instance, and its amount in the counters of wallet and key."""
     person = await books.person(1000)
-    reserve = reserve_of(person, 60, window_tokens=7, is_stream=True, client_request_id="theirs")
+    reserve = reserve_of(person, 60, window_tokens=7, is_stream=True, client_request_id="theirs", offers=OFFERS)
     assert await books.ledger.reserve(reserve) == Reserved(60)
     row = await books.row("reservations", reserve.id)
     assert part(row, "wallet_id", "user_id", "key_id", "amount", "state", "owner_id") == (
@@ -83,6 +90,7 @@ async def test_a_reserve_is_on_record(books):
     )
     assert part(row, "client_request_id", "window_tokens", "original_model", "is_stream") == ("theirs", 7, "model", 1)
     assert part(row, "cost", "charged", "settled_at", "outcome", "usage") == (None, 0, None, None, None)
+    assert stored(row["offers"]) == msgspec.json.decode(OFFERS)
     for holder in (await books.row("wallets", person.wallet_id), await books.row("api_keys", person.key_id)):
         assert part(holder, "reserved", "open_calls", "window_requests", "window_tokens") == (60, 1, 1, 7)
         assert 0 <= row["created_at"] - holder["window_start"] < 60_000_000
@@ -127,7 +135,7 @@ async def test_a_settle_is_on_record(books):
 async def test_an_end_without_charge_is_on_record(books, state):
     """Nothing is held any more, nothing was booked, and the record says why."""
     person = await books.person(1000)
-    reserve = reserve_of(person, 60)
+    reserve = reserve_of(person, 60, offers=OFFERS)
     await books.ledger.reserve(reserve)
     if state == "released":
         assert await books.ledger.release(release_of(reserve)) == Released()
@@ -136,6 +144,7 @@ async def test_an_end_without_charge_is_on_record(books, state):
     row = await books.row("reservations", reserve.id)
     outcome = "nothing_delivered" if state == "released" else "expired"
     assert part(row, "state", "outcome", "cost", "charged") == (state, outcome, None, 0)
+    assert stored(row["offers"]) == msgspec.json.decode(OFFERS)
     assert row["settled_at"] is not None
     assert len(await transactions(books, person.wallet_id)) == 1
     wallet, key = await books.row("wallets", person.wallet_id), await books.row("api_keys", person.key_id)
@@ -146,7 +155,7 @@ async def test_an_end_without_charge_is_on_record(books, state):
 async def test_a_late_settle_is_on_record(books):
     """It charges what others have left of the wallet, once, and the record tells it from the rest."""
     person = await books.person(100)
-    late, other = reserve_of(person, 60), reserve_of(person, 80)
+    late, other = reserve_of(person, 60, offers=OFFERS), reserve_of(person, 80)
     await books.ledger.reserve(late)
     await books.ledger.expire(Expire(id=late.id, wallet_id=person.wallet_id))
     await books.ledger.reserve(other)
@@ -156,6 +165,7 @@ async def test_a_late_settle_is_on_record(books):
     assert again == Settled(charged=20, shortfall=30, balance=80, is_late=True, is_replay=True)
     row = await books.row("reservations", late.id)
     assert part(row, "state", "cost", "charged", "shortfall", "is_late") == ("settled", 50, 20, 30, 1)
+    assert stored(row["offers"]) == msgspec.json.decode(OFFERS)
     wallet = await books.row("wallets", person.wallet_id)
     assert part(wallet, "balance", "reserved", "seq") == (80, 80, 2)
 
@@ -195,6 +205,32 @@ async def test_credits_by_hand_are_on_record(books):
     ]
     assert booked[2]["idempotency_key"] == "once"
     assert (await books.row("reservations", reserve.id))["refunded"] == 20
+    assert await books.ids("admin_events") == []
+
+
+async def test_who_books_by_hand_is_written_with_it(books):
+    """In the transaction of the credit: together with it, or not at all."""
+    person = await books.person(100)
+    credit = Credit(
+        wallet_id=person.wallet_id,
+        type=CreditType.TOPUP,
+        amount=10,
+        description='with "quotes", ü',
+        idempotency_key="once",
+        actor="boss",
+    )
+    for _ in range(2):
+        await books.ledger.credit(credit)
+    (event_id,) = await books.ids("admin_events")
+    async with database.reading(books.engine) as connection:
+        row = (await connection.execute(sa.select(admin_events))).one()
+    assert (row.id, row.actor, row.action, row.subject) == (event_id, "boss", "credits.topup", person.user_id)
+    assert row.before == {"balance": "0.0000001"}
+    assert row.after["description"] == 'with "quotes", ü'
+    await books.execute("CREATE UNIQUE INDEX one_each ON admin_events (actor)")
+    with pytest.raises(LedgerFault):
+        await books.ledger.credit(msgspec.structs.replace(credit, idempotency_key="other"))
+    assert (await books.row("wallets", person.wallet_id))["balance"] == 110
 
 
 # ---- what is read

@@ -103,6 +103,21 @@ async def test_slashes_at_the_end_of_the_base_url(sent, base_url):
 
 
 @pytest.mark.parametrize(
+    ("base_url", "url"),
+    [
+        ("https://acme.test/openai/v1?api-version=preview", "/openai/v1/chat/completions?api-version=preview"),
+        ("https://acme.test/v1/?a=1&b=%20", "/v1/chat/completions?a=1&b=%20"),
+        ("https://acme.test/v1?", "/v1/chat/completions"),
+        ("https://acme.test", "/chat/completions"),
+        ("https://acme.test/v1beta/openai/", "/v1beta/openai/chat/completions"),
+    ],
+)
+async def test_paths_and_queries_of_the_base_url(sent, base_url, url):
+    """The path of the call comes between them."""
+    assert str((await sent(call(), base_url=base_url)).url) == f"https://acme.test{url}"
+
+
+@pytest.mark.parametrize(
     "header",
     [(b"openai-beta", b"assistants=v2"), (b"user-agent", b"OpenAI/Python 3"), (b"x-stainless-retry-count", b"1")],
 )
@@ -176,7 +191,7 @@ async def test_over_the_library_itself(httpx2_mock):
         "http://acme.test/v 1",
         "http://acme.test/v1\n",
         "https://user:secret@acme.test/v1",
-        "https://acme.test/v1?key=secret",
+        "https://acme.test/v1?key=secret with a space",
         "https://acme.test/v1#secret",
     ],
 )

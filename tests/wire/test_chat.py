@@ -58,6 +58,7 @@ def test_the_fields_we_read():
         maxima={"max_tokens": 5, "max_completion_tokens": 7},
         choices=2,
         service_tier="auto",
+        has_instructions=True,
         must_unstore=True,
     )
 
@@ -173,13 +174,19 @@ def test_any_json(fields, parts, tools):
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
-        ({"web_search_options": {}}, "web_search_options"),
         ({"search_parameters": {"mode": "auto"}}, "search_parameters"),
         ({"plugins": [{"id": "web"}]}, "plugins"),
         ({"previous_response_id": "resp_1"}, "previous_response_id"),
         ({"conversation": "conv_1"}, "conversation"),
         ({"prompt": {"id": "pmpt_1"}}, "prompt"),
         ({"background": True}, "background"),
+        ({"background": 1}, "background"),
+        ({"deferred": True}, "deferred"),
+        ({"web_search": True}, "web_search"),
+        ({"enable_search": 1}, "enable_search"),
+        ({"data_sources": [{"type": "azure_search"}]}, "data_sources"),
+        ({"chat_template": "{% for i in range(9) %}x{% endfor %}"}, "chat_template"),
+        ({"extra_body": {"max_tokens": 9000}}, "extra_body"),
         ({"models": ["dear/model"]}, "models"),
         ({"best_of": 5}, "best_of"),
         ({"modalities": ["text", "video"]}, "modalities"),
@@ -201,6 +208,8 @@ def test_what_has_no_bound_is_refused(fields, param):
     "fields",
     [
         {"background": False},
+        {"deferred": None},
+        {"candidate_count": 1},
         {"plugins": []},
         {"best_of": 1},
         {"service_tier": "default"},
@@ -297,6 +306,13 @@ def test_names_are_free_where_we_do_not_read():
         max_tokens=3,
     )
     assert decode_chat(request_body) == decode_chat(compact(request_body))
+
+
+def test_images_that_the_request_enlarges():
+    """They have no maximum that the model's row could know."""
+    messages = [{"role": "user", "content": [TEXT, IMAGE]}]
+    assert decode_chat(body(messages=messages, mm_processor_kwargs=None)).has_only_images
+    assert not decode_chat(body(messages=messages, mm_processor_kwargs={"max_pixels": 10**9})).has_only_images
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,13 @@ import pytest
 from proxy.wire.media import host_of, is_private_name, is_public_address, media_urls
 
 
+def test_numbers_of_any_size_hide_no_address():
+    """They may stand in any place that is not read."""
+    part = b'{"type": "image_url", "image_url": {"url": "https://example.test/a"}}'
+    body = b'{"messages": [{"content": [%b]}], "odd": 1e999}' % part
+    assert media_urls(body) == ["https://example.test/a"]
+
+
 def test_the_addresses_of_all_media_are_found():
     """In messages and in items, at any depth and under any name that means an address; data is none."""
     body = {

@@ -52,7 +52,15 @@ def test_the_least_that_a_request_must_say(endpoint):
 @pytest.mark.parametrize("endpoint", [Endpoint.COMPLETIONS, Endpoint.EMBEDDINGS])
 @pytest.mark.parametrize(
     ("prompt", "prompts"),
-    [("a", 1), (["a"], 1), (["a", "b"], 2), ([1, 2, 3], 1), ([[1], [2, 3], [4]], 3)],
+    [
+        ("a", 1),
+        (["a"], 1),
+        (["a", "b"], 2),
+        ([1, 2, 3], 1),
+        ([[1], [2, 3], [4]], 3),
+        ([1, [2, 3], "b"], 3),
+        (["a", 1], 2),
+    ],
 )
 def test_prompts_are_counted(endpoint, prompt, prompts):
     """A text and a list of tokens are one prompt, and each may fill the context."""
@@ -69,6 +77,22 @@ def test_every_prompt_has_its_choices(fields, choices):
     assert decode(Endpoint.COMPLETIONS, body(Endpoint.COMPLETIONS, prompt=["a", "b"], **fields)).choices == choices
 
 
+@pytest.mark.parametrize("endpoint", Endpoint)
+def test_bytes_that_are_no_utf8_are_refused(endpoint):
+    """In any place: nobody knows what a provider would read."""
+    with pytest.raises(BadRequest) as raised:
+        decode(endpoint, body(endpoint, user="?").replace(b"?", b"\xff"))
+    assert raised.value.code == "invalid_json"
+
+
+def test_the_best_of_several_is_not_streamed():
+    """As at OpenAI: whoever leaves such a stream would get what it does not show for nothing."""
+    with pytest.raises(BadRequest) as raised:
+        decode(Endpoint.COMPLETIONS, body(Endpoint.COMPLETIONS, stream=True, n=2, best_of=3))
+    assert raised.value.param == "best_of"
+    assert decode(Endpoint.COMPLETIONS, body(Endpoint.COMPLETIONS, stream=True, n=3, best_of=3)).choices == 3
+
+
 @pytest.mark.parametrize(
     ("endpoint", "fields", "param"),
     [
@@ -83,12 +107,43 @@ def test_every_prompt_has_its_choices(fields, choices):
         (Endpoint.EMBEDDINGS, {"input_image": "AA"}, "input_image"),
         (Endpoint.EMBEDDINGS, {"Input": "x"}, "input"),
         (Endpoint.RESPONSES, {"background": True}, "background"),
+        (Endpoint.RESPONSES, {"background": 1}, "background"),
         (Endpoint.RESPONSES, {"previous_response_id": "resp_1"}, "previous_response_id"),
         (Endpoint.RESPONSES, {"conversation": {"id": "conv_1"}}, "conversation"),
         (Endpoint.RESPONSES, {"prompt": {"id": "pmpt_1"}}, "prompt"),
-        (Endpoint.RESPONSES, {"tools": [{"type": "web_search"}]}, "tools"),
+        (Endpoint.COMPLETIONS, {"web_search_options": {}}, "web_search_options"),
+        (Endpoint.RESPONSES, {"web_search_options": {}}, "web_search_options"),
+        (Endpoint.RESPONSES, {"tools": [{"type": "image_generation"}]}, "tools"),
+        (Endpoint.RESPONSES, {"tools": [{"type": "web_search_2099_01_01"}]}, "tools"),
+        (Endpoint.RESPONSES, {"tools": [{"type": "code_interpreter"}]}, "tools"),
+        (Endpoint.RESPONSES, {"tools": [{"type": "code_interpreter", "container": "cntr_1"}]}, "tools"),
+        (Endpoint.RESPONSES, {"tools": [{"type": "code_interpreter", "container": {"type": "cntr_1"}}]}, "tools"),
+        (
+            Endpoint.RESPONSES,
+            {"tools": [{"type": "code_interpreter", "container": {"type": "auto", "file_ids": ["file-1"]}}]},
+            "tools",
+        ),
+        (
+            Endpoint.RESPONSES,
+            {"tools": [{"type": "code_interpreter", "container": {"type": "auto", "memory_limit": "4g"}}]},
+            "tools",
+        ),
+        (
+            Endpoint.RESPONSES,
+            {"tools": [{"type": "code_interpreter", "container": {"type": "auto", "File_Ids": ["file-1"]}}]},
+            "tools",
+        ),
+        (Endpoint.RESPONSES, {"tools": [{"type": "function", "Container": {"type": "auto"}}]}, "tools"),
+        (Endpoint.RESPONSES, {"input": [{"type": "code_interpreter_call", "container_id": "cntr_1"}]}, "input"),
+        (Endpoint.RESPONSES, {"max_tool_calls": 0}, "max_tool_calls"),
+        (Endpoint.RESPONSES, {"max_tool_calls": 10_001}, "max_tool_calls"),
+        (Endpoint.RESPONSES, {"Max_Tool_Calls": 5}, "max_tool_calls"),
         (Endpoint.RESPONSES, {"tools": [{"type": "function", "Type": "web_search"}]}, "tools"),
         (Endpoint.RESPONSES, {"input": [{"type": "item_reference", "id": "msg_1"}]}, "input"),
+        (Endpoint.RESPONSES, {"input": [{"id": "msg_1"}]}, "input"),
+        (Endpoint.RESPONSES, {"input": [{"type": None, "id": "msg_1"}]}, "input"),
+        (Endpoint.RESPONSES, {"instructions": [{"type": "item_reference", "id": "msg_1"}]}, "instructions"),
+        (Endpoint.RESPONSES, {"instructions": {"id": "pmpt_1"}}, "instructions"),
         (
             Endpoint.RESPONSES,
             {"input": [{"role": "user", "content": [{"type": "input_file", "file_id": "file-1"}]}]},
@@ -106,9 +161,46 @@ def test_what_has_no_bound_is_refused(endpoint, fields, param):
 
 
 @pytest.mark.parametrize(
+    ("endpoint", "fields", "tools", "tool_calls_max"),
+    [
+        (Endpoint.CHAT, {"web_search_options": {}}, {"web_search": "web_search_options"}, None),
+        (
+            Endpoint.CHAT,
+            {"web_search_options": {"search_context_size": "low"}},
+            {"web_search": "web_search_options"},
+            None,
+        ),
+        (Endpoint.CHAT, {"web_search_options": None}, {}, None),
+        (Endpoint.RESPONSES, {"tools": [{"type": "web_search"}]}, {"web_search": "web_search"}, None),
+        (
+            Endpoint.RESPONSES,
+            {
+                "tools": [
+                    {"type": "function", "name": "f", "parameters": {}},
+                    {"type": "web_search_preview", "search_context_size": "high"},
+                    {"type": "file_search", "vector_store_ids": ["vs_1"]},
+                    {"type": "code_interpreter", "container": {"type": "auto", "memory_limit": "1g"}},
+                ],
+                "max_tool_calls": 7,
+            },
+            {"web_search": "web_search_preview", "file_search": "file_search", "code_interpreter": "code_interpreter"},
+            7,
+        ),
+        (Endpoint.RESPONSES, {"max_tool_calls": 7}, {}, 7),
+    ],
+)
+def test_tools_that_the_provider_runs(endpoint, fields, tools, tool_calls_max):
+    """They are found by what they are priced as; what they find becomes prompt that nobody can size."""
+    request = decode(endpoint, body(endpoint, **fields))
+    assert (request.tools, request.tool_calls_max, request.is_unsized) == (tools, tool_calls_max, bool(tools))
+    assert not request.has_only_images
+
+
+@pytest.mark.parametrize(
     ("items", "is_unsized"),
     [
         ([{"role": "user", "content": "hi"}], False),
+        ([{"type": None, "role": "user", "content": "hi"}], False),
         ([{"type": "message", "role": "user", "content": [{"type": "input_text", "text": "hi"}]}], False),
         ([{"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"}], False),
         ([{"type": "function_call_output", "call_id": "c", "output": "42"}], False),

@@ -5,7 +5,7 @@ for and not what a framework made of them. It imports nothing from `proxy`: it c
 and so can prove ours wrong.
 
 What it serves, below any base path: `POST` of `/chat/completions`, `/completions`, `/embeddings` and `/responses`, and
-`GET /models`. It keeps no state: there is nothing to retrieve.
+`GET /models`; and Anthropic's `POST /messages`. It keeps no state: there is nothing to retrieve.
 
 How it counts: text has one token for every UTF-8 byte, in a prompt and in a reply.
 
@@ -13,6 +13,7 @@ How it counts: text has one token for every UTF-8 byte, in a prompt and in a rep
                  `response_format`, 4 for every message, and 1,105 for every image, audio or file
     responses    likewise for input items, plus the bytes of `instructions` and the compact JSON of `text`; an input
                  that is a string is one item
+    messages     likewise, and 804 where there are tools, which have to be explained to the model
     completions  the bytes of each prompt; a token number is one token
     embeddings   likewise, and no output
     a reply      its text or refusal, or the names and arguments of its tool calls; `echo` costs nothing, replies that

@@ -19,7 +19,11 @@ class Behaviour:
     refusal           it is a refusal with this text (chat and responses)
     tool_calls        it is these calls, each `{"name", "arguments"}` with arguments as a string or an object (chat and
                       responses). Once the results of tools come after the message that asked for it, the reply is text
-    ignore_max        it ignores the request's maximum of tokens
+    blocks            it is these blocks of content (messages)
+    stop_reason       it ends for this reason (messages)
+    hosted_tools      it uses these tools of the provider's first: items of responses such as `web_search_call`, or
+                      `open_page` for a page that a search found; each adds `FOUND_TOKENS` to the prompt
+    ignore_max        it ignores the request's maximum of tokens, and of uses of tools
 
     The answer around it:
     chunk_tokens      characters in each event of a stream (one token each, in ASCII)
@@ -76,6 +80,9 @@ class Behaviour:
     json: Any = None
     refusal: str | None = None
     tool_calls: list[dict[str, Any]] | None = None
+    blocks: list[dict[str, Any]] | None = None
+    stop_reason: str | None = None
+    hosted_tools: list[str] = field(default_factory=list)
     ignore_max: bool = False
     chunk_tokens: int = 4
     usage: Literal["normal", "none", "cached", "reasoning", "hidden", "implausible"] | dict[str, Any] = "normal"

@@ -39,7 +39,7 @@ class Connection:
         writer.transport.set_write_buffer_limits(high=0)  # what is drained has reached the kernel
 
     async def read_head(self) -> tuple[str, str, list[tuple[str, str]]] | None:
-        """Method, path and headers of the next request; None if the client closed instead."""
+        """Method, path with its query and headers of the next request; None if the client closed instead."""
         try:
             head = await self._reader.readuntil(b"\r\n\r\n")
         except asyncio.IncompleteReadError as error:
@@ -49,7 +49,7 @@ class Connection:
         request_line, *lines = head.decode("latin-1").split("\r\n")[:-2]
         method, target, _ = request_line.split(" ")
         pairs = (line.split(":", 1) for line in lines)
-        return method, target.partition("?")[0], [(name.lower(), value.strip()) for name, value in pairs]
+        return method, target, [(name.lower(), value.strip()) for name, value in pairs]
 
     async def read_body(self, size_bytes: int) -> AsyncIterator[bytes]:
         """The pieces of a body, as they come.

@@ -2,7 +2,7 @@
 
 from types import ModuleType
 
-from tests.fakes.provider import chat, completions, embeddings, responses
+from tests.fakes.provider import chat, completions, embeddings, messages, responses
 from tests.fakes.provider.answer import CREATED_AT, MODELS, Answer, Piece, error, plain, wished_error
 from tests.fakes.provider.journal import Served
 
@@ -17,8 +17,10 @@ _ENDPOINTS = {
 
 def decide(served: Served) -> Answer:
     """The answer to a request that was read; fills in the journal's counts and behaviour."""
+    if served.method == "POST" and served.path.endswith("/messages"):
+        return messages.decide(served)
     endpoint = _endpoint(served) if served.method == "POST" else None
-    is_models = served.method == "GET" and served.path.endswith("/models")
+    is_models = served.method == "GET" and served.path.partition("?")[0].endswith("/models")
     if endpoint is None and not is_models:
         return error(404, f"Unknown request URL: {served.method} {served.path}.")
     if not _is_authorized(served):
@@ -31,12 +33,12 @@ def decide(served: Served) -> Answer:
 
 
 def _endpoint(served: Served) -> ModuleType | None:
-    return next((endpoint for end, endpoint in _ENDPOINTS.items() if served.path.endswith(end)), None)
+    return next((endpoint for end, endpoint in _ENDPOINTS.items() if served.path.partition("?")[0].endswith(end)), None)
 
 
 def _is_authorized(served: Served) -> bool:
     scheme, _, key = served.header("authorization").partition(" ")
-    return scheme.lower() == "bearer" and bool(key.strip())
+    return (scheme.lower() == "bearer" and bool(key.strip())) or bool(served.header("api-key"))
 
 
 def _models() -> Answer:

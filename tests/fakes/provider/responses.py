@@ -11,6 +11,7 @@ from tests.fakes.provider.reply import TOKENS_PER_MEDIUM, Bill, Reply, bytes_of,
 _TOKENS_PER_ITEM = 4
 _MEDIA = ("input_image", "input_audio", "input_file")
 _STATEFUL = ("previous_response_id", "conversation", "background")
+FOUND_TOKENS = 300
 _ECHOED = {
     "instructions": None,
     "max_output_tokens": None,
@@ -64,12 +65,14 @@ def answer(served: Served, request: dict[str, Any]) -> Answer:
     tokens_max = least(request.get("max_output_tokens"))
     reply = compose(wish, tokens_max, has_tool_results=_has_tool_results(_items(request)))
     served.unseen_tokens = reply.unseen_tokens
+    uses = wish.hosted_tools if wish.ignore_max else wish.hosted_tools[: least(request.get("max_tool_calls"))]
+    served.prompt_tokens += FOUND_TOKENS * len(uses)
     usage = _usage(Bill(behaviour=wish, prompt=served.prompt_tokens, shown=reply.tokens, unseen=reply.unseen_tokens))
     started = _started(served, request)
     ended = started | {
         "status": "incomplete" if reply.is_cut else "completed",
         "incomplete_details": {"reason": "max_output_tokens"} if reply.is_cut else None,
-        "output": _output(reply, served),
+        "output": [*_hosted(uses, served), *_output(reply, served)],
         "service_tier": "default",
         "usage": usage,
     }
@@ -152,6 +155,22 @@ def _failed(started: dict[str, Any], wish: Behaviour) -> dict[str, Any]:
         "status": "failed",
         "error": {"code": shape["code"] or "server_error", "message": shape["message"]},
     }
+
+
+def _hosted(uses: list[str], served: Served) -> list[dict[str, Any]]:
+    """The items of tools that the provider runs; a code interpreter has one container, whatever it does."""
+    items = []
+    for position, use in enumerate(uses):
+        item = {"id": f"ht_fake_{served.id}_{position}", "type": use, "status": "completed"}
+        match use:
+            case "open_page":
+                item |= {"type": "web_search_call", "action": {"type": "open_page", "url": "https://example.test/"}}
+            case "web_search_call":
+                item["action"] = {"type": "search", "query": "fox", "queries": ["fox"]}
+            case "code_interpreter_call":
+                item |= {"container_id": "cntr_fake", "code": "1 + 1", "outputs": None}
+        items.append(item)
+    return items
 
 
 def _output(reply: Reply, served: Served) -> list[dict[str, Any]]:

@@ -14,10 +14,12 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from proxy import pricebook
-from proxy.catalog import MARKUP_DESCRIPTION, MARKUP_PERCENT, ProviderState, put_config, touch
+from proxy.catalog import MARKUP_DESCRIPTION, ProviderState, put_config, touch
 from proxy.errors import BadRequest, Conflict, NotFound
-from proxy.pricebook import ADMIN, LIST, Change, Entry, PriceList, Row
+from proxy.policy import MARKUP_PERCENT
+from proxy.pricebook import ADMIN, LIST, Change, Entry, PriceList, Row, entry_of
 from proxy.pricing import MarkupKind
+from proxy.settings import PriceSettings, check_price
 from proxy.storage.database import database_now, reading, writing
 from proxy.storage.tables import admin_events, markup_rules, prices, providers, system_config
 from proxy.units import AmountError, Micros, format_percent, new_id, now_micros, parse_percent
@@ -77,10 +79,10 @@ async def set_default_markup(engine: AsyncEngine, actor: str, percent: Any) -> s
     """Make `percent` the default rule; returns it as it is stored. Raises `BadRequest`."""
     after = format_percent(bps_of(percent))
     async with writing(engine) as connection:
+        await touch(connection)  # first, as whoever sets this as one of the settings does
         before = await default_percent(connection)
         await put_config(connection, MARKUP_PERCENT, after, MARKUP_DESCRIPTION)
         await record(connection, actor, "markup.set", MarkupKind.DEFAULT, before, after)
-        await touch(connection)
     return after
 
 
@@ -124,6 +126,11 @@ async def change_rule(engine: AsyncEngine, actor: str, rule_id: str, percent: An
         )
         await touch(connection)
     return after
+
+
+async def find_rule(engine: AsyncEngine, kind: MarkupKind, subject: str) -> Rule | None:
+    """The rule for this subject; None without one."""
+    return next((rule for rule in await rules(engine) if (rule.kind, rule.subject) == (kind, subject)), None)
 
 
 async def remove_rule(engine: AsyncEngine, actor: str, rule_id: str) -> None:
@@ -182,6 +189,17 @@ async def set_provider(
 
 
 # ---- prices
+
+
+def entry_from(price: Mapping[str, Any]) -> Entry:
+    """The entry that `price`, with the fields of `[prices]` in the configuration, describes. Raises `BadRequest`."""
+    try:
+        settings = msgspec.convert(price, PriceSettings, strict=False)
+        check_price(settings)
+    except (msgspec.ValidationError, AmountError) as exc:
+        raise BadRequest(f"price: {exc}", param="price", code="invalid_value") from exc
+    entry, _ = entry_of(settings)
+    return entry
 
 
 async def set_price(engine: AsyncEngine, actor: str, provider: str, model: str, entry: Entry | None) -> None:

@@ -1,0 +1,137 @@
+"""`/api/v1/admin/events` and `/audit`: who changed what, and whether the books add up, for admins."""
+
+import asyncio
+from datetime import datetime
+from typing import Annotated, Any
+
+import msgspec
+from litestar import Router, get
+from litestar.di import NamedDependency
+from litestar.params import FromQuery
+from msgspec import Meta
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from proxy.administration.events import Event, Filter, events
+from proxy.edge.authentication import needs
+from proxy.edge.credits import check_page
+from proxy.edge.errors import documented
+from proxy.errors import BadRequest, Unavailable
+from proxy.identity.flights import Flights
+from proxy.identity.keys import Scope
+from proxy.journal import PAGE_DEFAULT
+from proxy.ledger.audit import Finding, Report, Totals
+from proxy.ledger.audit import audit as check
+from proxy.units import format_instant, micros_of
+
+AUDIT_S_MAX = 60.0
+"""How long an audit by HTTP may take; that of the command line takes as long as the books need."""
+
+SUBJECT_CHARACTERS_MAX = 300
+
+
+class EventItem(msgspec.Struct):
+    """One change: `actor` is a user's id, or "command line"; `before` and `after` hold what was another way."""
+
+    id: str
+    actor: str
+    action: Annotated[str, Meta(examples=["user.change"])]
+    subject: str
+    before: Any
+    after: Any
+    created_at: str
+
+
+class EventPage(msgspec.Struct):
+    """Newest first. `next_cursor` asks for the next page; null on the last."""
+
+    items: list[EventItem]
+    next_cursor: str | None
+
+
+class AuditItem(msgspec.Struct):
+    """What an audit found; amounts in nano-credits (10⁻⁹), as `tollgate audit --json` has them."""
+
+    clean: bool
+    violations: list[Finding]
+    notes: list[Finding]
+    totals: Totals
+
+
+@get("/events", summary="Who changed what", responses=documented(400))
+async def admin_events(  # noqa: PLR0913, PLR0917 - one parameter a filter
+    engine: NamedDependency[AsyncEngine],
+    actor: FromQuery[str | None] = None,
+    action: FromQuery[str | None] = None,
+    subject: FromQuery[str | None] = None,
+    since: FromQuery[datetime | None] = None,
+    until: FromQuery[datetime | None] = None,
+    limit: FromQuery[int] = PAGE_DEFAULT,
+    cursor: FromQuery[str | None] = None,
+) -> EventPage:
+    """Every change made by an admin or by the command line.
+
+    Those of one actor, action (`user.change`) or subject (an id or a name), `since` (included) to `until` (not
+    included), which are instants of ISO 8601 with their time zone.
+    """
+    check_page(limit, cursor, "event")
+    wanted = Filter(
+        actor=_text(actor, "actor"),
+        action=_text(action, "action"),
+        subject=_text(subject, "subject"),
+        since=_instant(since, "since"),
+        until=_instant(until, "until"),
+    )
+    found = await events(engine, wanted, limit=limit + 1, before=cursor)
+    items = [_item(event) for event in found[:limit]]
+    return EventPage(items, items[-1].id if len(found) > limit else None)
+
+
+def _item(event: Event) -> EventItem:
+    return EventItem(**{**msgspec.structs.asdict(event), "created_at": format_instant(event.created_at)})
+
+
+def _text(text: str | None, param: str) -> str | None:
+    if text is not None and (len(text) > SUBJECT_CHARACTERS_MAX or not text.isprintable()):
+        raise BadRequest(f"{param}: at most {SUBJECT_CHARACTERS_MAX} printable characters.", param=param)
+    return text
+
+
+def _instant(instant: datetime | None, param: str) -> int | None:
+    if instant is None:
+        return None
+    if instant.tzinfo is None:
+        raise BadRequest(f"{param}: a time zone is needed, such as Z.", param=param, code="invalid_value")
+    return micros_of(instant)
+
+
+class Auditor:
+    """Runs one audit at a time, whose report is for everybody who asks meanwhile."""
+
+    def __init__(self, engine: AsyncEngine) -> None:
+        self._engine = engine
+        self._flights = Flights[Report]()
+
+    async def report(self) -> Report:
+        """What an audit finds now. Raises `Unavailable` when it takes too long."""
+        return await self._flights.join("audit", self._check)
+
+    async def _check(self) -> Report:
+        try:
+            async with asyncio.timeout(AUDIT_S_MAX):
+                return await check(self._engine)
+        except TimeoutError as exc:
+            raise Unavailable("The audit takes too long for HTTP: run `tollgate audit`.", retry_after_s=60) from exc
+
+
+@get("/audit", summary="Check the books", responses=documented())
+async def audit(auditor: NamedDependency[Auditor]) -> AuditItem:
+    """Check every invariant of the ledger, in one snapshot, read-only, while calls go on.
+
+    `clean` says whether the books add up; `violations` show the rows that are wrong. Books that take longer than a
+    minute are for `tollgate audit`.
+    """
+    report = await auditor.report()
+    return AuditItem(report.is_clean, report.violations, report.notes, report.totals)
+
+
+router = Router("/api/v1/admin", opt=needs(Scope.ADMIN), route_handlers=[admin_events, audit])

@@ -1,0 +1,361 @@
+"""One server of several processes, and how servers end: workers die and are replaced, and nobody's call is lost."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from contextlib import closing
+from itertools import pairwise
+from pathlib import Path
+
+import httpx2
+import psutil
+import pytest
+
+from proxy.supervisor import PAUSE_S, PAUSE_S_MAX, YOUNG_DEATHS_MAX, listen, pause_before
+from tests.fakes.provider import run_in_thread
+from tests.serving import CONFIG, MODEL, Served, environment, serving
+
+SERVER = CONFIG.replace("port = 0", "port = 0\nworkers = 2\ndrain_s = 2\nsettle_wait_s = 2")
+
+PATIENCE_S = 15
+
+
+def until(is_so, what: str) -> None:
+    """Wait until `is_so()`, or fail with `what` did not come."""
+    give_up_at = time.monotonic() + PATIENCE_S
+    while not is_so():
+        assert time.monotonic() < give_up_at, what
+        time.sleep(0.02)
+
+
+def workers(server: Served) -> list[psutil.Process]:
+    return psutil.Process(server.process.pid).children()
+
+
+def events(server: Served, name: str) -> list[dict]:
+    """What the server has logged under that name."""
+    lines = [line for line in server.log().splitlines() if line.startswith("{")]
+    return [event for event in map(json.loads, lines) if event["event"] == name]
+
+
+def body(**behaviour) -> dict:
+    wish = f"!fake {json.dumps(behaviour)}"
+    return {"model": MODEL, "max_tokens": 500, "stream": True, "messages": [{"role": "user", "content": wish}]}
+
+
+@pytest.fixture(scope="module")
+def upstream():
+    with run_in_thread() as provider:
+        yield provider
+
+
+@pytest.fixture(scope="module")
+def database(postgres, tmp_path_factory):
+    name = f"processes_{tmp_path_factory.mktemp('processes').name}"
+    postgres.create_database(name)
+    return postgres.url(name)
+
+
+@pytest.fixture(scope="module")
+def served(database, tmp_path_factory, upstream):
+    """A running server of two workers."""
+    with serving(tmp_path_factory.mktemp("served"), database, upstream.base_url, configuration=SERVER) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def key(served):
+    return served.customer("customer@example.com", "1000")
+
+
+@pytest.fixture
+def passing(database, tmp_path, upstream, served):
+    """Another server on the same database, which the test may end as it likes."""
+    server = Served(environment(tmp_path, database, upstream.base_url, configuration=SERVER))
+    server.start()
+    yield server
+    for child in server_pids(server):
+        psutil.Process(child).kill()
+    server.process.kill()
+    server.process.wait()
+    server.process.stdout.close()
+    server.errors.close()
+
+
+def server_pids(server: Served) -> list[int]:
+    try:
+        return [process.pid for process in workers(server)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+class Stream:
+    """A call that is being read, in a thread of its own."""
+
+    def __init__(self, server: Served, key: str, **behaviour) -> None:
+        self.read = b""
+        self.request_id = ""
+        self._is_begun = threading.Event()
+        self._thread = threading.Thread(target=self._run, args=(server, key, body(**behaviour)))
+        self._thread.start()
+        assert self._is_begun.wait(PATIENCE_S)
+
+    def _run(self, server: Served, key: str, call: dict) -> None:
+        with server.client(key) as http, http.stream("POST", "/v1/chat/completions", json=call) as answer:
+            self.request_id = answer.headers["x-request-id"]
+            try:
+                for chunk in answer.iter_raw():
+                    self.read += chunk
+                    self._is_begun.set()
+            except httpx2.HTTPError:
+                self.read += b"(cut off)"
+
+    def to_its_end(self) -> bytes:
+        self._thread.join(PATIENCE_S)
+        assert not self._thread.is_alive()
+        return self.read
+
+
+def test_sqlite_takes_one_process(tmp_path):
+    """More are refused in one line that says why and what to do, before anything starts."""
+    served = Served(environment(tmp_path, "sqlite+aiosqlite:///books.db"))
+    done = served.run("serve", "--workers", "2")
+    served.errors.close()
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "server.workers: SQLite takes one process, not 2; name a PostgreSQL" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_missing_schema_is_refused_once(tmp_path, postgres, served):
+    """Whatever the number of workers, one line names the command to run."""
+    postgres.create_database(name := f"empty_{tmp_path.name}")
+    empty = Served(environment(tmp_path, postgres.url(name), configuration=SERVER))
+    done = empty.run("serve")
+    empty.errors.close()
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "run `tollgate migrate` first" in done.stderr
+
+
+def test_connections_are_spread_over_the_workers(served, key, postgres, database):
+    """Each worker gets a good part of connections that are made at once, by a lease of its own."""
+    assert len(workers(served)) == 2
+    found = []
+    for _ in range(40):
+        with served.client(key) as http:
+            answer = http.post("/v1/chat/completions", json={**body(), "stream": False})
+        assert answer.status_code == 200
+        found.append(answer.headers["x-request-id"])
+    owners = dict(postgres.execute("SELECT id, owner_id FROM reservations", database.rpartition("/")[2]))
+    counts = Counter(owners[request_id] for request_id in found)
+    assert len(counts) == 2
+    assert min(counts.values()) >= 5, counts
+
+
+def test_a_killed_worker_is_replaced_and_its_siblings_serve_on(served, key):
+    """No new connection fails meanwhile; only the calls of the dead one are cut off."""
+    victim = workers(served)[0]
+    streams = [Stream(served, key, tokens=30, pace_s=0.05) for _ in range(6)]
+    victim.kill()
+    for _ in range(30):
+        with served.client(key) as http:
+            assert http.post("/v1/chat/completions", json={**body(), "stream": False}).status_code == 200
+    ends = [stream.to_its_end() for stream in streams]
+    assert all(end.endswith((b"data: [DONE]\n\n", b"(cut off)")) for end in ends)
+    until(lambda: len(workers(served)) == 2 and victim.pid not in server_pids(served), "the worker was not replaced")
+    assert events(served, "worker_died")[-1]["pid"] == victim.pid
+    until(lambda: events(served, "worker_ready"), "the new worker did not get ready")
+
+
+def test_a_worker_that_is_stuck_loses_nobody(served, key):
+    """Its siblings take the connections that wait at it."""
+    victim = workers(served)[1]
+    victim.suspend()
+    try:
+        for _ in range(20):
+            with socket.create_connection(served_address(served), timeout=PATIENCE_S) as connection:
+                connection.sendall(b"GET /health/live HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
+                assert connection.recv(100).startswith(b"HTTP/1.1 200")
+    finally:
+        victim.resume()
+
+
+def served_address(server: Served) -> tuple[str, int]:
+    url = httpx2.URL(server.base_url)
+    return url.host, url.port
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopping_server_finishes_its_calls(passing, key, number):
+    """Streams come to their end, nobody new gets in, the exit status is 0, and no process and no hold is left."""
+    children = workers(passing)
+    streams = [Stream(passing, key, tokens=12, pace_s=0.1) for _ in range(4)]
+    passing.process.send_signal(number)
+    for stream in streams:
+        assert stream.to_its_end().endswith(b"data: [DONE]\n\n")
+    assert passing.process.wait(PATIENCE_S) == 0, passing.log()
+    assert not any(child.is_running() for child in children)
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(served_address(passing)).close()
+    assert not events(passing, "ending_calls")
+
+
+def test_streams_that_take_too_long_are_ended_by_an_error_and_charged(passing, served, key):
+    """After `drain_s` the client is told, pays for what it has got, and the server is gone."""
+    stream = Stream(passing, key, tokens=400, pace_s=0.05)
+    passing.process.send_signal(signal.SIGTERM)
+    end = stream.to_its_end()
+    assert passing.process.wait(PATIENCE_S) == 0, passing.log()
+    last = end.rstrip().rpartition(b"\n\n")[2]
+    error = json.loads(last.removeprefix(b"data: "))["error"]
+    assert (error["message"], error["code"]) == ("The server is stopping.", "stream_broken")
+    assert b"[DONE]" not in end
+    charge = served.charge(key, stream.request_id)
+    assert (charge["state"], charge["outcome"], charge["usage_source"]) == ("settled", "server_stopped", "counted")
+    assert 0 < charge["usage"]["output"] < 200
+
+
+def test_workers_do_not_outlive_their_supervisor(passing, key):
+    """Killed without a word, it leaves nobody: each worker finishes its calls and ends."""
+    children = workers(passing)
+    stream = Stream(passing, key, tokens=12, pace_s=0.1)
+    passing.process.kill()
+    passing.process.wait()
+    assert stream.to_its_end().endswith(b"data: [DONE]\n\n")
+    until(lambda: not any(child.is_running() for child in children), "a worker lived on")
+
+
+def test_a_worker_that_is_asked_to_end_is_replaced(passing, key):
+    """So each can be renewed by itself; its calls are finished."""
+    streams = [Stream(passing, key, tokens=12, pace_s=0.1) for _ in range(4)]
+    victim = workers(passing)[0]
+    victim.terminate()
+    for stream in streams:
+        assert stream.to_its_end().endswith(b"data: [DONE]\n\n")
+    until(lambda: len(workers(passing)) == 2 and victim.pid not in server_pids(passing), "it was not replaced")
+    assert not events(passing, "worker_died")
+
+
+def test_a_taken_port_is_refused(served, tmp_path, database):
+    """Also when its owner shares it among its workers, which would share it with ours."""
+    _, port = served_address(served)
+    other = Served(environment(tmp_path, database, configuration=SERVER))
+    for count in ("1", "2"):
+        done = other.run("serve", "--port", str(port), "--workers", count)
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+        assert "Address already in use" in done.stderr
+    other.errors.close()
+
+
+def test_sockets_of_one_server_share_a_port():
+    """One for each worker, all on the same port."""
+    sockets = listen("127.0.0.1", 0, 3)
+    ports = {each.getsockname()[1] for each in sockets}
+    for each in sockets:
+        each.close()
+    assert (len(sockets), len(ports)) == (3, 1)
+
+
+PROGRAM = """
+import os, sys, time
+from proxy import supervisor
+from proxy.supervisor import Supervisor
+supervisor.PAUSE_S *= {haste}
+
+def work(lifeline):
+    with open(sys.argv[1], "a") as starts:
+        starts.write(f"{{time.monotonic()}}\\n")
+    if len(open(sys.argv[1]).read().split()) > {healthy}:
+        os._exit(7)
+    lifeline.say_ready()
+    {then}
+
+sys.exit(Supervisor(work, 1, [], stop_s_max=1, on_ready=lambda: print("ready", flush=True)).run())
+"""
+
+
+@pytest.fixture
+def supervised(tmp_path):
+    """What runs `PROGRAM` and returns the process and the file in which its workers note when they start."""
+    running = []
+
+    def run(healthy: int, then: str, haste: float = 1) -> tuple[subprocess.Popen, Path]:
+        file = tmp_path / "starts"
+        program = PROGRAM.format(healthy=healthy, then=then, haste=haste)
+        process = subprocess.Popen(
+            [sys.executable, "-c", program, str(file)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+        )
+        running.append(process)
+        return process, file
+
+    yield run
+    for process in running:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def test_a_worker_that_keeps_dying_is_replaced_with_pauses(supervised):
+    """One at a time, each time later: never in a loop that eats the machine."""
+    process, file = supervised(1, "sys.exit(1)")
+    assert process.stdout.readline() == b"ready\n"
+    until(lambda: len(file.read_text().split()) >= 4, "it was not replaced")
+    starts = [float(line) for line in file.read_text().split()]
+    gaps = [after - before for before, after in pairwise(starts)]
+    assert gaps[0] >= PAUSE_S
+    assert gaps[1] >= 2 * PAUSE_S
+    assert gaps[2] >= 4 * PAUSE_S
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(PATIENCE_S) == 0
+
+
+def test_a_server_whose_workers_all_keep_dying_gives_up(supervised):
+    """Rather than to let everybody wait who connects; the exit status is the last worker's."""
+    process, file = supervised(1, "os._exit(1)", haste=0.01)
+    assert process.wait(PATIENCE_S) == 7
+    assert len(file.read_text().split()) == YOUNG_DEATHS_MAX
+
+
+def test_a_server_that_cannot_start_does_not_go_on_trying(supervised):
+    """Nobody has ever been ready, so the workers' status is the server's."""
+    process, file = supervised(0, "pass")
+    assert process.wait(PATIENCE_S) == 7
+    assert len(file.read_text().split()) == 1
+
+
+def test_a_worker_that_does_not_end_is_killed(supervised):
+    """When its time is over; the exit status tells."""
+    process, _ = supervised(9, "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)")
+    assert process.stdout.readline() == b"ready\n"
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(PATIENCE_S) == 1
+
+
+def test_pauses_are_bounded():
+    """None for who has lived long, and half a minute at the most."""
+    assert [pause_before(deaths) for deaths in (0, 1, 2, 3)] == [0, PAUSE_S, 2 * PAUSE_S, 4 * PAUSE_S]
+    assert pause_before(10**6) == PAUSE_S_MAX
+
+
+def test_a_server_with_notice_takes_calls_while_it_is_not_ready(tmp_path, upstream):
+    """Who stands in front sees red before anybody is turned away; every answer then closes its connection."""
+    config = CONFIG.replace("port = 0", "port = 0\nnotice_s = 1.5")
+    with serving(tmp_path, "sqlite+aiosqlite:///notice.db", upstream.base_url, config) as server:
+        key = server.customer("customer@example.com")
+        with server.client(key) as http, closing(server.client(key)) as idle:
+            assert idle.get("/health/ready").status_code == 200
+            server.process.send_signal(signal.SIGTERM)
+            until(lambda: http.get("/health/ready").status_code == 503, "readiness stayed green")
+            answer = http.post("/v1/chat/completions", json={**body(), "stream": False})
+            assert (answer.status_code, answer.headers["connection"]) == (200, "close")
+            answer = idle.post("/v1/chat/completions", json={**body(), "stream": False})
+            assert (answer.status_code, answer.headers["connection"]) == (200, "close")
+        assert server.process.wait(PATIENCE_S) == 0

@@ -1,0 +1,374 @@
+"""The topology of `docker-compose.yml` by hand: PostgreSQL, and two replicas behind nginx with that file's settings.
+
+What a container engine would do is left out; what is between the parts is the same.
+"""
+
+import base64
+import json
+import re
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Self
+
+import httpx2
+import psutil
+import pytest
+import yaml
+
+from proxy.metrics import FAMILIES
+from tests import debian
+from tests.fakes.provider import run_in_thread
+from tests.serving import CONFIG, MODEL, Served, environment
+
+COMPOSE = yaml.safe_load((Path(__file__).parents[1] / "docker-compose.yml").read_text())
+SERVICES = COMPOSE["services"]
+REPLICAS = ("proxy-a", "proxy-b")
+PATIENCE_S = 30
+
+
+def inline(name: str) -> str:
+    """The content of one of the compose file's configurations, as a container sees it."""
+    return COMPOSE["configs"][name]["content"].replace("$$", "$")
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return probe.getsockname()[1]
+
+
+class Replica(Served):
+    """One proxy of the compose file, with its command and environment, on a port of its own."""
+
+    def __init__(self, environ: dict[str, str]) -> None:
+        super().__init__(environ)
+        self.port = free_port()
+
+    def program(self) -> list[str]:
+        words = [str(self.port) if word == "8080" else word for word in SERVICES["proxy-a"]["command"]]
+        words = ["127.0.0.1" if word == "0.0.0.0" else word for word in words]  # noqa: S104 - compared only
+        return [sys.executable, "-m", "proxy", *words, "--json"]
+
+    def direct(self, credential: str | None = None) -> httpx2.Client:
+        headers = {} if credential is None else {"Authorization": f"Bearer {credential}"}
+        return httpx2.Client(base_url=f"http://127.0.0.1:{self.port}", headers=headers, timeout=PATIENCE_S)
+
+    def is_ready(self) -> bool:
+        try:
+            with self.direct() as http:
+                return http.get("/health/ready").status_code == 200
+        except httpx2.TransportError:
+            return False
+
+
+class Topology:
+    """Replicas and a load balancer that run."""
+
+    def __init__(self, replicas: list[Replica], nginx: subprocess.Popen, url: str, upstream, key: str) -> None:
+        self.replicas = replicas
+        self.nginx = nginx
+        self.url = url
+        self.upstream = upstream
+        self.key = key
+
+    def client(self, credential: str | None = None) -> httpx2.Client:
+        """A client of the load balancer."""
+        headers = {"Authorization": f"Bearer {credential or self.key}"}
+        return httpx2.Client(base_url=self.url, headers=headers, timeout=PATIENCE_S)
+
+    def call(self, http: httpx2.Client, *, stream: bool = False, **behaviour) -> httpx2.Response:
+        return http.post("/v1/chat/completions", json=body(stream=stream, **behaviour))
+
+
+def body(*, stream: bool, **behaviour) -> dict:
+    wish = f"!fake {json.dumps(behaviour)}"
+    return {"model": MODEL, "max_tokens": 100, "stream": stream, "messages": [{"role": "user", "content": wish}]}
+
+
+def environ_of(folder: Path, database_url: str, upstream_url: str, token: str) -> dict[str, str]:
+    """The environment that the compose file gives a proxy, with this machine's addresses and files."""
+    values = {"postgres_password": "trusted anyway", "jwt_secret": secrets.token_hex(32), "metrics_token": token}
+    own = {}
+    for name, value in SERVICES["proxy-a"]["environment"].items():
+        if value.startswith("/run/secrets/"):
+            file = folder / value.rpartition("/")[2]
+            file.write_text(values[file.name] + "\n")
+            own[name] = str(file)
+        elif name.startswith("TOLLGATE_"):
+            own[name] = value
+    found = environment(folder, database_url, upstream_url, configuration=CONFIG)
+    url = re.sub(r"//([^:@]+)(:[^@]*)?@", r"//\1@", database_url)
+    return {**found, **own, "TOLLGATE_DATABASE_URL": url, "TOLLGATE_TRUSTED_PROXIES": "127.0.0.0/8"}
+
+
+def nginx_configuration(folder: Path, port: int, replicas: list[Replica]) -> str:
+    """The compose file's, with this machine's ports and folder; Debian's nginx knows no `resolve`."""
+    text = inline("nginx").replace("/tmp/", f"{folder}/").replace("listen 8080;", f"listen 127.0.0.1:{port};")  # noqa: S108
+    text = re.sub(r"resolver [^;]*;", "", text)
+    for name, replica in zip(REPLICAS, replicas, strict=True):
+        assert f"server {name}:8080 resolve " in text
+        text = text.replace(f"{name}:8080 resolve", f"127.0.0.1:{replica.port}")
+    return text
+
+
+@pytest.fixture(scope="module")
+def token() -> str:
+    return secrets.token_hex(32)
+
+
+@pytest.fixture(scope="module")
+def topology(postgres, tmp_path_factory, token) -> Iterator[Topology]:
+    folder = tmp_path_factory.mktemp("topology")
+    postgres.create_database(name := f"topology_{folder.name}")
+    with ExitStack() as stack:
+        upstream = stack.enter_context(run_in_thread())
+        replicas = []
+        for place in REPLICAS:
+            (folder / place).mkdir()
+            environ = environ_of(folder / place, postgres.url(name), upstream.base_url, token)
+            replicas.append(Replica(environ))
+        replicas[0].command("migrate")
+        for replica in replicas:
+            stack.callback(put_down, replica)
+            replica.start()
+        port = free_port()
+        configuration = folder / "nginx.conf"
+        configuration.write_text(nginx_configuration(folder, port, replicas))
+        folder.chmod(0o755)
+        program = debian.program("nginx", "nginx")
+        command = [program, "-p", folder, "-c", configuration, "-e", "stderr", "-g", "daemon off;"]
+        nginx = stack.enter_context(subprocess.Popen(command, stderr=subprocess.PIPE))
+        stack.callback(nginx.send_signal, signal.SIGQUIT)
+        wait_for_port(port, nginx)
+        yield Topology(
+            replicas, nginx, f"http://127.0.0.1:{port}", upstream, replicas[0].customer("c@example.com", "1000")
+        )
+        report = replicas[0].command("audit")
+        assert report["clean"], report
+
+
+def put_down(replica: Replica) -> None:
+    if replica.process is not None:
+        replica.process.kill()
+        replica.process.wait()
+        replica.process.stdout.close()
+    replica.errors.close()
+
+
+def wait_for_port(port: int, process: subprocess.Popen) -> None:
+    give_up_at = time.monotonic() + PATIENCE_S
+    while True:
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < give_up_at
+        try:
+            socket.create_connection(("127.0.0.1", port)).close()
+        except ConnectionRefusedError:
+            time.sleep(0.02)
+        else:
+            return
+
+
+def test_both_replicas_serve(topology):
+    """The load balancer uses both; what they say of their callers' addresses comes through it."""
+    counts = [len(replica.log().splitlines()) for replica in topology.replicas]
+    with topology.client() as http:
+        answers = [topology.call(http) for _ in range(20)]
+    assert {answer.status_code for answer in answers} == {200}
+    for replica, before in zip(topology.replicas, counts, strict=True):
+        served = [line for line in replica.log().splitlines()[before:] if '"event":"call"' in line]
+        assert len(served) >= 5
+
+
+def test_a_stream_comes_through_byte_for_byte(topology):
+    """In pieces that end anywhere, with characters that look like the ends of lines."""
+    event = 'data: {"id":"x","object":"chat.completion.chunk","created":1,"model":"m","choices":[{"index":0,"delta":'
+    event += '{"content":"a\u2028b \\u0000 \u00e9\U0001f600"},"finish_reason":null}]}\n\n'
+    usage = 'data: {"id":"x","choices":[],"usage":{"prompt_tokens":3,"completion_tokens":4,"total_tokens":7}}\n\n'
+    sent = (": a comment\n\n" + event * 50).encode()
+    raw = base64.b64encode(sent + usage.encode() + b"data: [DONE]\n\n").decode()
+    with (
+        topology.client() as http,
+        http.stream(
+            "POST",
+            "/v1/chat/completions",
+            json=body(stream=True, raw_base64=raw, content_type="text/event-stream", segment_bytes=7),
+        ) as answer,
+    ):
+        received = b"".join(answer.iter_raw())
+    assert answer.status_code == 200
+    assert received == sent + b"data: [DONE]\n\n"  # nobody asked for usage
+
+
+def test_a_stream_is_not_held_back(topology):
+    """Its first events are there before the provider has sent the last ones."""
+    with (
+        topology.client() as http,
+        http.stream("POST", "/v1/chat/completions", json=body(stream=True, tokens=20, pace_s=0.1)) as answer,
+    ):
+        chunks = answer.iter_raw()
+        first = next(chunks)
+        assert not topology.upstream.journal[-1].ended.is_set()
+        assert first.startswith(b"data: ")
+        assert b"[DONE]" not in first
+        assert b"".join(chunks).endswith(b"data: [DONE]\n\n")
+
+
+def test_metrics_are_not_for_the_world(topology, token):
+    """Not even for whoever has the token: Prometheus asks each replica by itself."""
+    with topology.client(token) as http:
+        answer = http.get("/metrics")
+        assert (answer.status_code, answer.json()["error"]["code"]) == (404, "unknown_path")
+    for replica in topology.replicas:
+        with replica.direct(token) as http:
+            assert http.get("/metrics").text.startswith("# HELP tollgate_calls_total")
+
+
+def test_errors_of_the_load_balancer_have_our_shape(topology):
+    """A body over its limit is refused as we would."""
+    with topology.client() as http:
+        answer = http.post("/v1/chat/completions", content=b"x" * 22_000_000)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (413, "request_too_large")
+
+
+class Callers:
+    """Clients that call through the load balancer, one call after the other, until they are told to stop."""
+
+    def __init__(self, topology: Topology, count: int) -> None:
+        self.failures: list[str] = []
+        self.calls = 0
+        self._is_over = threading.Event()
+        self._topology = topology
+        self._threads = [threading.Thread(target=self._work, args=(number,)) for number in range(count)]
+
+    def __enter__(self) -> Self:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._is_over.set()
+        for thread in self._threads:
+            thread.join(PATIENCE_S)
+
+    def _work(self, number: int) -> None:
+        with self._topology.client() as http:
+            while not self._is_over.is_set():
+                stream = number % 2 == 1
+                try:
+                    answer = self._topology.call(http, stream=stream, tokens=5, pace_s=0.01 if stream else 0)
+                    if answer.status_code != 200 or (stream and not answer.content.endswith(b"data: [DONE]\n\n")):
+                        self.failures.append(f"{answer.status_code} {answer.content[-200:]!r}")
+                except httpx2.HTTPError as exc:
+                    self.failures.append(repr(exc))
+                self.calls += 1
+
+
+def test_a_replica_that_is_stopped_loses_no_call(topology):
+    """It ends by itself with status 0 while its clients go on; when it is back it serves again."""
+    replica = topology.replicas[0]
+    with Callers(topology, 8) as callers:
+        give_up_at = time.monotonic() + PATIENCE_S
+        while callers.calls < 40:
+            assert time.monotonic() < give_up_at
+            time.sleep(0.02)
+        replica.process.send_signal(signal.SIGTERM)
+        assert replica.process.wait(PATIENCE_S) == 0, replica.log()
+        at_end = callers.calls
+        while callers.calls < at_end + 40:
+            assert time.monotonic() < give_up_at + PATIENCE_S
+            time.sleep(0.02)
+    assert callers.failures == []
+    replica.process.stdout.close()
+    replica.start()
+    assert replica.is_ready()
+
+
+def test_a_replica_that_is_killed_costs_its_own_calls_and_no_more(topology):
+    """The next ones go to the other, whoever was killed."""
+    for replica in topology.replicas:
+        family = psutil.Process(replica.process.pid)
+        for process in (family, *family.children()):
+            process.kill()
+        replica.process.wait()
+        with topology.client() as http:
+            answers = [topology.call(http, stream=number % 2 == 1) for number in range(12)]
+        assert {answer.status_code for answer in answers} == {200}
+        replica.process.stdout.close()
+        replica.start()
+
+
+# ---- what Prometheus gets
+
+
+def rules() -> list[dict]:
+    return [rule for group in yaml.safe_load(inline("alerts"))["groups"] for rule in group["rules"]]
+
+
+def test_alerts_are_about_metrics_that_exist():
+    """Each names one at least, of those that we have."""
+    known = {"up"}
+    for family in FAMILIES:
+        suffixes = ("_bucket", "_sum", "_count") if family.kind == "histogram" else ("",)
+        known |= {family.name + suffix for suffix in suffixes}
+    for rule in rules():
+        named = set(re.findall(r"\b(tollgate_[a-z_]+|up)\b", rule["expr"]))
+        assert named, rule
+        assert named <= known, rule
+    assert len({rule["alert"] for rule in rules()}) == len(rules()) >= 10
+
+
+def test_prometheus_takes_its_configuration_and_the_alerts(tmp_path):
+    """Its own tool says so."""
+    promtool = debian.program("promtool", "prometheus")
+    (tmp_path / "alerts.yml").write_text(inline("alerts"))
+    (tmp_path / "prometheus.yml").write_text(inline("prometheus").replace("/etc/prometheus", str(tmp_path)))
+    for command in (("check", "rules", "alerts.yml"), ("check", "config", "--syntax-only", "prometheus.yml")):
+        done = subprocess.run(
+            [promtool, *command], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60
+        )
+        assert done.returncode == 0, done.stderr
+
+
+def test_prometheus_takes_our_page(topology, token):
+    """What a replica shows after all that is what its tool calls well formed."""
+    promtool = debian.program("promtool", "prometheus")
+    with topology.replicas[0].direct(token) as http:
+        page = http.get("/metrics").text
+    done = subprocess.run(
+        [promtool, "check", "metrics"], input=page, capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+# ---- the compose file itself
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_services_are_hardened(name):
+    """Nobody is root, no file can be changed, nothing is without a limit, and secrets come from files."""
+    service = SERVICES[name]
+    assert service["read_only"] is True
+    assert service["user"] not in {"root", "0", "0:0"}
+    assert service["cap_drop"] == ["ALL"]
+    assert "no-new-privileges:true" in service["security_opt"]
+    assert {"cpus", "memory", "pids"} <= service["deploy"]["resources"]["limits"].keys()
+    assert "healthcheck" in service or name == "migrate"
+    for variable, value in service.get("environment", {}).items():
+        assert not re.search("PASSWORD|SECRET|TOKEN", variable) or value.startswith("/run/secrets/")
+    assert name in {"nginx", "prometheus"} or "ports" not in service
+
+
+def test_grace_is_long_enough():
+    """A replica is not killed while it still has time for its calls, and takes calls for longer than nginx idles."""
+    proxy = SERVICES["proxy-a"]
+    notice_s = float(proxy["environment"]["TOLLGATE_NOTICE_S"])
+    idle_s = float(re.search(r"keepalive_timeout (\d+)s", inline("nginx"))[1])
+    assert notice_s > idle_s
+    assert float(proxy["stop_grace_period"].removesuffix("s")) >= notice_s + 30 + 45
