@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from decimal import Decimal
 from typing import Literal
@@ -29,6 +29,7 @@ from proxy.edge.document import DocumentPlugin, PagePlugin
 from proxy.edge.errors import respond
 from proxy.edge.health import Exposition, Readiness
 from proxy.edge.invoke import Simple
+from proxy.edge.protocol import Way
 from proxy.errors import Unavailable, UpstreamFailed
 from proxy.exchange import Exchange, ExchangeLimits
 from proxy.gauges import REFRESH_S, Gauges
@@ -113,7 +114,8 @@ class Tollgate:
                 lease_s=self.configuration.settings.database.lease_s,
             )
             books = self._store()
-            self.ledger = Ledger(books, lambda: lease.id, self.metrics)
+            server = self.configuration.settings.server
+            self.ledger = Ledger(books, lambda: lease.id, self.metrics, end_wait_s=server.settle_wait_s)
             stack.push_async_callback(self.ledger.aclose)
             await books.check()
             self.ledger.start()
@@ -133,7 +135,7 @@ class Tollgate:
                 is_stopping=lambda: self.is_stopping,
                 providers=tuple(providers),
             )
-            client = http_client(self.configuration.settings.server.http_client)
+            client = http_client(server.http_client)
             stack.push_async_callback(client.aclose)
             self.accounts = _accounts(self.configuration, self.engine, self.ledger, client, self._welcome)
             self.authentication = Authentication(self.engine, self.accounts, self.last_used)
@@ -181,13 +183,29 @@ class Tollgate:
         return self.metrics.shared.text()
 
 
-def build(tollgate: Tollgate) -> ASGIApp:
+class Application:
+    """An ASGI application, and the direct ways of its paid paths beside it (see `edge.protocol`)."""
+
+    def __init__(self, app: ASGIApp, ways: Mapping[bytes, Way]) -> None:
+        self._app = app
+        self.ways = ways
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve what takes ASGI's way."""
+        await self._app(scope, receive, send)
+
+
+def build(tollgate: Tollgate) -> Application:
     """The web application over an open `tollgate`."""
-    stall_s = tollgate.configuration.settings.server.stall_s
-    app = identified(routed(tollgate))
-    return inference.shortcut(
-        app, _paid_handlers(tollgate), tollgate.authentication, stall_s=stall_s, metrics=tollgate.metrics
+    configuration = tollgate.configuration
+    ways = inference.paid_ways(
+        tollgate.exchange,
+        tollgate.authentication,
+        _body_limits(configuration),
+        stall_s=configuration.settings.server.stall_s,
+        metrics=tollgate.metrics,
     )
+    return Application(identified(routed(tollgate)), ways)
 
 
 def routed(tollgate: Tollgate) -> Litestar:
@@ -412,7 +430,6 @@ def _limits(configuration: Configuration) -> ExchangeLimits:
         answer_bytes_max=server.answer_bytes_max,
         event_bytes_max=server.event_bytes_max,
         call_s=server.call_s,
-        settle_wait_s=server.settle_wait_s,
         keep_alive_s=server.keep_alive_s,
         may_pay_twice=configuration.settings.routing.may_pay_twice,
     )

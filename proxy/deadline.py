@@ -1,11 +1,12 @@
-"""A time limit on a block of code: what `asyncio.timeout` does, at half of its price.
+"""Time limits: on a block of code, at half of the price of `asyncio.timeout`, and on many futures at once, at none.
 
 A call has several, and on Python 3.11 each of asyncio's takes as long as decoding the request.
 """
 
 import asyncio
+import math
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 
 class Deadline:
@@ -50,3 +51,38 @@ class Deadline:
 def within(seconds: float) -> Deadline:
     """A limit of so many seconds from now."""
     return Deadline(asyncio.get_running_loop().time() + seconds)
+
+
+class CommonLimit:
+    """So many seconds for each of many futures, at the price of one timer.
+
+    A future that is not done by then fails with `TimeoutError`; for `math.inf` seconds none ever does.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._due: dict[asyncio.Future[Any], float] = {}
+        """In the order of their time, since all have the same."""
+        self._timer: asyncio.TimerHandle | None = None
+
+    def begin(self, future: "asyncio.Future[Any]") -> None:
+        """From now on."""
+        loop = future.get_loop()
+        self._due[future] = due = loop.time() + self._seconds
+        if self._timer is None and due < math.inf:
+            self._timer = loop.call_at(due, self._look)
+
+    def end(self, future: "asyncio.Future[Any]") -> None:
+        """No longer; to be called for each that has begun."""
+        self._due.pop(future, None)
+
+    def _look(self) -> None:
+        self._timer = None
+        loop = asyncio.get_running_loop()
+        for future, due in tuple(self._due.items()):
+            if due > loop.time():
+                self._timer = loop.call_at(due, self._look)
+                return
+            del self._due[future]
+            if not future.done():
+                future.set_exception(TimeoutError())

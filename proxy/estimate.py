@@ -57,7 +57,8 @@ def estimate(request: PaidRequest, prompt_tokens: int, offered: Sequence[Offer])
 
     Raises `BadRequest` when more of it is not in its body, and a candidate's context is not known.
     """
-    prompt_tokens = max(0, prompt_tokens - request.maxima_bytes)
+    if request.maxima:
+        prompt_tokens = max(0, prompt_tokens - request.maxima_bytes)
     at_least = at_most = input_most = output_most = 0
     for offer in offered:
         candidate = offer.candidate
@@ -65,8 +66,11 @@ def estimate(request: PaidRequest, prompt_tokens: int, offered: Sequence[Offer])
         maximum = output_tokens_max(request, candidate)
         outputs = (maximum + request.prediction_tokens) * request.choices
         useful = (_useful_output_tokens(request, candidate, maximum) + request.prediction_tokens) * request.choices
-        at_most = max(at_most, _held(request, offer, inputs, outputs))
-        at_least = max(at_least, _held(request, offer, inputs, useful))
+        most = least = _held(request, offer, inputs, outputs)
+        if useful != outputs:
+            least = _held(request, offer, inputs, useful)
+        at_most = max(at_most, most)
+        at_least = max(at_least, least)
         input_most = max(input_most, inputs)
         output_most = max(output_most, outputs)
     return Estimate(

@@ -20,7 +20,7 @@ import structlog
 
 from proxy import relay, tokens
 from proxy.catalog import Catalog
-from proxy.deadline import Deadline, within
+from proxy.deadline import Deadline
 from proxy.errors import (
     BadRequest,
     InsufficientCredits,
@@ -50,7 +50,16 @@ from proxy.estimate import (
 from proxy.identity.keys import Caller
 from proxy.ledger.decide import Receipt, Release, Reserve, Settle, Settled
 from proxy.ledger.ledger import Ledger
-from proxy.metering import BY_BYTES, Metered, StreamMeter, UsageSource, failure_status, meter_plain, stream_meter
+from proxy.metering import (
+    BY_BYTES,
+    Metered,
+    StreamMeter,
+    UsageSource,
+    failure_status,
+    meter_plain,
+    meter_reported,
+    stream_meter,
+)
 from proxy.metrics import (
     COOL_DOWNS,
     DEFERRED,
@@ -61,7 +70,7 @@ from proxy.metrics import (
     Charge,
     Metrics,
 )
-from proxy.pricing import TOOL_CLASSES, Price, billed, cost, dearest_usage, provider_cost, tokens_payable_max
+from proxy.pricing import TOOL_CLASSES, Price, billed, costs, dearest_usage
 from proxy.relay import Head, StreamRelay
 from proxy.routing import Candidate, Health, Offer, candidates, offers, retry_after_s, terms
 from proxy.units import Usage, format_credits
@@ -143,7 +152,6 @@ class ExchangeLimits(msgspec.Struct, frozen=True):
     answer_bytes_max: int
     event_bytes_max: int
     call_s: float
-    settle_wait_s: float
     keep_alive_s: float
     may_pay_twice: bool = False
 
@@ -159,6 +167,8 @@ class _Open(msgspec.Struct):
     started: float
     deadline: float
     offer: Offer
+    candidate: Candidate
+    """That of `offer`."""
     first_byte: float | None = None
     is_closed: bool = False
     is_client_gone: bool = False
@@ -172,11 +182,6 @@ class _Open(msgspec.Struct):
     """The limit on what is under way at the provider."""
     provider_s: float = 0.0
     """How long the call has been at its providers, the passing on of what they sent included."""
-
-    @property
-    def candidate(self) -> Candidate:
-        """The candidate of `offer`."""
-        return self.offer.candidate
 
     def begin(self) -> None:
         """The first of the answer has come."""
@@ -232,6 +237,9 @@ class Exchange:
         self._counting = asyncio.Semaphore(COUNTS_AT_ONCE_MAX)
         self._health = Health()
         self._draw = random.Random().random  # noqa: S311 - it spreads calls, and guards nothing
+        self._offers_of: Catalog | None = None
+        self._offers: dict[tuple[str, str | None, str | None, int | None, bool], tuple[Offer, ...]] = {}
+        """Those of the catalogue `_offers_of`, by what they depend on."""
 
     async def serve(self, call: Call, answer: Answer) -> None:
         """Serve one call, streamed or not.
@@ -284,16 +292,7 @@ class Exchange:
     async def _preflight(self, call: Call, request: PaidRequest) -> _Open:
         """The hook before the provider is called: route, price, estimate, reserve."""
         started = _now()
-        catalog = self._catalog()
-        found = candidates(catalog.models, request.model, call.provider)
-        offered = offers(
-            found,
-            request.service_tier,
-            catalog.user_markups.get(call.caller.user_id),
-            wants_audio=request.wants_audio,
-            tools=request.tools,
-            tool_calls_max=request.tool_calls_max,
-        )
+        offered = self._offered(call, request)
         try:
             return await self._hold(call, request, offered, started)
         except ModelNotAllowed as exc:
@@ -328,7 +327,30 @@ class Exchange:
             started=started,
             deadline=started + self._limits.call_s,
             offer=offered[0],
+            candidate=offered[0].candidate,
         )
+
+    def _offered(self, call: Call, request: PaidRequest) -> tuple[Offer, ...]:
+        """Who may serve the call, and at what price. Raises what `candidates` and `offers` do."""
+        catalog = self._catalog()
+        if catalog is not self._offers_of:
+            self._offers_of = catalog
+            self._offers = {}
+        markup_bps = catalog.user_markups.get(call.caller.user_id)
+        key = (request.model, call.provider, request.service_tier, markup_bps, request.wants_audio)
+        offered = None if request.tools else self._offers.get(key)
+        if offered is None:
+            offered = offers(
+                candidates(catalog.models, request.model, call.provider),
+                request.service_tier,
+                markup_bps,
+                wants_audio=request.wants_audio,
+                tools=request.tools,
+                tool_calls_max=request.tool_calls_max,
+            )
+            if not request.tools:
+                self._offers[key] = offered
+        return offered
 
     async def _reserve(self, call: Call, request: PaidRequest, estimated: Estimate, offered: tuple[Offer, ...]) -> int:
         """Hold what `estimated` says; returns the amount. Raises what `Ledger.reserve` does."""
@@ -341,7 +363,7 @@ class Exchange:
                 at_least=estimated.at_least,
                 at_most=estimated.at_most,
                 window_tokens=estimated.window_tokens,
-                models=tuple(offer.candidate.target for offer in offered),
+                models=tuple([offer.candidate.target for offer in offered]),
                 original_model=request.model,
                 is_stream=request.is_stream,
                 token_version=call.caller.token_version,
@@ -373,9 +395,12 @@ class Exchange:
 
     async def _try_each(self, opened: _Open, answer: Answer) -> None:
         """Let the first candidate that takes the call serve it. Raises the failure of the last one that was tried."""
-        ordered = self._health.ordered(opened.offered, _now(), self._draw)
+        ordered = opened.offered
+        if len(ordered) > 1:
+            ordered = self._health.ordered(ordered, _now(), self._draw)
         for offer in ordered:
             opened.offer = offer
+            opened.candidate = offer.candidate
             was_perhaps_billed, opened.is_perhaps_billed = opened.is_perhaps_billed, True
             self._health.trying(offer.candidate.target, _now())
             try:
@@ -392,19 +417,26 @@ class Exchange:
                 return
 
     async def _attempt(self, opened: _Open, answer: Answer) -> None:
-        with _AtProvider(opened):
-            response = await self._providers[opened.candidate.provider].send(_provider_call(opened))
-        if response.status >= 300:
-            raise await self._rejection(opened, response)
+        provider = opened.candidate.provider
+        response: UpstreamResponse | None = None
+        body: bytes | None = None
         try:
-            if _content_type(response.headers).startswith(b"text/html"):
-                raise UpstreamBroken("The provider answered with a web page.", provider=opened.candidate.provider)
-            if _is_stream(opened.request, response.headers):
+            with _AtProvider(opened):
+                response = await self._providers[provider].send(_provider_call(opened))
+                if response.status < 300:
+                    if _content_type(response.headers).startswith(b"text/html"):
+                        raise UpstreamBroken("The provider answered with a web page.", provider=provider)
+                    if not _is_stream(opened.request, response.headers):
+                        body = await _read_all(response, self._limits.answer_bytes_max, provider)
+            if response.status >= 300:
+                raise await self._rejection(opened, response)
+            if body is None:
                 await self._relay_stream(opened, response, answer)
             else:
-                await self._relay_plain(opened, response, answer)
+                await self._relay_plain(opened, response, body, answer)
         finally:
-            await response.aclose()
+            if response is not None:
+                await response.aclose()
 
     def _may_fall_back(self, opened: _Open, failure: UpstreamFailed) -> bool:
         """Whether another candidate may get the call: not if this one may have billed it, and somebody still waits."""
@@ -452,9 +484,7 @@ class Exchange:
 
     # ---- plain answers
 
-    async def _relay_plain(self, opened: _Open, response: UpstreamResponse, answer: Answer) -> None:
-        with _AtProvider(opened):
-            body = await _read_all(response, self._limits.answer_bytes_max, opened.candidate.provider)
+    async def _relay_plain(self, opened: _Open, response: UpstreamResponse, body: bytes, answer: Answer) -> None:
         content = self._content(response, body)
         failed = failure_status(content)
         if failed is not None:
@@ -489,6 +519,12 @@ class Exchange:
         return body if encoding is None else relay.inflate(body, encoding, self._limits.answer_bytes_max)
 
     async def _metered_plain(self, opened: _Open, content: bytes) -> Metered:
+        tokens_max = _plausible_max(opened)
+        if not opened.request.tools:
+            reported = meter_reported(opened.call.endpoint, content, tokens_max=tokens_max)
+            if reported is not None:
+                return reported
+
         def metered(counter: tokens.TokenCounter | None = None) -> Metered:
             return meter_plain(
                 opened.call.endpoint,
@@ -496,7 +532,7 @@ class Exchange:
                 prompt=opened.call.body,
                 bound=_bound(opened),
                 counter=counter or BY_BYTES,
-                tokens_max=_plausible_max(opened),
+                tokens_max=tokens_max,
             )
 
         by_bytes = metered()
@@ -518,8 +554,8 @@ class Exchange:
 
     def _take_back(self, opened: _Open) -> None:
         """An answer that is not delivered costs nothing, whether its settle is booked in the end or not."""
-        release = self._ledger.release(_release(opened, "undelivered", is_undelivered=True))
-        self._background.add(task := asyncio.get_running_loop().create_task(release))
+        release = _release(opened, "undelivered", is_undelivered=True)
+        self._background.add(task := asyncio.get_running_loop().create_task(self._released(release)))
         task.add_done_callback(self._background.discard)
 
     # ---- streams
@@ -623,6 +659,7 @@ class Exchange:
         candidate, markup_bps = opened.candidate, opened.offer.markup_bps
         price = _price_charged(opened, metered)
         usage = billed(metered.usage, price, opened.request.images)
+        charge, paid = costs(usage, price, markup_bps)
         receipt = Receipt(
             outcome=outcome,
             provider=candidate.provider,
@@ -630,23 +667,22 @@ class Exchange:
             response_model=_storable(metered.response_model),
             usage=msgspec.json.encode(usage).decode(),
             usage_source=metered.source,
-            price=msgspec.json.encode(price).decode(),
+            price=price.as_json,
             markup_bps=markup_bps,
-            provider_cost=provider_cost(usage, price),
+            provider_cost=paid,
             ttft_ms=None if opened.first_byte is None else _milliseconds(opened.first_byte - opened.started),
             duration_ms=_milliseconds(_now() - opened.started),
         )
         operation = Settle(
             id=opened.call.request_id,
             wallet_id=opened.call.caller.wallet_id,
-            cost=cost(usage, price, markup_bps),
+            cost=charge,
             tokens=metered.usage.input_tokens + metered.usage.output_tokens,
             receipt=receipt,
         )
         opened.is_closed = True
         try:
-            with within(self._limits.settle_wait_s):
-                settled = await self._ledger.settle(operation)
+            settled = await self._ledger.settle(operation)
         except TimeoutError as exc:
             self._metrics.add(DEFERRED)
             log.warning("settle_deferred", request_id=opened.call.request_id)
@@ -665,14 +701,17 @@ class Exchange:
 
     async def _release(self, opened: _Open) -> None:
         opened.is_closed = True
+        outcome = "perhaps_billed" if opened.is_perhaps_billed else "nothing_delivered"
+        await self._released(_release(opened, outcome))
+        self._note_end(opened, "nothing_delivered", None)
+
+    async def _released(self, operation: Release) -> None:
+        """Free what a call holds; what is not booked in time is booked later."""
         try:
-            with within(self._limits.settle_wait_s):
-                outcome = "perhaps_billed" if opened.is_perhaps_billed else "nothing_delivered"
-                await self._ledger.release(_release(opened, outcome))
+            await self._ledger.release(operation)
         except TimeoutError:
             self._metrics.add(DEFERRED)
-            log.warning("release_deferred", request_id=opened.call.request_id)
-        self._note_end(opened, "nothing_delivered", None)
+            log.warning("release_deferred", request_id=operation.id)
 
     def _note_end(self, opened: _Open, outcome: str, charge: Charge | None) -> None:
         """Count the call and log it: who called what, and what came of it, never what was said."""
@@ -841,7 +880,7 @@ def _storable(name: str | None) -> str | None:
 
 def _plausible_max(opened: _Open) -> int:
     """The most tokens that a provider can have used: by the model's limits, and by what can be booked at all."""
-    by_price = tokens_payable_max(opened.offer.price, opened.offer.markup_bps)
+    by_price = opened.offer.tokens_payable_max
     by_model = plausible_tokens_max(opened.request, opened.candidate)
     return by_price if by_model is None else min(by_price, by_model)
 
@@ -949,7 +988,10 @@ def _is_stream(request: PaidRequest, headers: Headers) -> bool:
 
 
 def _content_type(headers: Headers) -> bytes:
-    return next((value.strip().lower() for name, value in headers if name == b"content-type"), b"")
+    for name, value in headers:
+        if name == b"content-type":
+            return value.strip().lower()
+    return b""
 
 
 def _is_passing(status: int) -> bool:

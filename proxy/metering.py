@@ -440,6 +440,7 @@ def read_usage(reported: bytes | Raw, *, has_output: bool = True) -> Usage | Non
     except UNREADABLE:
         return None
     prompt, completion, total = usage.prompt, usage.completion, usage.total_tokens or 0
+    inside, outside = usage.prompt_details, usage.completion_details
     if not has_output:
         prompt, completion = max(prompt or 0, total), 0
     if prompt is None:
@@ -451,12 +452,12 @@ def read_usage(reported: bytes | Raw, *, has_output: bool = True) -> Usage | Non
     if prompt + output > _INT64_MAX:
         return None
 
-    audio = usage.prompt_details.audio_tokens or 0
+    audio = inside.audio_tokens or 0
     written, parts = usage.written, usage.parts
     for_an_hour = 0 if parts is None else parts.ephemeral_1h_input_tokens or 0
     cached = usage.cached
-    spoken = usage.completion_details.audio_tokens or 0
-    reasoning = usage.completion_details.reasoning_tokens or 0
+    spoken = outside.audio_tokens or 0
+    reasoning = outside.reasoning_tokens or 0
     if max(audio, written, cached) > prompt or for_an_hour > written or max(spoken, reasoning) > output:
         return None
     # A token may be in two details, such as audio that was cached: it counts once, where it is dearer.
@@ -546,6 +547,26 @@ def _with_uses(usage: Usage, uses: dict[str, int] | None, bound: Usage) -> Usage
     return msgspec.structs.replace(usage, **uses)
 
 
+def meter_reported(endpoint: Endpoint, body: bytes, *, tokens_max: int | None = None) -> Metered | None:
+    """The usage that a whole answer reports, as `meter_plain` has it; None where its text must be looked at.
+
+    For calls that may not use tools of the provider's.
+    """
+    answer = _decoded(endpoint, body)
+    usage = _plausible(answer.usage, tokens_max, has_output=endpoint is not Endpoint.EMBEDDINGS)
+    if usage is not None and (usage.output_tokens or endpoint is Endpoint.EMBEDDINGS):
+        return Metered(usage, UsageSource.REPORTED, _model(answer), service_tier=_tier(answer))
+    return None
+
+
+def _decoded(endpoint: Endpoint, body: bytes) -> "_Chunk | _Ended":
+    """The answer as far as it says what was used; nothing, where it cannot be read."""
+    try:
+        return _decode_ended(body) if endpoint is Endpoint.RESPONSES else _decode_chunk(body)
+    except UNREADABLE:
+        return _Chunk()
+
+
 def meter_plain(  # noqa: PLR0913 - what it depends on
     endpoint: Endpoint,
     body: bytes,
@@ -561,10 +582,7 @@ def meter_plain(  # noqa: PLR0913 - what it depends on
     usage of more than `tokens_max`, where that is known, cannot be right. Blocks as long as `counter` does.
     """
     is_response = endpoint is Endpoint.RESPONSES
-    try:
-        answer = _decode_ended(body) if is_response else _decode_chunk(body)
-    except UNREADABLE:
-        answer = _Chunk()
+    answer = _decoded(endpoint, body)
     usage = _plausible(answer.usage, tokens_max, has_output=endpoint is not Endpoint.EMBEDDINGS)
     uses = _answer_uses(answer) if bound.tool_uses else None
     reported = None if usage is None else _with_uses(usage, uses, bound)
@@ -855,11 +873,10 @@ def stream_meter(
 
 def _plausible(reported: Raw, tokens_max: int | None, *, has_output: bool = True) -> Usage | None:
     usage = read_usage(reported, has_output=has_output)
-    if usage is None or not usage.input_tokens + usage.output_tokens:
+    if usage is None:
         return None
-    if tokens_max is not None and usage.input_tokens + usage.output_tokens > tokens_max:
-        return None
-    return usage
+    tokens = usage.input_tokens + usage.output_tokens
+    return usage if tokens and (tokens_max is None or tokens <= tokens_max) else None
 
 
 def _counted(

@@ -7,6 +7,7 @@ what was reserved for the bound.
 from collections.abc import Collection, Mapping, Sequence
 from decimal import ROUND_CEILING, Decimal
 from enum import StrEnum
+from functools import cached_property
 from typing import Final, TypeVar
 
 import msgspec
@@ -23,7 +24,7 @@ TOOL_CLASSES: Final = ("web_search", "file_search", "code_interpreter")
 """Tools that the provider runs, and bills by their uses; of a code interpreter each container is one."""
 
 
-class Rates(msgspec.Struct, frozen=True):
+class Rates(msgspec.Struct, frozen=True, dict=True):
     """Nano-dollars per million tokens of each class.
 
     `cache_write_1h` is 0 where it is that of `cache_write`, below which it never is.
@@ -37,12 +38,12 @@ class Rates(msgspec.Struct, frozen=True):
     audio_output: int
     cache_write_1h: int = 0
 
-    @property
+    @cached_property
     def dearest_input(self) -> int:
         """The most that any input token can cost."""
         return max(self.input, self.cached_input, self.cache_write, self.cache_write_1h, self.audio_input)
 
-    @property
+    @cached_property
     def dearest_output(self) -> int:
         """The most that any output token can cost."""
         return max(self.output, self.audio_output)
@@ -70,6 +71,11 @@ class Price(Rates, frozen=True, kw_only=True, omit_defaults=True):
     code_interpreter: int | None = None
     long_context: tuple[LongContext, ...] = ()
     service_tier: str | None = None
+
+    @cached_property
+    def as_json(self) -> str:
+        """The price in JSON, as receipts have it."""
+        return msgspec.json.encode(self).decode()
 
     def at(self, input_tokens: int) -> Rates:
         """The rates of a call with so much input."""
@@ -99,6 +105,12 @@ def price_nanos_per_mtok(dollars_per_mtok: Decimal) -> tuple[int, bool]:
     nanos = dollars_per_mtok * NANOS_PER_CREDIT
     whole = int(nanos.to_integral_value(rounding=ROUND_CEILING))
     return whole, whole == nanos
+
+
+def costs(usage: Usage, price: Price, markup_bps: int) -> tuple[Nanos, Nanos]:
+    """`cost` and `provider_cost`."""
+    total = _provider_total(usage, price)
+    return _charge(total, markup_bps), _charge(total, 0)
 
 
 def cost(usage: Usage, price: Price, markup_bps: int) -> Nanos:

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import msgspec
 
+from proxy.deadline import within
 from proxy.errors import BadRequest, UpstreamBroken, UpstreamFailed
 from proxy.metering import EventKind, StreamMeter
 from proxy.units import Nanos, Usage, format_credits
@@ -82,6 +83,11 @@ class Tail:
     def has_usage(self) -> bool:
         """Whether the provider sent the usage that is held."""
         return self._usage_at is not None
+
+    @property
+    def holds(self) -> bool:
+        """Whether anything is held."""
+        return bool(self._held)
 
     def hold(self, event: bytes) -> None:
         """Hold an event."""
@@ -166,7 +172,10 @@ class StreamRelay:
         self._timer = self._loop.call_later(self._keep_alive_s, self._on_idle)
         try:
             async for chunk in chunks:
-                if await self._take(self._splitter.feed(chunk)):
+                forwarded, is_done = self._take(self._splitter.feed(chunk))
+                if forwarded:
+                    await self._write(forwarded)
+                if is_done:
                     self.tail.hold(self._splitter.rest)
                     return
             rest = self._splitter.rest
@@ -194,8 +203,8 @@ class StreamRelay:
             case _:
                 self.tail.hold(rest)
 
-    async def _take(self, events: list[bytes]) -> bool:
-        """Forward or hold each event; true once the end marker was among them."""
+    def _take(self, events: list[bytes]) -> tuple[bytes, bool]:
+        """Hold each event, or give it back to be forwarded; true once the end marker was among them."""
         forwarded: list[bytes] = []
         is_done = False
         for event in events:
@@ -219,14 +228,13 @@ class StreamRelay:
                 case EventKind.OTHER if self.tail.has_usage:
                     self.tail.hold(event)
                 case _:
-                    forwarded += self.tail.let_go()
+                    if self.tail.holds:
+                        forwarded += self.tail.let_go()
                     forwarded.append(event)
                     self._first = self._first or (b"" if kind is EventKind.OTHER else event)
                     # The openai SDK takes a comment after an id for an event without data.
                     self._may_comment = self._may_comment and b"id:" not in event
-        if forwarded:
-            await self._write(b"".join(forwarded))
-        return is_done
+        return b"".join(forwarded), is_done
 
     def _begin(self) -> None:
         if not self._has_begun:
@@ -255,10 +263,9 @@ class StreamRelay:
         Reading to the end of the provider's answer lets its connection be used again.
         """
         await self._write(last)
-        with suppress(TimeoutError, UpstreamFailed):
-            async with asyncio.timeout(rest_s_max):
-                async for chunk in chunks:
-                    await self._answer.write(chunk)
+        with suppress(TimeoutError, UpstreamFailed), within(rest_s_max):
+            async for chunk in chunks:
+                await self._answer.write(chunk)
         await self._answer.end()
 
     async def end_early(self, last: bytes) -> None:
@@ -267,7 +274,8 @@ class StreamRelay:
         await self._answer.end(last)
 
     async def _write(self, chunk: bytes) -> None:
-        await self._start()
+        if not self._answer.is_started:
+            await self._start()
         await self._answer.write(chunk)
         self._written_at = self._loop.time()
 

@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from email.utils import parsedate_to_datetime
+from functools import cached_property
 from types import MappingProxyType
 
 import msgspec
 
 from proxy.errors import BadRequest, ModelNotFound
-from proxy.pricing import Price, is_no_dearer
+from proxy.pricing import Price, is_no_dearer, tokens_payable_max
 
 FAILURES_MAX = 3
 """In a row: with the last of them a candidate is left alone. One failure says little of the next call."""
@@ -33,7 +34,7 @@ _UNDECIDED = frozenset({None, "auto"})
 NO_TOOLS: Mapping[str, str] = MappingProxyType({})
 
 
-class Candidate(msgspec.Struct, frozen=True):
+class Candidate(msgspec.Struct, frozen=True, dict=True):
     """One model at one provider, with its price, markup and limits, under one of the names that clients ask for.
 
     `output_tokens_max` and `context_tokens` are None where nobody has said; at least one of them is known. `tokenizer`
@@ -67,7 +68,7 @@ class Candidate(msgspec.Struct, frozen=True):
     added_tokens: int = 0
     resolves_media: bool = False
 
-    @property
+    @cached_property
     def target(self) -> str:
         """`provider/model`, the name that prices and allowances know it by."""
         return f"{self.provider}/{self.model}"
@@ -96,12 +97,17 @@ class Candidate(msgspec.Struct, frozen=True):
         return self.price if service_tier in _STANDARD else self.service_prices.get(service_tier or "")
 
 
-class Offer(msgspec.Struct, frozen=True):
+class Offer(msgspec.Struct, frozen=True, dict=True):
     """A candidate for one call, with the price that bounds what it costs there, and the caller's markup."""
 
     candidate: Candidate
     price: Price
     markup_bps: int
+
+    @cached_property
+    def tokens_payable_max(self) -> int:
+        """How many tokens can be charged for at all."""
+        return tokens_payable_max(self.price, self.markup_bps)
 
 
 class Terms(msgspec.Struct, frozen=True):

@@ -65,6 +65,8 @@ def parse_credits(text: str | int) -> Nanos:
 
 def format_credits(nanos: Nanos) -> str:
     """`nanos` as a decimal string of credits without exponent or trailing zeros: `115_000_000` is `"0.115"`."""
+    if 0 < nanos < NANOS_PER_CREDIT:  # what most calls cost
+        return f"0.{nanos:09d}".rstrip("0")
     sign = "-" if nanos < 0 else ""
     whole, fraction = divmod(abs(nanos), NANOS_PER_CREDIT)
     if not fraction:

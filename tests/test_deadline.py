@@ -5,7 +5,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from proxy.deadline import Deadline, within
+from proxy.deadline import CommonLimit, Deadline, within
 
 
 @asynccontextmanager
@@ -116,3 +116,26 @@ async def test_a_deadline_can_be_brought_forward():
 
     with pytest.raises(TimeoutError):
         await work()
+
+
+async def test_a_common_limit_ends_what_takes_too_long():
+    """With `TimeoutError`, each at its own time; what was ended or done before is left alone."""
+    loop = asyncio.get_running_loop()
+    limit = CommonLimit(0.05)
+    late, done, ended, later = (loop.create_future() for _ in range(4))
+    begun_at = loop.time()
+    for future in (late, done, ended):
+        limit.begin(future)
+    limit.end(ended)
+    done.set_result("in time")
+    await asyncio.sleep(0.02)
+    limit.begin(later)
+    ended_at = {}
+    for future in (late, later):
+        with pytest.raises(TimeoutError):
+            await future
+        ended_at[future] = loop.time() - begun_at
+    assert 0.05 <= ended_at[late] < ended_at[later]
+    assert ended_at[later] >= 0.07
+    assert await done == "in time"
+    assert not ended.done()

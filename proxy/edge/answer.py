@@ -1,6 +1,6 @@
 """The two ends of a paid call's connection: its body in, its answer out."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import msgspec
@@ -61,17 +61,22 @@ class Connection(Protocol):
         ...
 
 
+def check_body_headers(headers: Iterable[tuple[bytes, bytes]], bytes_max: int) -> None:
+    """Raises `BodyTooLarge` or `UnsupportedEncoding` for what a head says of its body."""
+    for name, value in headers:
+        if name == b"content-encoding" and value.strip().lower() != b"identity":
+            raise UnsupportedEncoding(value.decode("latin-1"))
+        if name == b"content-length" and int(value) > bytes_max:
+            raise BodyTooLarge(bytes_max)
+
+
 async def read_body(scope: HTTPScope, receive: Receive, connection: Connection, limits: BodyLimits) -> bytes:
     """The request's body.
 
     Raises `BodyTooLarge` for a longer one, `UnsupportedEncoding` when it is encoded, `BadRequest` when the client
     leaves or stalls before its end.
     """
-    for name, value in scope["headers"]:
-        if name == b"content-encoding" and value.strip().lower() != b"identity":
-            raise UnsupportedEncoding(value.decode("latin-1"))
-        if name == b"content-length" and int(value) > limits.bytes_max:
-            raise BodyTooLarge(limits.bytes_max)
+    check_body_headers(scope["headers"], limits.bytes_max)
     if connection.has_request:
         return await _received(receive, limits.bytes_max)
     try:

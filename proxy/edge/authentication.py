@@ -69,6 +69,23 @@ class Authentication:
         self._known: dict[str, tuple[Credential, Micros]] = {}
         self._flights = Flights[Credential | None]()
 
+    async def payer(self, headers: Iterable[tuple[bytes, bytes]]) -> Caller:
+        """Who sent a paid call with `headers`, from memory where that is fresh; the ledger checks it again.
+
+        Raises as `caller`, and `Forbidden` when its scope does not allow it.
+        """
+        now = now_micros()
+        known = self._known.get(hash_key(_bearer(headers)))
+        if known is not None and now - known[1] < _FRESH_S * MICROS_PER_SECOND and known[0].is_valid(now):
+            caller = known[0].caller
+            if caller.key_id is not None:
+                self._last_used.note(caller.key_id, now)
+        else:
+            caller = await self.caller(headers, from_memory=True)
+        if caller.scope is not KeyScope.INFERENCE:
+            _check_scope(caller, KeyScope.INFERENCE)
+        return caller
+
     async def caller(self, headers: Iterable[tuple[bytes, bytes]], *, from_memory: bool) -> Caller:
         """Who sent `headers`.
 

@@ -1,7 +1,7 @@
 """`/v1/*`: what OpenAI's SDKs call.
 
-The paid paths are raw ASGI inside of the app, behind the same authentication: a routed handler would cost more
-than all the rest of a call.
+The paid paths have two ways: raw ASGI inside of the app, and past the framework (see `protocol`), through the same
+authentication to the same exchange. A routed handler would cost more than all the rest of a call.
 """
 
 from collections.abc import Iterable, Sequence
@@ -14,17 +14,17 @@ from litestar.di import NamedDependency
 from litestar.exceptions import MethodNotAllowedException
 from litestar.handlers import ASGIRouteHandler
 from litestar.params import FromPath
-from litestar.types import ASGIApp, HTTPScope, Receive, Scope, Send
+from litestar.types import HTTPScope, Receive, Scope, Send
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from proxy.catalog import Catalog
-from proxy.edge.answer import AsgiAnswer, BodyLimits, identify, read_body
-from proxy.edge.authentication import CHECKED_BY_LEDGER, Authentication, authenticated, needs
+from proxy.edge.answer import AsgiAnswer, BodyLimits, read_body
+from proxy.edge.authentication import CHECKED_BY_LEDGER, Authentication, needs
 from proxy.edge.errors import answer_to, documented
 from proxy.edge.prices import shown_price
-from proxy.edge.protocol import CONNECTION
+from proxy.edge.protocol import CONNECTION, DirectAnswer, DirectCycle, LimitedProtocol, Way
 from proxy.errors import BadRequest, ModelNotFound
-from proxy.exchange import Call, Exchange
+from proxy.exchange import Answer, Call, Exchange
 from proxy.identity.keys import Caller, allowed_models
 from proxy.identity.keys import Scope as KeyScope
 from proxy.ledger.decide import allows
@@ -32,6 +32,7 @@ from proxy.metrics import REFUSED, Metrics
 from proxy.pricing import dearest_price
 from proxy.routing import Candidate, candidates
 from proxy.storage.database import reading
+from proxy.units import new_id
 from proxy.wire.requests import Endpoint
 
 log = structlog.get_logger(__name__)
@@ -160,7 +161,7 @@ def _paid_handler(
     return asgi(f"/v1/{endpoint}", opt=options, copy_scope=False)(serve)
 
 
-async def refuse(error: Exception, answer: AsgiAnswer, request_id: str, metrics: Metrics) -> None:
+async def refuse(error: Exception, answer: Answer, request_id: str, metrics: Metrics) -> None:
     """Answer with `error`, count it and log it."""
     said = answer_to(error, request_id)
     metrics.add(REFUSED, (str(said.status), said.code or ""))
@@ -169,43 +170,45 @@ async def refuse(error: Exception, answer: AsgiAnswer, request_id: str, metrics:
     await answer.end(said.body)
 
 
-def shortcut(
-    app: ASGIApp,
-    handlers: Iterable[ASGIRouteHandler],
+def paid_ways(
+    exchange: Exchange, authentication: Authentication, body_limits: BodyLimits, *, stall_s: float, metrics: Metrics
+) -> dict[bytes, Way]:
+    """The direct ways to the paid paths."""
+    return {
+        f"/v1/{endpoint}".encode(): _paid_way(
+            endpoint, exchange, authentication, body_limits, stall_s=stall_s, metrics=metrics
+        )
+        for endpoint in Endpoint
+    }
+
+
+def _paid_way(  # noqa: PLR0913 - what a way is made of
+    endpoint: Endpoint,
+    exchange: Exchange,
     authentication: Authentication,
+    body_limits: BodyLimits,
     *,
     stall_s: float,
     metrics: Metrics,
-) -> ASGIApp:
-    """`app`, with a way past it to the paid `handlers`, through the same door.
-
-    The framework's own way to a handler costs a tenth of a call. It is left to every request that is not just a
-    `POST` to one of these paths, and to browsers' calls from other origins.
-    """
-    ways = {
-        path: (handler, authenticated(handler.fn, authentication)) for handler in handlers for path in handler.paths
-    }
-
-    async def serve(scope: Scope, receive: Receive, send: Send) -> None:
-        way = ways.get(scope["path"])
-        if way is None or not _is_plain_post(cast("HTTPScope", scope)):
-            await app(scope, receive, send)
-            return
-        request_id = identify(scope)
-        scope["route_handler"], handler = way
+) -> Way:
+    async def serve(connection: LimitedProtocol, cycle: DirectCycle) -> None:
+        request_id = new_id("req")
+        answer = DirectAnswer(request_id, connection, cycle, stall_s=stall_s)
+        headers = cycle.headers
         try:
-            await handler(scope, receive, send)
+            caller = await authentication.payer(headers)
+            body = await cycle.body(connection, body_limits)
+            call = Call(endpoint, request_id, client_request_id(headers), caller, headers, body)
+            await exchange.serve(call, answer)
         except Exception as exc:
-            if scope.get("user") is not None:
-                raise  # it was let in, and the handler has answered what it could
-            answer = AsgiAnswer(request_id, send, scope["state"][CONNECTION], stall_s=stall_s)
+            if answer.is_started:
+                log.exception("answer_cut_off", request_id=request_id)
+                raise
             await refuse(exc, answer, request_id, metrics)
+        finally:
+            answer.close()
 
     return serve
-
-
-def _is_plain_post(scope: HTTPScope) -> bool:
-    return scope["method"] == "POST" and b"origin" not in [name for name, _ in scope["headers"]]
 
 
 @route(

@@ -1,17 +1,36 @@
-"""HTTP/1.1 in: uvicorn's protocol, with limits on the heads of requests, and errors of our shape."""
+"""HTTP/1.1 in: uvicorn's protocol, with limits on the heads of requests, errors of our shape, and a direct way.
+
+ASGI's messages and the framework's routes cost as much as all the rest of a paid call. So an application may have
+`ways` beside its ASGI: a `POST` to one of these paths goes to its handler with nothing in between (`DirectCycle`),
+whose answers are written as they are on the wire. Every other request takes ASGI's way, and so does one that came
+before the answer to the one before it, one of HTTP/1.0, and a browser's from another origin.
+"""
 
 import asyncio
 import re
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Mapping
 from itertools import chain
 from typing import Any, cast
 
+import structlog
 import uvicorn
 from litestar.types import ASGIApp
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
+from uvicorn.protocols.http.httptools_impl import (
+    HEADER_RE,
+    HEADER_VALUE_RE,
+    STATUS_LINE,
+    HttpToolsProtocol,
+    RequestResponseCycle,
+)
 
+from proxy.deadline import within
+from proxy.edge.answer import BodyLimits, check_body_headers
+from proxy.errors import BadRequest, BodyTooLarge
 from proxy.units import new_id
 from proxy.wire.objects import error_body
+
+log = structlog.get_logger(__name__)
 
 HEAD_BYTES_MAX = 65_536
 """Of a request line and its header fields together: several times what any SDK sends."""
@@ -59,6 +78,160 @@ def server_config(app: ASGIApp, *, drain_s: int) -> ServerConfig:
         timeout_keep_alive=IDLE_S,
         timeout_graceful_shutdown=drain_s,
     )
+
+
+Headers = list[tuple[bytes, bytes]]
+
+Way = Callable[["LimitedProtocol", "DirectCycle"], Awaitable[None]]
+"""Answers one request. Raises what it cannot say any more: its connection is cut off then."""
+
+
+class DirectCycle:
+    """One request that takes the direct way, and its answer: what uvicorn's `RequestResponseCycle` is for ASGI's.
+
+    The protocol and uvicorn's server know it by the attributes of that.
+    """
+
+    def __init__(self, way: Way, headers: Headers, *, keep_alive: bool, expects_continue: bool) -> None:
+        self.way = way
+        self.headers = headers
+        self.keep_alive = keep_alive
+        self.more_body = True
+        self.disconnected = False
+        self.response_started = False
+        self.response_complete = False
+        self.message_event = self
+        self.is_begun = False
+        self.is_body_wanted = False
+        self.pieces: list[bytes] = []
+        self.size_bytes = 0
+        self._expects_continue = expects_continue
+        self._waiter: asyncio.Future[None] | None = None
+
+    def set(self) -> None:
+        """Something has come, or nothing will any more."""
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def body(self, connection: "LimitedProtocol", limits: BodyLimits) -> bytes:
+        """The request's body; raises as `read_body` does."""
+        check_body_headers(self.headers, limits.bytes_max)
+        if self.more_body:
+            self.is_body_wanted = True
+            connection.flow.resume_reading()
+            if self._expects_continue:
+                connection.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            try:
+                with within(limits.wait_s):
+                    await self._received(limits.bytes_max)
+            except TimeoutError as exc:
+                message = f"The body did not arrive within {limits.wait_s:g} seconds."
+                raise BadRequest(message, code="body_timeout") from exc
+        if self.size_bytes > limits.bytes_max:
+            raise BodyTooLarge(limits.bytes_max)
+        return self.pieces[0] if len(self.pieces) == 1 else b"".join(self.pieces)
+
+    async def _received(self, bytes_max: int) -> None:
+        while self.more_body and self.size_bytes <= bytes_max:
+            if self.disconnected:
+                raise BadRequest("The client left before it had sent its request.")
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+
+
+class DirectAnswer:
+    """`exchange.Answer` on the direct way.
+
+    Nothing fails or waits once the client has gone, so that a call goes on to its own end, and what is left to say is
+    dropped. A client that takes nothing for `stall_s` seconds has gone as well, and its connection is cut off.
+    """
+
+    def __init__(self, request_id: str, connection: "LimitedProtocol", cycle: DirectCycle, *, stall_s: float) -> None:
+        self._request_id = request_id.encode()
+        self._connection = connection
+        self._cycle = cycle
+        self._stall_s = stall_s
+        self._on_gone: Callable[[], None] | None = None
+        self._is_gone = False
+        self._is_chunked = False
+        self._head = b""
+        """What is sent with the first piece of the body."""
+        self.is_started = False
+        self.is_waiting = False
+
+    def on_gone(self, callback: Callable[[], None]) -> None:
+        """Call `callback` once when the client leaves; at once if it has left already."""
+        self._on_gone = callback
+        self._connection.on_lost = self._lose
+        if self._connection.transport.is_closing():
+            self._lose()
+
+    def close(self) -> None:
+        """Watch the client no longer."""
+        self._connection.on_lost = None
+
+    def _lose(self) -> None:
+        if not self._is_gone:
+            self._is_gone = True
+            if self._on_gone is not None:
+                self._on_gone()
+
+    async def start(self, status: int, headers: Headers) -> None:
+        """Send the head of the answer, together with what is sent next; the request id is added to it."""
+        self.is_started = self._cycle.response_started = True
+        names = [name for name, _ in headers]
+        self._is_chunked = b"content-length" not in names
+        if HEADER_RE.search(b"".join(names)):
+            raise RuntimeError("not the name of a header field")
+        if HEADER_VALUE_RE.search(b"".join([value for _, value in headers])):
+            raise RuntimeError("not the value of a header field")
+        lines = [b"%b: %b\r\n" % header for header in headers]
+        lines.append(b"x-request-id: %b\r\n" % self._request_id)
+        if self._is_chunked:
+            lines.append(b"transfer-encoding: chunked\r\n")
+        if not self._cycle.keep_alive:
+            lines.append(b"connection: close\r\n")
+        self._head = b"%b%b\r\n" % (STATUS_LINE[status], b"".join(lines))
+
+    async def write(self, chunk: bytes) -> None:
+        """Send `chunk`; returns when the client's connection can take more."""
+        connection = self._connection
+        if self._is_gone or connection.flow.write_paused or connection.wire.is_closing():
+            await self._send(self._framed(chunk))
+        elif data := self._framed(chunk):
+            connection.wire.write(data)
+
+    async def end(self, chunk: bytes = b"") -> None:
+        """Send `chunk` and the end of the answer."""
+        await self._send(self._framed(chunk) + b"0\r\n\r\n" if self._is_chunked else self._framed(chunk))
+        self._connection.answered(self._cycle)
+
+    def _framed(self, chunk: bytes) -> bytes:
+        head, self._head = self._head, b""
+        if self._is_chunked and chunk:
+            return b"%b%x\r\n%b\r\n" % (head, len(chunk), chunk)
+        return head + chunk
+
+    async def _send(self, data: bytes) -> None:
+        connection = self._connection
+        wire = connection.wire
+        if self._is_gone or wire.is_closing():
+            return
+        if connection.flow.write_paused:
+            self.is_waiting = True
+            try:
+                with within(self._stall_s):
+                    await connection.flow.drain()
+            except TimeoutError:
+                connection.abort()
+                self._lose()
+                return
+            finally:
+                self.is_waiting = False
+            if wire.is_closing():
+                return
+        if data:
+            wire.write(data)
 
 
 class _Joining:
@@ -117,12 +290,19 @@ class LimitedProtocol(HttpToolsProtocol):
     the parser would stop there and lose the body: the field is renamed before the parser sees it.
     """
 
+    cycle: Any
+    """The request that came last: a `DirectCycle` or uvicorn's own; None before the first."""
+
     def __init__(self, *args: Any, **named: Any) -> None:
         super().__init__(*args, **named)
         self._is_in_head = True
+        self._has_begun = False
+        """Whether a part of a head has come, and not all of it."""
         self._head_bytes = 0
         self._head_timer: asyncio.TimerHandle | None = None
-        self._cycles: list[RequestResponseCycle] = []
+        self._ways: Mapping[bytes, Way] = getattr(self.app, "ways", {})
+        self._idle_since: float | None = None
+        self._cycles: list[DirectCycle | RequestResponseCycle] = []
         """The requests that have not been answered, of which the first is being answered."""
         self._is_finishing = False
         self.on_lost: Callable[[], None] | None = None
@@ -157,6 +337,7 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's own
         """Start to wait for the first request."""
+        self.wire = transport
         self._joining = _Joining(transport)
         super().connection_made(cast("asyncio.Transport", self._joining))
         self._expect_head()
@@ -164,6 +345,8 @@ class LimitedProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Wait no longer, and tell the call; uvicorn tells only the last of those that came one after the other."""
         self._stop_waiting()
+        if self.timeout_keep_alive_task is not None:
+            self.timeout_keep_alive_task.cancel()
         for cycle in self._cycles:
             if not cycle.response_complete:
                 cycle.disconnected = True
@@ -181,36 +364,143 @@ class LimitedProtocol(HttpToolsProtocol):
             if b"pgrade" in head.lower():
                 data = _UPGRADE.sub(_NO_UPGRADE, head) + data[len(head) :]
         super().data_received(data)
-        if self._is_in_head and self._head_bytes > HEAD_BYTES_MAX and not self.transport.is_closing():
-            self._refuse(431, "The request's head is too large.", "head_too_large")
+        if self._has_begun:
+            if self._head_timer is None:
+                self._expect_head()
+            if self._head_bytes > HEAD_BYTES_MAX and not self.transport.is_closing():
+                self._refuse(431, "The request's head is too large.", "head_too_large")
+        elif isinstance(self.cycle, DirectCycle) and not self.cycle.is_begun:
+            self._begin(self.cycle)
 
     def on_message_begin(self) -> None:
         """Begin a request, which may be the connection's second."""
-        super().on_message_begin()
-        self.scope["state"][CONNECTION] = self
+        self.url = b""
+        self.headers = []
+        self.expect_100_continue = False
         self._is_in_head = True
-        if self._head_timer is None:
-            self._expect_head()
+        self._has_begun = True
 
     def on_headers_complete(self) -> None:
         """The head is there: from here on the request's own limits hold."""
         self._stop_waiting()
         self._is_in_head = False
+        self._has_begun = False
         self._head_bytes = 0
         if sum(map(len, chain.from_iterable(self.headers))) + len(self.url) > HEAD_BYTES_MAX:
             raise ValueError("the head is too large")  # the parser turns it into its own error, and that into a 400
+        way = self._ways.get(self.url)
+        is_stopping = cast("ServerConfig", self.config).is_stopping
+        if way is not None and self._is_direct():
+            self.cycle = DirectCycle(
+                way,
+                self.headers,
+                keep_alive=self.parser.should_keep_alive() and not is_stopping,
+                expects_continue=self.expect_100_continue,
+            )
+            self._cycles = [self.cycle]
+            return
+        url, headers, expects_continue = self.url, self.headers, self.expect_100_continue
+        super().on_message_begin()
+        self.url, self.expect_100_continue = url, expects_continue
+        self.headers.extend(headers)
+        self.scope["state"][CONNECTION] = self
         super().on_headers_complete()
         self._cycles = [cycle for cycle in self._cycles if not cycle.response_complete]
         self._cycles.append(self.cycle)
         if self.scope["http_version"] == "1.0":
             self.cycle.__class__ = _UnframedCycle  # before its task runs for the first time
-        if cast("ServerConfig", self.config).is_stopping:
+        if is_stopping:
             self.cycle.keep_alive = False
+
+    def _is_direct(self) -> bool:
+        """Whether the request, whose head has come, may take the direct way."""
+        return (
+            self.parser.get_method() == b"POST"
+            and self.parser.get_http_version() == "1.1"
+            and (self.cycle is None or self.cycle.response_complete)
+            and not any(name == b"origin" for name, _ in self.headers)
+        )
+
+    def on_body(self, body: bytes) -> None:
+        """A part of the body has come."""
+        cycle = self.cycle
+        if not isinstance(cycle, DirectCycle):
+            super().on_body(body)
+            return
+        if cycle.response_complete:
+            return
+        cycle.pieces.append(body)
+        cycle.size_bytes += len(body)
+        if cycle.size_bytes > HIGH_WATER_LIMIT and not cycle.is_body_wanted:
+            self.flow.pause_reading()
+        cycle.set()
 
     def on_message_complete(self) -> None:
         """The request is there: what comes next is the head of another one."""
-        super().on_message_complete()
         self._is_in_head = True
+        cycle = self.cycle
+        if not isinstance(cycle, DirectCycle):
+            super().on_message_complete()
+            return
+        cycle.more_body = False
+        if cycle.is_begun:
+            cycle.set()
+        else:
+            self._begin(cycle)
+
+    def _begin(self, cycle: DirectCycle) -> None:
+        """Let the request be answered."""
+        cycle.is_begun = True
+        task = self.loop.create_task(self._answer(cycle))
+        task.add_done_callback(self.tasks.discard)
+        self.tasks.add(task)
+
+    async def _answer(self, cycle: DirectCycle) -> None:
+        try:
+            await cycle.way(self, cycle)
+        except BaseException:
+            log.exception("connection_cut_off")
+        if not cycle.response_complete and not self.transport.is_closing():
+            self.transport.close()
+
+    def answered(self, cycle: DirectCycle) -> None:
+        """The whole answer is sent: wait for another request, unless nobody wants one."""
+        cycle.response_complete = True
+        if not cycle.keep_alive:
+            self.transport.close()
+        self.on_response_complete()
+
+    def on_response_complete(self) -> None:
+        """As uvicorn has it, but one timer serves all the pauses between requests."""
+        self.server_state.total_requests += 1
+        if self.transport.is_closing():
+            return
+        self.flow.resume_reading()
+        if self.pipeline:
+            cycle, app = self.pipeline.pop()
+            self._start_asgi_task(cycle, app)
+            return
+        self._idle_since = self.loop.time()
+        due_at = self._idle_since + self.timeout_keep_alive
+        if self.timeout_keep_alive_task is not None and self.timeout_keep_alive_task.when() > due_at:
+            self.timeout_keep_alive_task.cancel()  # the server has begun to stop since then
+            self.timeout_keep_alive_task = None
+        if self.timeout_keep_alive_task is None:
+            self.timeout_keep_alive_task = self.loop.call_at(due_at, self.timeout_keep_alive_handler)
+
+    def _unset_keepalive_if_required(self) -> None:
+        self._idle_since = None
+
+    def timeout_keep_alive_handler(self) -> None:
+        """Close a connection that has been idle for too long; come back for one that has not."""
+        self.timeout_keep_alive_task = None
+        if self._idle_since is None or self.transport.is_closing():
+            return
+        due_at = self._idle_since + self.timeout_keep_alive
+        if self.loop.time() >= due_at:
+            self.transport.close()
+        else:
+            self.timeout_keep_alive_task = self.loop.call_at(due_at, self.timeout_keep_alive_handler)
 
     def finish(self, *, idle_s: float, fresh_s: float) -> None:
         """Close the connection when nobody is left to lose a call by that, since the server stops.

@@ -22,7 +22,16 @@ import msgspec
 import structlog
 
 from proxy.errors import LedgerFault, TollgateError, Unavailable
-from proxy.ledger.decide import Credit, Faulted, Operation, Outcome, Receipt, Release, Reserve, Reserved
+from proxy.ledger.decide import (
+    Credit,
+    Faulted,
+    Operation,
+    Outcome,
+    Receipt,
+    Release,
+    Reserve,
+    Reserved,
+)
 from proxy.ledger.store import Store, StoreLostError
 from proxy.metrics import Metrics
 from proxy.units import new_id
@@ -47,13 +56,22 @@ Waiting = tuple[Operation, "asyncio.Future[Outcome]"]
 class Batcher:
     """The queue before one `Store`, and the task that empties it.
 
-    `owner_id` names the instance on whose lease reservations are held; it is asked at each batch.
+    `owner_id` names the instance on whose lease reservations are held; it is asked at each batch. `on_ended` is called
+    with the id of each call whose end is booked, or never will be, whether anybody still waits for it or not.
     """
 
-    def __init__(self, store: Store, owner_id: Callable[[], str | None], metrics: Metrics | None = None) -> None:
+    def __init__(
+        self,
+        store: Store,
+        owner_id: Callable[[], str | None],
+        metrics: Metrics | None = None,
+        *,
+        on_ended: Callable[[str], None] = lambda _: None,
+    ) -> None:
         self._metrics = metrics or Metrics()
         self._store = store
         self._owner_id = owner_id
+        self._on_ended = on_ended
         self._queue: deque[Waiting] = deque()
         self._reserves_waiting = 0
         self._work = asyncio.Event()
@@ -97,14 +115,14 @@ class Batcher:
         The future fails with `LedgerFault` when the operation cannot be booked. Raises `Unavailable` for a reserve
         when too many wait, and once the ledger is closing.
         """
-        if isinstance(operation, Credit) and operation.idempotency_key is None:
+        if isinstance(operation, Reserve):
+            if self._is_closing or self._reserves_waiting >= RESERVES_WAITING_MAX:
+                raise Unavailable("Too many calls are waiting. Try again shortly.")
+            self._reserves_waiting += 1
+        elif isinstance(operation, Credit) and operation.idempotency_key is None:
             operation = msgspec.structs.replace(operation, idempotency_key=new_id("idem"))
-        is_reserve = isinstance(operation, Reserve)
-        if is_reserve and (self._is_closing or self._reserves_waiting >= RESERVES_WAITING_MAX):
-            raise Unavailable("Too many calls are waiting. Try again shortly.")
         future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
         self._queue.append((operation, future))
-        self._reserves_waiting += is_reserve
         self._work.set()
         return future
 
@@ -116,18 +134,19 @@ class Batcher:
                 self._work.clear()
                 await self._work.wait()
                 continue
-            batch = [self._queue.popleft() for _ in range(min(BATCH_MAX, len(self._queue)))]
-            self._reserves_waiting -= sum(isinstance(operation, Reserve) for operation, _ in batch)
-            await self._write(self._without_the_gone(batch))
+            await self._write(self._next_batch())
 
-    @staticmethod
-    def _without_the_gone(batch: list[Waiting]) -> list[Waiting]:
-        """Reserves whose callers left before anything was sent are dropped; nothing else may be."""
-        return [
-            (operation, future)
-            for operation, future in batch
-            if not (isinstance(operation, Reserve) and future.cancelled())
-        ]
+    def _next_batch(self) -> list[Waiting]:
+        """What waits, as far as it fits into one; reserves whose callers have left are dropped, and nothing else is."""
+        batch: list[Waiting] = []
+        for _ in range(min(BATCH_MAX, len(self._queue))):
+            operation, future = self._queue.popleft()
+            if isinstance(operation, Reserve):
+                self._reserves_waiting -= 1
+                if future.done():
+                    continue
+            batch.append((operation, future))
+        return batch
 
     async def _write(self, batch: list[Waiting]) -> None:
         if not batch:
@@ -146,13 +165,13 @@ class Batcher:
             log.exception("ledger_refused", operation=repr(operations[0]))
             fault = LedgerFault("The ledger could not book this operation.")
             fault.__cause__ = exc
-            for _, future in batch:
-                _fail(future, fault)
+            for operation, future in batch:
+                self._fail(operation, future, fault)
             return
         if outcomes is None:
             log.error("ledger_given_up", operations=[repr(operation) for operation in operations])
-            for _, future in batch:
-                _fail(future, Unavailable("The ledger is out of reach just now."))
+            for operation, future in batch:
+                self._fail(operation, future, Unavailable("The ledger is out of reach just now."))
             return
         for (operation, future), position in zip(batch, answered_by, strict=True):
             self._answer(operation, future, outcomes[position])
@@ -187,12 +206,18 @@ class Batcher:
     def _answer(self, operation: Operation, future: "asyncio.Future[Outcome]", outcome: Outcome) -> None:
         if isinstance(outcome, Faulted) and not isinstance(operation, Credit):
             log.error("ledger_fault", request_id=operation.id, operation=type(operation).__name__, fault=outcome.fault)
-        if not future.done():
+        is_waited_for = not future.done()
+        if is_waited_for:
             future.set_result(outcome)
-        elif isinstance(operation, Reserve) and isinstance(outcome, Reserved):
-            self.submit(Release(id=operation.id, wallet_id=operation.wallet_id, receipt=Receipt(outcome="caller_gone")))
+        if isinstance(operation, Reserve):
+            if not is_waited_for and isinstance(outcome, Reserved):
+                receipt = Receipt(outcome="caller_gone")
+                self.submit(Release(id=operation.id, wallet_id=operation.wallet_id, receipt=receipt))
+        elif not isinstance(operation, Credit):
+            self._on_ended(operation.id)
 
-
-def _fail(future: "asyncio.Future[Outcome]", error: TollgateError) -> None:
-    if not future.done():
-        future.set_exception(error)
+    def _fail(self, operation: Operation, future: "asyncio.Future[Outcome]", error: TollgateError) -> None:
+        if not future.done():
+            future.set_exception(error)
+        if not isinstance(operation, Reserve | Credit):
+            self._on_ended(operation.id)

@@ -381,12 +381,14 @@ def decide(state: State, operations: Sequence[Operation]) -> tuple[Changes, list
 def _settles_first(operations: Sequence[Operation]) -> Iterable[int]:
     """The operations' indices, reserves last; but never a release or settle before a reserve of its own id."""
     reserving = {operation.id for operation in operations if isinstance(operation, Reserve)}
-    late = [
-        isinstance(operation, Reserve) or (not isinstance(operation, Credit) and operation.id in reserving)
-        for operation in operations
-    ]
-    yield from (index for index, is_late in enumerate(late) if not is_late)
-    yield from (index for index, is_late in enumerate(late) if is_late)
+    if not reserving:
+        return range(len(operations))
+    first: list[int] = []
+    late: list[int] = []
+    for index, operation in enumerate(operations):
+        is_late = not isinstance(operation, Credit) and operation.id in reserving
+        (late if is_late else first).append(index)
+    return first + late
 
 
 def period_start(now: Micros, period: str | None) -> Micros:
@@ -465,10 +467,11 @@ class _Decider:
             and (key.expires_at is None or key.expires_at > self.state.now)
         ):
             return Refused(reason=Refusal.INVALID_KEY)
-        allowances = (user.allowed_models, key.allowed_models if key is not None else None)
-        if not all(allows(patterns, model) for patterns in allowances for model in operation.models):
+        allowances = [user.allowed_models] if key is None else [user.allowed_models, key.allowed_models]
+        if allowances.count(None) < len(allowances):
             allowed = [model for model in operation.models if all(allows(patterns, model) for patterns in allowances)]
-            return Refused(reason=Refusal.MODEL_NOT_ALLOWED, allowed=tuple(allowed))
+            if len(allowed) < len(operation.models):
+                return Refused(reason=Refusal.MODEL_NOT_ALLOWED, allowed=tuple(allowed))
         return None
 
     def refuse_rate(self, operation: Reserve, user: User, wallet: Wallet, key: Key | None) -> Refused | None:

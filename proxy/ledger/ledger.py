@@ -1,10 +1,11 @@
 """The ledger as the rest of Tollgate sees it: reserve, settle, release, credit."""
 
 import asyncio
+import math
 from collections.abc import Callable
 from typing import assert_never
 
-from proxy.deadline import within
+from proxy.deadline import CommonLimit, within
 from proxy.errors import (
     BadRequest,
     Conflict,
@@ -58,10 +59,18 @@ class Ledger:
     """
 
     def __init__(
-        self, store: Store, owner_id: Callable[[], str | None] = lambda: None, metrics: Metrics | None = None
+        self,
+        store: Store,
+        owner_id: Callable[[], str | None] = lambda: None,
+        metrics: Metrics | None = None,
+        *,
+        end_wait_s: float = math.inf,
     ) -> None:
-        self._batcher = Batcher(store, owner_id, metrics)
+        """`end_wait_s` is how many seconds a settle or a release is waited for, which is booked all the same later."""
         self._in_flight: set[str] = set()
+        self._batcher = Batcher(store, owner_id, metrics, on_ended=self._in_flight.discard)
+        self._reserve_limit = CommonLimit(RESERVE_WAIT_S_MAX)
+        self._end_limit = CommonLimit(end_wait_s)
 
     @property
     def is_lost(self) -> bool:
@@ -98,29 +107,29 @@ class Ledger:
         """
         self._in_flight.add(operation.id)
         try:
-            return await self._reserve(operation)
+            outcome = await self._reserved(operation)
         except BaseException:
             self._in_flight.discard(operation.id)
             raise
+        if isinstance(outcome, Reserved):
+            return outcome
+        self._in_flight.discard(operation.id)
+        if isinstance(outcome, Refused):
+            raise _refusal(outcome)
+        raise LedgerFault(f"reserve {operation.id}: {outcome}")
 
-    async def _reserve(self, operation: Reserve) -> Reserved:
+    async def _reserved(self, operation: Reserve) -> Outcome:
         future = self._batcher.submit(operation)
+        self._reserve_limit.begin(future)
         try:
-            with within(RESERVE_WAIT_S_MAX):
-                outcome = await future
+            return await future
         except asyncio.CancelledError:
             self._give_back(operation, future)
             raise
         except TimeoutError as exc:
-            self._give_back(operation, future)
             raise Unavailable("The ledger is out of reach just now; nothing was charged.", retry_after_s=2) from exc
-        match outcome:
-            case Reserved():
-                return outcome
-            case Refused():
-                raise _refusal(outcome)
-            case _:
-                raise LedgerFault(f"reserve {operation.id}: {outcome}")
+        finally:
+            self._reserve_limit.end(future)
 
     def _give_back(self, operation: Reserve, future: "asyncio.Future[Outcome]") -> None:
         """Release what was granted in the very moment in which its caller was cancelled.
@@ -135,9 +144,9 @@ class Ledger:
             )
 
     async def settle(self, operation: Settle) -> Settled:
-        """Charge for one call. Booked even when the wait for it is cancelled.
+        """Charge for one call. Done even when the wait for it is cancelled, or ends in `TimeoutError`.
 
-        Raises `LedgerFault` when it cannot be booked; waits for as long as the database is out of reach.
+        Raises `LedgerFault` when it cannot be booked.
         """
         outcome = await self._end(operation)
         if isinstance(outcome, Settled):
@@ -145,24 +154,27 @@ class Ledger:
         raise LedgerFault(f"settle {operation.id}: {outcome}")
 
     async def release(self, operation: Release) -> Released:
-        """Free what one call holds. Done even when the wait for it is cancelled; errors as with `settle`."""
+        """Free what one call holds; waits and errors as with `settle`."""
         outcome = await self._end(operation)
         if isinstance(outcome, Released):
             return outcome
         raise LedgerFault(f"release {operation.id}: {outcome}")
 
     async def expire(self, operation: Expire) -> Released:
-        """Free what a call of a dead process holds; errors as with `settle`."""
-        outcome = await self._end(operation)
+        """Free what a call of a dead process holds, however long that takes; errors as with `settle`."""
+        outcome = await self._batcher.submit(operation)
         if isinstance(outcome, Released):
             return outcome
         raise LedgerFault(f"expire {operation.id}: {outcome}")
 
-    async def _end(self, operation: Settle | Release | Expire) -> Outcome:
-        """The outcome of a call's end; the call is in flight until it is there, though its caller may be gone."""
+    async def _end(self, operation: Settle | Release) -> Outcome:
+        """The outcome of a call's end. The call is in flight until it is there, though nobody may wait for it."""
         future = self._batcher.submit(operation)
-        future.add_done_callback(lambda _: self._in_flight.discard(operation.id))
-        return await asyncio.shield(future)
+        self._end_limit.begin(future)
+        try:
+            return await future
+        finally:
+            self._end_limit.end(future)
 
     async def credit(self, operation: Credit) -> Credited:
         """Book a top-up, refund or adjustment.

@@ -1,10 +1,12 @@
 """The ledger's SQL, once for each database, made from one list of columns each.
 
 Every read is by primary key and every write is one statement for all rows of a kind, whatever their number. SQLite
-takes its rows by `executemany`. On PostgreSQL each statement costs a round trip, and each value that the driver encodes
-by itself costs more than the database's parsing of it: all reads but the lock's are one statement that answers in JSON,
-all writes are another one (`together`) that takes the rows of each kind as one JSON array of objects. Never join two
-such lists with each other, and never read in the statement that locks: its snapshot is from before the wait.
+takes its rows by `executemany`. On PostgreSQL each message costs a round trip, and each value that the driver encodes
+by itself costs more than the database's parsing of it: all reads are one statement that answers in JSON, all writes are
+another one (`together`) that takes the rows of each kind as one JSON array of objects. What answers nothing shares a
+message with its neighbour: the lock goes with the begin, the writes with the commit. A message of several statements
+takes no parameters, so both are prepared once in each session, and executed with literals. Never join two such lists
+with each other, and never read in the statement that locks: its snapshot is from before the wait.
 """
 
 from collections.abc import Iterable
@@ -165,9 +167,9 @@ class Statement(NamedTuple):
     columns: tuple[str, ...]
 
 
-def _read(table: str, columns: dict[str, str], *, suffix: str = "") -> Statement:
+def _read(table: str, columns: dict[str, str]) -> Statement:
     head = f"SELECT {', '.join(columns)} FROM {table} WHERE id"
-    return Statement(f"{head} = ANY($1::text[]){suffix}", f"{head} IN (SELECT value FROM json_each(?))", tuple(columns))
+    return Statement(f"{head} = ANY($1::text[])", f"{head} IN (SELECT value FROM json_each(?))", tuple(columns))
 
 
 def _objects(columns: dict[str, str]) -> str:
@@ -201,6 +203,21 @@ def _update(table: str, columns: dict[str, str]) -> Statement:
     )
 
 
+def literal(text: str) -> str:
+    """`text` as a string constant of PostgreSQL, in a session whose `standard_conforming_strings` are on.
+
+    Raises `ValueError` for text with a NUL, which no message can carry.
+    """
+    if "\0" in text:
+        raise ValueError("a NUL cannot be stored")
+    return "'" + text.replace("'", "''") + "'"
+
+
+def array(texts: Iterable[str]) -> str:
+    """`texts` as the text of a `text[]`, which costs the driver far less to send than a list does."""
+    return "{" + ",".join(['"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"' for text in texts]) + "}"
+
+
 def _add(table: str, key: dict[str, str], counters: dict[str, str]) -> Statement:
     """Add to the `counters` of the row with that primary key, which need not be there yet."""
     insert = _insert(table, {**key, **counters})
@@ -226,7 +243,13 @@ def _as_json(table: str, columns: Iterable[str], condition: str) -> str:
     return f"(SELECT coalesce(json_agg(found)::text, '[]') FROM ({rows}) AS found) AS {table}"
 
 
-LOCK_WALLETS = _read("wallets", WALLET_COLUMNS, suffix=" ORDER BY id FOR NO KEY UPDATE")
+PREPARE_LOCK_POSTGRESQL = (
+    "PREPARE lock_wallets(text[]) AS SELECT FROM wallets WHERE id = ANY($1) ORDER BY id FOR NO KEY UPDATE"
+)
+LOCK_POSTGRESQL = "EXECUTE lock_wallets"
+"""To be followed by the wallets' ids, in parentheses."""
+
+READ_WALLETS = _read("wallets", WALLET_COLUMNS)
 READ_USERS = _read("users", USER_COLUMNS)
 READ_KEYS = _read("api_keys", KEY_COLUMNS)
 READ_RESERVATIONS = _read("reservations", RESERVATION_COLUMNS)
@@ -252,16 +275,19 @@ READ_POSTGRESQL = ", ".join(
     [
         f"SELECT {MICROS_POSTGRESQL} AS now",
         "(SELECT is_fenced FROM instances WHERE id = $1) AS is_fenced",
-        _as_json("users", USER_COLUMNS, "id = ANY($2::text[])"),
-        _as_json("reservations", RESERVATION_COLUMNS, "id = ANY($4::text[])"),
+        _as_json("wallets", WALLET_COLUMNS, "id = ANY($5::text::text[])"),
+        _as_json("users", USER_COLUMNS, "id = ANY($2::text::text[])"),
+        _as_json("reservations", RESERVATION_COLUMNS, "id = ANY($4::text::text[])"),
         _as_json(
             "api_keys",
             KEY_COLUMNS,
-            "id IN (SELECT unnest($3::text[]) UNION SELECT key_id FROM reservations WHERE id = ANY($4::text[]))",
+            "id IN (SELECT unnest($3::text::text[])"
+            " UNION SELECT key_id FROM reservations WHERE id = ANY($4::text::text[]))",
         ),
     ]
 )
-"""The clock, whether the instance $1 is fenced, the users $2, the reservations $4, the keys $3 and those of $4."""
+"""The clock, whether the instance $1 is fenced, the users $2, the reservations $4, the keys $3 and those of $4,
+and the wallets $5."""
 
 READ_FENCE_SQLITE = "SELECT is_fenced FROM instances WHERE id = ?"
 

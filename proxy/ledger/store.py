@@ -17,6 +17,7 @@ import asyncpg
 import msgspec
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
+from proxy.deadline import within
 from proxy.errors import SettingsError, Unavailable
 from proxy.ledger import statements as sql
 from proxy.ledger.decide import (
@@ -197,12 +198,14 @@ def _rows(columns: Iterable[str], structs: Iterable[Wallet | Key | Transaction |
 # ---- PostgreSQL
 
 _SESSION = f"""
+SET standard_conforming_strings = on;
 SET statement_timeout = {STATEMENT_MS_MAX};
 SET idle_in_transaction_session_timeout = {IDLE_MS_MAX};
 SET enable_seqscan = off;
 SET enable_hashjoin = off;
 SET enable_mergejoin = off;
 SET plan_cache_mode = force_generic_plan;
+{sql.PREPARE_LOCK_POSTGRESQL};
 """
 """Every access is by primary key. Left to itself the server may plan a statement while the tables are still small, as a
 scan of the whole table, and keep that plan while they grow: after 6,000 calls a batch took five times as long. Or it
@@ -222,18 +225,21 @@ class PostgresStore:
         self._engine = engine
         self._connection: AsyncConnection | None = None
         self._driver: Any = None
+        self._reading: Any = None
+        self._prepared: dict[tuple[sql.Statement, ...], str] = {}
+        """The writes that this session has prepared, with what executes them."""
 
     async def transact(self, operations: Sequence[Operation], *, owner_id: str | None) -> list[Outcome]:
         """See `Store`."""
         try:
-            async with asyncio.timeout(TRANSACTION_S_MAX):
+            with within(TRANSACTION_S_MAX):
                 if self._driver is None:
                     await self._connect()
                 return await self._transact(self._driver, operations, owner_id)
         except BaseException as exc:
             await self._after(exc)
             refused = isinstance(exc, asyncpg.PostgresError) and str(exc.sqlstate).startswith(_REFUSING_CLASSES)
-            if refused or isinstance(exc, asyncpg.exceptions.DataError | OverflowError | UnicodeEncodeError):
+            if refused or isinstance(exc, asyncpg.exceptions.DataError | OverflowError | ValueError):
                 raise StoreRefusedError(str(exc)) from exc
             if isinstance(exc, OSError | asyncpg.PostgresError | asyncpg.InterfaceError | asyncpg.InternalClientError):
                 raise StoreLostError(str(exc) or type(exc).__name__) from exc
@@ -266,15 +272,19 @@ class PostgresStore:
             self._connection = await self._engine.connect()
             raw = await self._connection.get_raw_connection()
             self._driver = raw.driver_connection
+            self._prepared.clear()
             await self._driver.execute(_SESSION)
+            self._reading = await self._driver.prepare(sql.READ_POSTGRESQL)
         except Exception as exc:
             raise StoreLostError(str(exc) or type(exc).__name__) from exc
 
     async def _transact(self, driver: Any, operations: Sequence[Operation], owner_id: str | None) -> list[Outcome]:
         ids = _ids(operations)
-        await driver.execute("BEGIN ISOLATION LEVEL READ COMMITTED")
-        wallets = await driver.fetch(sql.LOCK_WALLETS.postgresql, ids.wallets)
-        found = await driver.fetchrow(sql.READ_POSTGRESQL, owner_id, ids.users, ids.keys, ids.reservations)
+        wallets = sql.array(ids.wallets)
+        await self._send("BEGIN ISOLATION LEVEL READ COMMITTED", f"{sql.LOCK_POSTGRESQL}({sql.literal(wallets)})")
+        found = await self._read(
+            owner_id, sql.array(ids.users), sql.array(ids.keys), sql.array(ids.reservations), wallets
+        )
         booked = (
             await driver.fetch(sql.READ_TRANSACTIONS.postgresql, ids.wallets, ids.idempotency_keys)
             if ids.idempotency_keys
@@ -283,7 +293,7 @@ class PostgresStore:
         state = State(
             now=found["now"],
             is_fenced=found["is_fenced"] is not False,
-            wallets=_by_id(Wallet(**row) for row in wallets),
+            wallets=_by_id(_WALLETS.decode(found["wallets"])),
             users=_by_id(_USERS.decode(found["users"])),
             keys=_by_id(_KEYS.decode(found["api_keys"])),
             reservations=_by_id(_RESERVATIONS.decode(found["reservations"])),
@@ -291,12 +301,28 @@ class PostgresStore:
         )
         changes, outcomes = decide(state, operations)
         writes = _writes(changes, owner_id)
-        for step in [[write] for write in writes] if _writes_a_row_twice(changes) else [writes]:
-            if step:
-                parameters = [_as_json(statement.columns, rows) for statement, rows in step]
-                await driver.execute(sql.together(tuple(statement for statement, _ in step)), *parameters)
-        await driver.execute("COMMIT")
+        steps = [[write] for write in writes] if _writes_a_row_twice(changes) else [writes]
+        await self._send(*[await self._written(step) for step in steps if step], "COMMIT")
         return outcomes
+
+    async def _written(self, writes: list[tuple[sql.Statement, list[Row]]]) -> str:
+        """What writes all those rows at once, with a statement that is prepared by now."""
+        statements = tuple(statement for statement, _ in writes)
+        execute = self._prepared.get(statements)
+        if execute is None:
+            name = f"write_{len(self._prepared)}"
+            types = ", ".join(["text"] * len(statements))
+            await self._driver.execute(f"PREPARE {name}({types}) AS {sql.together(statements)}")
+            self._prepared[statements] = execute = f"EXECUTE {name}"
+        return f"{execute}({', '.join(sql.literal(_as_json(one.columns, rows)) for one, rows in writes)})"
+
+    async def _read(self, *values: str | None) -> Any:
+        """The one row that `READ_POSTGRESQL` answers."""
+        return await self._reading.fetchrow(*values)
+
+    async def _send(self, *statements: str) -> None:
+        """Run `statements`, which answer nothing, in one message."""
+        await self._driver.execute(";".join(statements))
 
     async def _after(self, exc: BaseException) -> None:
         """Leave no transaction open: roll back if the server can still be talked to, else drop the connection."""
@@ -313,6 +339,7 @@ class PostgresStore:
         await self.aclose()
 
 
+_WALLETS = msgspec.json.Decoder(list[Wallet])
 _USERS = msgspec.json.Decoder(list[User])
 _KEYS = msgspec.json.Decoder(list[Key])
 _RESERVATIONS = msgspec.json.Decoder(list[Reservation])
@@ -407,7 +434,7 @@ class SqliteStore:
         state = State(
             now=now_micros(),
             is_fenced=fence is None or bool(fence[0]),
-            wallets=_by_id(Wallet(**row) for row in read(sql.LOCK_WALLETS, ids.wallets)),
+            wallets=_by_id(Wallet(**row) for row in read(sql.READ_WALLETS, ids.wallets)),
             users=_by_id(_with_patterns(User(**row)) for row in read(sql.READ_USERS, ids.users)),
             keys=_by_id(_with_patterns(Key(**row)) for row in read(sql.READ_KEYS, keys)),
             reservations=reservations,

@@ -87,6 +87,15 @@ def request_head(method: str, address: Address, headers: Headers, body_bytes: in
     Raises `ValueError` when a name, a value or the method has a byte that is not allowed in it, or `headers` have a
     field that is ours to send: what one caller sends never becomes another line or another request.
     """
+    head = _head(method, address, tuple(headers))
+    if body_bytes or method not in {"GET", "HEAD"}:
+        return b"%b\r\nContent-Length: %d\r\n\r\n" % (head, body_bytes)
+    return head + b"\r\n\r\n"
+
+
+@lru_cache(maxsize=256)
+def _head(method: str, address: Address, headers: tuple[tuple[bytes, bytes], ...]) -> bytes:
+    """A head without its last two lines: most are like one that was sent before."""
     names = [name for name, _ in headers]
     if b"".join(names).translate(None, _TOKEN) or not all(names):
         raise ValueError("not the name of a header field")
@@ -99,9 +108,6 @@ def request_head(method: str, address: Address, headers: Headers, body_bytes: in
         raise ValueError("not a method")
     lines = [b"%b %b HTTP/1.1\r\nHost: %b" % (verb, address.target, address.authority)]
     lines += [b"%b: %b" % header for header in headers]
-    if body_bytes or method not in {"GET", "HEAD"}:
-        lines.append(b"Content-Length: %d" % body_bytes)
-    lines.append(b"\r\n")
     return b"\r\n".join(lines)
 
 

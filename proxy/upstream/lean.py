@@ -94,7 +94,9 @@ class LeanClient:
             head = request_head(method, place, headers, len(body))
         except ValueError as exc:
             raise UpstreamUnreachable(NOT_SENDABLE, provider=provider) from exc
-        connection = await self._connected(place, provider, timeouts.connect_s, deadline)
+        connection = self._pool.take(place.origin)
+        if connection is None:
+            connection = await self._connected(place, provider, timeouts.connect_s, deadline)
         # From here to the first wait for the answer nothing is awaited: a slot always has an answer that gives it back.
         answer = _Answer(connection, provider=provider, idle_s=timeouts.idle_s)
         connection.start(answer, head, body, is_bodiless=method == "HEAD")
@@ -232,6 +234,15 @@ class _Pool:
                 return False
             raise
 
+    def take(self, origin: _Origin) -> "_Connection | None":
+        """A slot and an idle connection to `origin`, if there are both: the common case, in which nothing waits."""
+        if self._is_closed or self.in_use >= self._connections_max:
+            return None
+        connection = self.take_idle(origin)
+        if connection is not None:
+            self.in_use += 1
+        return connection
+
     def release(self) -> None:
         """Give a slot back: to whoever has waited longest, or to the pool."""
         while self._waiting:
@@ -336,6 +347,9 @@ class _Connection(asyncio.Protocol):
         self._is_writing_paused = False
         self._is_reading_paused = False
         self._is_closed = False
+        self._due_at: float | None = None
+        """When the provider has been silent for too long; None while nobody waits for it."""
+        self._timer: asyncio.TimerHandle | None = None
 
     async def connect(self, host: str, port: int) -> Self:
         """Connect to the IP address `host`.
@@ -374,6 +388,31 @@ class _Connection(asyncio.Protocol):
         self._unsent = memoryview(body)
         self._send_more()
 
+    def expect_by(self, due_at: float) -> None:
+        """End the call in `UpstreamTimeout` at `due_at`, unless something else is expected by then, or nothing.
+
+        One timer serves all waits of all calls: it looks, when it is due, what is expected now, and goes on if need be.
+        """
+        self._due_at = due_at
+        if self._timer is not None and self._timer.when() > due_at:
+            self._timer.cancel()
+            self._timer = None
+        if self._timer is None:
+            self._timer = self._loop.call_at(due_at, self._on_due)
+
+    def expect_nothing(self) -> None:
+        """Nobody waits for the provider just now."""
+        self._due_at = None
+
+    def _on_due(self) -> None:
+        self._timer = None
+        if self._due_at is None:
+            return
+        if self._loop.time() < self._due_at:
+            self._timer = self._loop.call_at(self._due_at, self._on_due)
+        else:
+            self.stop(UpstreamTimeout, SILENT)
+
     def read_on(self) -> None:
         """The reader has emptied the buffer."""
         if self._is_reading_paused:
@@ -410,6 +449,8 @@ class _Connection(asyncio.Protocol):
             return
         self._is_closed = True
         self._unsent = memoryview(b"")
+        if self._timer is not None:
+            self._timer.cancel()
         self._pool.forget(self)
         if self._transport is not None:
             self._transport.abort()
@@ -426,6 +467,7 @@ class _Connection(asyncio.Protocol):
     def _release(self) -> "_Answer | None":
         """End the call, once: only the first of those who ask gets its answer."""
         answer, self._answer = self._answer, None
+        self._due_at = None
         if answer is not None:
             self._pool.release()
         return answer
@@ -561,22 +603,16 @@ class _Answer:
         self._failure: tuple[type[UpstreamFailed], str, BaseException | None] | None = None
         self._is_taken = False
         self._waiter: asyncio.Future[None] | None = None
-        self._waiting_since = 0.0
-        self._timer: asyncio.TimerHandle | None = None
 
     async def wait_for_head(self, deadline: float) -> None:
         """Return when `status` and `headers` are there.
 
         Raises `UpstreamTimeout` when they are not by `deadline`, and `UpstreamBroken`.
         """
-        timer = self._loop.call_at(deadline, self._stop, UpstreamTimeout, SILENT)
-        try:
-            while not self.has_head:
-                if self._failure is not None:
-                    self._raise(*self._failure)
-                await self._wait()
-        finally:
-            timer.cancel()
+        while not self.has_head:
+            if self._failure is not None:
+                self._raise(*self._failure)
+            await self._wait(deadline)
 
     def chunks(self) -> AsyncIterator[bytes]:
         if self._is_taken:
@@ -593,8 +629,7 @@ class _Answer:
                 self._raise(*self._failure)
             if self._connection is None:
                 raise StopAsyncIteration
-            self._watch_silence()
-            await self._wait()
+            await self._wait(self._loop.time() + self._idle_s)
         chunk = self.pieces[0] if len(self.pieces) == 1 else b"".join(self.pieces)
         self.pieces.clear()
         self.buffered_bytes = 0
@@ -638,8 +673,6 @@ class _Answer:
 
     def _let_go(self) -> None:
         self._connection = None
-        if self._timer is not None:
-            self._timer.cancel()
         self.wake()
 
     def _stop(self, failure: type[UpstreamFailed], message: str) -> None:
@@ -647,11 +680,13 @@ class _Answer:
         if self._connection is not None:
             self._connection.stop(failure, message)
 
-    async def _wait(self) -> None:
-        """Wait for `wake()`. Whoever is cancelled here gives the answer up."""
+    async def _wait(self, due_at: float) -> None:
+        """Wait for `wake()`, until `due_at`. Whoever is cancelled here gives the answer up."""
         if self._waiter is not None:
             raise RuntimeError("another task is reading this answer")
         self._waiter = self._loop.create_future()
+        if self._connection is not None:
+            self._connection.expect_by(due_at)
         try:
             await self._waiter
         except BaseException:
@@ -659,22 +694,5 @@ class _Answer:
             raise
         finally:
             self._waiter = None
-
-    def _watch_silence(self) -> None:
-        """Measure the provider's silence from now on.
-
-        One timer serves many waits: it looks, when it is due, since when the reader waits, and goes on if need be.
-        """
-        self._waiting_since = self._loop.time()
-        if self._timer is None:
-            self._timer = self._loop.call_later(self._idle_s, self._on_silence)
-
-    def _on_silence(self) -> None:
-        self._timer = None
-        if self._waiter is None:
-            return
-        due_at = self._waiting_since + self._idle_s
-        if self._loop.time() < due_at:
-            self._timer = self._loop.call_at(due_at, self._on_silence)
-        else:
-            self._stop(UpstreamTimeout, SILENT)
+            if self._connection is not None:
+                self._connection.expect_nothing()

@@ -7,6 +7,7 @@ the client's to see.
 
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 from urllib.parse import urlsplit
 
 from proxy import __version__
@@ -102,6 +103,8 @@ class OpenAIProvider:
         self._own_headers += checked_headers(headers, beside=self._own_headers, provider=name)
         self._client = client
         self._timeouts = timeouts
+        self._composed = lru_cache(maxsize=256)(self._compose)
+        """Clients send few different headers that cross, each again and again."""
 
     async def send(self, call: ProviderCall) -> UpstreamResponse:
         """Post the body of `call` as it is; see `Provider.send`."""
@@ -109,7 +112,7 @@ class OpenAIProvider:
             provider=self.name,
             method="POST",
             url=f"{self._base_url}/{call.path}{self._query}",
-            headers=self._headers(call),
+            headers=self._composed(_crossing(call.headers), is_stream=call.stream),
             body=call.body,
             timeouts=self._timeouts,
         )
@@ -118,13 +121,14 @@ class OpenAIProvider:
         """Close the provider's connections."""
         await self._client.aclose()
 
-    def _headers(self, call: ProviderCall) -> Headers:
+    def _compose(self, sent: tuple[tuple[bytes, bytes], ...], *, is_stream: bool) -> Headers:
+        """The header of a call whose client has `sent` what crosses."""
         headers = list(self._own_headers)
         headers.append((b"content-type", b"application/json"))
-        headers.append((b"accept", b"text/event-stream" if call.stream else b"application/json"))
+        headers.append((b"accept", b"text/event-stream" if is_stream else b"application/json"))
         headers.append((b"accept-encoding", b"identity"))
         own = {name for name, _ in headers}
-        crossing = [(name, value) for name, value in _crossing(call.headers) if name not in own]
+        crossing = [(name, value) for name, value in sent if name not in own and _HEADER_VALUE.fullmatch(value)]
         if not any(name == b"user-agent" for name, _ in (*crossing, *headers)):
             headers.append((b"user-agent", _USER_AGENT))
         return headers + crossing
@@ -136,27 +140,28 @@ def relayed_headers(headers: Headers) -> Headers:
     The provider's request id and rate limits are the operator's, not the caller's: they come back as
     `x-upstream-request-id` and `x-upstream-ratelimit-…`, beside our own.
     """
-    named = {token.strip().lower() for name, value in headers if name == b"connection" for token in value.split(b",")}
+    connections = [value for name, value in headers if name == b"connection"]
+    named = {token.strip().lower() for value in connections for token in value.split(b",")}
     return [
-        (_relayed_name(name), value)
+        (relayed, value)
         for name, value in headers
-        if name not in _DROPPED and name not in named and not name.startswith(_DROPPED_PREFIXES)
+        if (relayed := _relayed_name(name)) is not None and name not in named
     ]
 
 
-def _relayed_name(name: bytes) -> bytes:
+@lru_cache(maxsize=1024)
+def _relayed_name(name: bytes) -> bytes | None:
+    """What a field is called in our answer; None for one that stays behind."""
+    if name in _DROPPED or name.startswith(_DROPPED_PREFIXES):
+        return None
     if name == b"x-request-id" or name.startswith(b"x-ratelimit-"):
         return b"x-upstream-" + name.removeprefix(b"x-")
     return name
 
 
-def _crossing(headers: Headers) -> Headers:
-    """Those of the client's `headers` that the provider gets."""
-    return [
-        (name, value)
-        for name, value in headers
-        if (name in _CLIENT_HEADERS or name.startswith(_CLIENT_PREFIX)) and _HEADER_VALUE.fullmatch(value)
-    ]
+def _crossing(headers: Headers) -> tuple[tuple[bytes, bytes], ...]:
+    """Those of the client's `headers` that the provider gets, if they can be sent."""
+    return tuple([header for header in headers if header[0] in _CLIENT_HEADERS or header[0].startswith(_CLIENT_PREFIX)])
 
 
 def checked_base_url(base_url: str, *, provider: str) -> tuple[str, str]:

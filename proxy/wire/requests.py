@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Iterable, Mapping
 from enum import StrEnum
+from functools import cached_property
 from types import MappingProxyType
 from typing import Annotated, Final, Protocol
 
@@ -40,7 +41,7 @@ class Endpoint(StrEnum):
     RESPONSES = "responses"
 
 
-class PaidRequest(msgspec.Struct, frozen=True, kw_only=True):
+class PaidRequest(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     """What decides the cost and the relay of one call, whatever its endpoint.
 
     `maxima` are the client's own, in output tokens of each choice, by the fields that name them. `choices` counts the
@@ -74,7 +75,7 @@ class PaidRequest(msgspec.Struct, frozen=True, kw_only=True):
     tool_calls_max: int | None = None
     must_unstore: bool = False
 
-    @property
+    @cached_property
     def maximum(self) -> int | None:
         """The one that bounds whatever a provider makes of them: the largest. None where the client names none."""
         return max(self.maxima.values()) if self.maxima else None
@@ -109,8 +110,11 @@ class Maxima(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def named(self) -> dict[str, int]:
         """Those that are there, by their fields."""
-        maxima = {field: getattr(self, field, None) for field in ("max_tokens", *Maxima.__struct_fields__)}
-        return {field: maximum for field, maximum in maxima.items() if maximum is not None}
+        maxima = [(field, getattr(self, field, None)) for field in _MAXIMA]
+        return {field: maximum for field, maximum in maxima if maximum is not None}
+
+
+_MAXIMA: Final = ("max_tokens", *Maxima.__struct_fields__)
 
 
 STATE: Final[Mapping[str, str]] = {

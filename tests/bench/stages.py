@@ -68,7 +68,7 @@ def stages() -> Iterator[tuple[str, float]]:
     estimated = estimate(request, len(BODY), offered)
     caller = Caller("user", "wallet", "key", Scope.INFERENCE, is_admin=False)
     call = Call(Endpoint.CHAT, "req", None, caller, HEADERS, BODY)
-    opened = _Open(call, request, estimated, offered, estimated.at_most, 0.0, 1.0, offered[0])
+    opened = _Open(call, request, estimated, offered, estimated.at_most, 0.0, 1.0, offered[0], candidate)
     answer = load._PLAIN.partition(b"\r\n\r\n")[2]
     place = address("http://127.0.0.1:9000/v1/chat/completions")
     sent = [(b"authorization", b"Bearer sk-upstream"), (b"accept", b"application/json"), (b"user-agent", b"tollgate")]

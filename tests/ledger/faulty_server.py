@@ -86,26 +86,11 @@ class DyingPostgresStore(PostgresStore):
 
     dies_at_commit = False
 
-    async def _connect(self) -> None:
-        await super()._connect()
-        self._driver = _DyingDriver(self._driver, self)
-
-
-class _DyingDriver:
-    """The part of asyncpg's connection that a store uses."""
-
-    def __init__(self, driver: Any, store: DyingPostgresStore) -> None:
-        self._driver = driver
-        self._store = store
-        self.fetch = driver.fetch
-        self.fetchrow = driver.fetchrow
-        self.is_closed = driver.is_closed
-        self.terminate = driver.terminate
-
-    async def execute(self, statement: str, *values: object) -> Any:
-        if statement == "COMMIT" and self._store.dies_at_commit:
+    async def _send(self, *statements: str) -> None:
+        if statements[-1] == "COMMIT" and self.dies_at_commit:
+            await super()._send(*statements[:-1])
             die()
-        return await self._driver.execute(statement, *values)
+        await super()._send(*statements)
 
 
 class DyingSqliteStore(SqliteStore):

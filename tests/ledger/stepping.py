@@ -16,8 +16,8 @@ FENCE = 2
 class SteppedStore(PostgresStore):
     """A store whose next transaction waits before its statement number `stop` until `go`.
 
-    A `stop` at the number of its statements is after its commit, before anyone knows of it. `is_unlocked` reads wallets
-    without locking them.
+    What the store sends as one message goes statement by statement here. A `stop` at the number of its statements is
+    after its commit, before anyone knows of it. `is_unlocked` leaves the lock out.
     """
 
     def __init__(self, engine, *, stop: int | None = None, is_unlocked: bool = False) -> None:
@@ -33,6 +33,20 @@ class SteppedStore(PostgresStore):
         await self._driver.execute("SET idle_in_transaction_session_timeout = 0")  # a test takes its time
         self._driver = _SteppedDriver(self._driver, self)
 
+    async def _send(self, *statements: str) -> None:
+        for statement in statements:
+            await self.step()
+            self.statements.append(statement)
+            if not (self.is_unlocked and statement.startswith(sql.LOCK_POSTGRESQL)):
+                await super()._send(statement)
+            if statement == "COMMIT":
+                await self.step()
+
+    async def _read(self, *values: str | None) -> Any:
+        await self.step()
+        self.statements.append(sql.READ_POSTGRESQL)
+        return await super()._read(*values)
+
     async def step(self) -> None:
         """Wait if this is the place."""
         if len(self.statements) == self.stop:
@@ -46,25 +60,12 @@ class _SteppedDriver:
     def __init__(self, driver: Any, store: SteppedStore) -> None:
         self._driver = driver
         self._store = store
-
-    async def execute(self, statement: str, *values: object) -> Any:
-        done = await self._run(self._driver.execute, statement, *values)
-        if statement == "COMMIT":
-            await self._store.step()
-        return done
+        self.execute = driver.execute
 
     async def fetch(self, statement: str, *values: object) -> Any:
-        if self._store.is_unlocked and statement == sql.LOCK_WALLETS.postgresql:
-            statement = statement.removesuffix(" ORDER BY id FOR NO KEY UPDATE")
-        return await self._run(self._driver.fetch, statement, *values)
-
-    async def fetchrow(self, statement: str, *values: object) -> Any:
-        return await self._run(self._driver.fetchrow, statement, *values)
-
-    async def _run(self, method: Any, statement: str, *values: object) -> Any:
         await self._store.step()
         self._store.statements.append(statement)
-        return await method(statement, *values)
+        return await self._driver.fetch(statement, *values)
 
     def is_closed(self) -> bool:
         return self._driver.is_closed()

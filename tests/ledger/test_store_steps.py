@@ -2,7 +2,7 @@
 
 import pytest
 
-from proxy.errors import LedgerFault
+from proxy.errors import LedgerFault, NotFound
 from proxy.ledger.decide import Credit, Credited, CreditType, Released, Reserved, Settled
 from tests.books import release_of, reserve_of, settle_of, store_at
 
@@ -57,3 +57,23 @@ async def test_text_that_cannot_be_stored_is_refused(books, text):
         with pytest.raises(LedgerFault):
             await books.ledger.reserve(reserve)
     assert await books.ledger.reserve(reserve_of(person, 1)) == Reserved(1)
+
+
+@pytest.mark.parametrize("text", ["it's; COMMIT; --", "'); DROP TABLE wallets; --", r"\'", "''"])
+async def test_text_that_looks_like_a_statement_is_text(books, text):
+    """Whatever quotes and backslashes a caller's text has, it is stored as it is, and nothing of it is run."""
+    person = await books.person(1000)
+    reserve = reserve_of(person, 60, original_model=text, client_request_id=text)
+    assert await books.ledger.reserve(reserve) == Reserved(60)
+    row = await books.row("reservations", reserve.id)
+    assert (row["original_model"], row["client_request_id"]) == (text, text)
+    unknown = Credit(wallet_id=text, type=CreditType.TOPUP, amount=5, description="test")
+    with pytest.raises(NotFound):
+        await books.ledger.credit(unknown)
+
+
+async def test_a_wallet_whose_name_cannot_be_sent_is_refused(books):
+    """PostgreSQL takes no NUL and fails at once; SQLite takes it, and knows no such wallet."""
+    credit = Credit(wallet_id="a\x00b", type=CreditType.TOPUP, amount=5, description="test")
+    with pytest.raises((LedgerFault, NotFound)):
+        await books.ledger.credit(credit)
