@@ -149,7 +149,7 @@ async def make_user(
     return await _read(engine, user.id)
 
 
-@get("/{user_id:str}", summary="One user", responses=documented(404))
+@get("/{user_id:str}", summary="One user", responses=documented(400, 404))
 async def user(engine: NamedDependency[AsyncEngine], user_id: FromPath[str]) -> UserItem:
     """One user, by id."""
     return await _read(engine, user_id)
@@ -267,7 +267,7 @@ async def alter_user_key(
     return KeyItem(**shown(key, now_micros()))
 
 
-@delete("/{user_id:str}/keys/{key_id:str}", summary="Revoke a user's key", responses=documented(404))
+@delete("/{user_id:str}/keys/{key_id:str}", summary="Revoke a user's key", responses=documented(400, 404))
 async def drop_user_key(
     request: AdminRequest, engine: NamedDependency[AsyncEngine], user_id: FromPath[str], key_id: FromPath[str]
 ) -> None:
