@@ -567,6 +567,7 @@ class Exchange:
             METERED_BYTES_MAX,
             tokens_max=_plausible_max(opened),
             counts_tools=bool(opened.request.tools),
+            keeps_events=opened.request.wants_audio,
         )
         relayed = self._stream_relay(opened, response, answer, meter)
         encoding = relay.content_encoding(response.headers)

@@ -428,6 +428,11 @@ _RESPONSE_ENDS = frozenset({"response.completed", "response.incomplete", "respon
 _Texts = dict[object, str]
 """Pieces of text by what they are pieces of, such as the content of one choice."""
 
+_Pieces = dict[object, list[str]]
+
+FOLDED_BYTES = 65_536
+"""After so many bytes of events only their text is kept on."""
+
 
 def read_usage(reported: bytes | Raw, *, has_output: bool = True) -> Usage | None:
     """The usage in a usage object of OpenAI's or Anthropic's; None when it cannot be right.
@@ -641,7 +646,8 @@ class StreamMeter:
 
     The price is two searches in each event: only events that may report usage, or an error, are decoded. The others
     are kept, up to `kept_bytes_max` bytes, to be counted if it comes to that; of those beyond it only the bytes are
-    known, and their share of text is taken to be that of those that were kept.
+    known, and their share of text is taken to be that of those that were kept. Of a long stream only the text is kept,
+    unless `keeps_events`.
 
     Usage that is followed by more text (some providers report at the start, or with every chunk, and may break in
     between) is charged with that text on top. So events are forgotten once there is usage for them.
@@ -649,8 +655,18 @@ class StreamMeter:
     With `counts_tools` the uses of tools that the provider runs are told as well.
     """
 
-    def __init__(self, kept_bytes_max: int, *, tokens_max: int | None = None, counts_tools: bool = False) -> None:
+    def __init__(
+        self,
+        kept_bytes_max: int,
+        *,
+        tokens_max: int | None = None,
+        counts_tools: bool = False,
+        keeps_events: bool = False,
+    ) -> None:
         self._kept_bytes_max = kept_bytes_max
+        self._is_folded = not (counts_tools or keeps_events)
+        self._folded: _Pieces = {}
+        self._unfolded_bytes = 0
         self._tokens_max = tokens_max
         self._counts_tools = counts_tools
         self._uses: dict[str, int] | None = None
@@ -673,7 +689,10 @@ class StreamMeter:
         return self._usage is not None and not self._kept_bytes and not self._dropped_bytes
 
     def holds(self, text: bytes) -> bool:
-        """Whether an event for which no usage was reported has these bytes, or may have: not all of them are kept."""
+        """Whether an event for which no usage was reported has these bytes, or may have: not all of them are kept.
+
+        For meters with `keeps_events`.
+        """
         return bool(self._dropped_bytes) or any(text in data for data in self._kept)
 
     def feed(self, event: bytes) -> EventKind:
@@ -757,7 +776,8 @@ class StreamMeter:
             self._usage, self._model = usage, read.model or self._model
             self._uses = read.uses
             self._kept.clear()
-            self._kept_bytes = self._dropped_bytes = 0
+            self._folded.clear()
+            self._kept_bytes = self._dropped_bytes = self._unfolded_bytes = 0
             return read.kind
         if usage is not None and (self._usage is None or not self._usage.output_tokens):
             self._usage = usage  # the prompt is known; what was written is counted on top
@@ -768,7 +788,8 @@ class StreamMeter:
 
     def _has_text(self, data: bytes) -> bool:
         """Whether there is any text for which no usage was reported, `data` included."""
-        return bool(self._dropped_bytes) or any(self._texts(each)[1] for each in (data, *self._kept))
+        has_more = bool(self._dropped_bytes or self._folded)
+        return has_more or any(self._texts(each)[1] for each in (data, *self._kept))
 
     def _keep(self, data: bytes) -> None:
         if self._kept_bytes + len(data) > self._kept_bytes_max:
@@ -776,6 +797,26 @@ class StreamMeter:
             return
         self._kept.append(data)
         self._kept_bytes += len(data)
+        self._unfolded_bytes += len(data)
+        if self._unfolded_bytes > FOLDED_BYTES and self._is_folded:
+            self._fold()
+
+    def _fold(self) -> None:
+        """Keep the text of the events instead of them: a fraction of their size."""
+        pieces: _Pieces = {}
+        self._read_into(pieces)
+        for key, texts in pieces.items():
+            self._folded.setdefault(key, []).append("".join(texts))
+        self._kept.clear()
+        self._unfolded_bytes = 0
+
+    def _read_into(self, pieces: _Pieces) -> None:
+        """Add the texts of the events that are kept as such."""
+        for data in self._kept:
+            model, texts = self._texts(data)
+            self._model = self._model or model
+            for key, text in texts.items():
+                pieces.setdefault(key, []).append(text)
 
     def _unreported_uses(self) -> dict[str, int] | None:
         """The uses of tools in a stream that reported no usage; None where nobody knows."""
@@ -783,12 +824,8 @@ class StreamMeter:
 
     def _unreported_tokens(self, counter: Counter) -> int:
         """The tokens of the text for which there is no usage."""
-        pieces: dict[object, list[str]] = {}
-        for data in self._kept:
-            model, texts = self._texts(data)
-            self._model = self._model or model
-            for key, text in texts.items():
-                pieces.setdefault(key, []).append(text)
+        pieces = {key: list(texts) for key, texts in self._folded.items()}
+        self._read_into(pieces)
         tokens = counter.texts("".join(piece) for piece in pieces.values())
         if not self._dropped_bytes:
             return tokens
@@ -864,11 +901,16 @@ class ResponseMeter(StreamMeter):
 
 
 def stream_meter(
-    endpoint: Endpoint, kept_bytes_max: int, *, tokens_max: int | None = None, counts_tools: bool = False
+    endpoint: Endpoint,
+    kept_bytes_max: int,
+    *,
+    tokens_max: int | None = None,
+    counts_tools: bool = False,
+    keeps_events: bool = False,
 ) -> StreamMeter:
     """A meter for the streams of `endpoint`."""
     kind = ResponseMeter if endpoint is Endpoint.RESPONSES else StreamMeter
-    return kind(kept_bytes_max, tokens_max=tokens_max, counts_tools=counts_tools)
+    return kind(kept_bytes_max, tokens_max=tokens_max, counts_tools=counts_tools, keeps_events=keeps_events)
 
 
 def _plausible(reported: Raw, tokens_max: int | None, *, has_output: bool = True) -> Usage | None:

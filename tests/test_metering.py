@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from proxy.metering import (
+    FOLDED_BYTES,
     EventKind,
     Metered,
     ResponseMeter,
@@ -581,6 +582,39 @@ def test_chunks_that_cannot_be_read():
     meter, kinds = fed(*broken)
     assert kinds == [EventKind.CONTENT] * 4
     assert result(meter).usage.output == -(-(8 + 13 + 24 + 4) // 4)
+
+
+@pytest.mark.parametrize("kind", [StreamMeter, ResponseMeter])
+@pytest.mark.parametrize("usage_at", [None, 500])
+def test_of_a_long_stream_its_text_is_kept(kind, usage_at):
+    """And counted as if all of its events were there, in order and apart for each choice."""
+    events = []
+    for number in range(3000):
+        if kind is ResponseMeter:
+            fields = {"item_id": f"i{number % 2}", "output_index": number % 2, "delta": f"w{number} "}
+            events.append(response_event("response.output_text.delta", **fields))
+        else:
+            choice = {"index": number % 2, "delta": {"content": f"w{number} "}, "finish_reason": None}
+            events.append(event(chunk(choices=[choice])))
+        if number == usage_at and kind is StreamMeter:
+            events.append(event(usage_chunk()))
+    folding, whole = kind(10**7), kind(10**7, keeps_events=True)
+    for each in events:
+        assert folding.feed(each) is whole.feed(each)
+    assert sum(map(len, folding._kept)) <= FOLDED_BYTES < sum(map(len, whole._kept))
+    seen = []
+
+    class Recorder:
+        def prompt(self, body):
+            return 0
+
+        def texts(self, texts):
+            seen.append(list(texts))
+            return sum(map(len, seen[-1]))
+
+    results = [meter.result(prompt=b"", bound=ROOMY, counter=Recorder()) for meter in (folding, whole)]
+    assert results[0] == results[1]
+    assert sorted(seen[0]) == sorted(seen[1])
 
 
 def test_what_is_kept_has_a_limit():

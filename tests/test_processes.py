@@ -314,7 +314,7 @@ def test_a_worker_that_keeps_dying_is_replaced_with_pauses(supervised):
     assert gaps[1] >= 2 * PAUSE_S
     assert gaps[2] >= 4 * PAUSE_S
     process.send_signal(signal.SIGTERM)
-    assert process.wait(PATIENCE_S) == 0
+    assert process.wait(PATIENCE_S) in {0, 1}  # 1 is the fourth worker's, if it had not died yet
 
 
 def test_a_server_whose_workers_all_keep_dying_gives_up(supervised):

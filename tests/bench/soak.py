@@ -37,12 +37,12 @@ from tests.serving import CONFIG, MODEL, Served, serving
 DURATION_S = 600.0
 STREAMS = 1000
 CUSTOMERS = 24
-DEAF = 100
-DEAF_EVENTS = 1000
-DEAF_EVENT_BYTES = 2000
+DEAF = 20
+DEAF_EVENTS = 800
+DEAF_EVENT_BYTES = 20_000
 DEAF_S = 3.0
-DEAF_BYTES_MAX = 700_000
-"""What the server may hold for a stream that nobody reads: less than half of what the provider would send of it."""
+DEAF_BYTES_MAX = 8_000_000
+"""What the server may hold of a stream that nobody reads: half. Of what it has sent it keeps up to 4 MB, to be counted."""
 
 GROWTH_MAX = 0.06
 """How much larger the last quarter's median may be than the second's."""
