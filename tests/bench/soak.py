@@ -42,7 +42,7 @@ DEAF_EVENTS = 800
 DEAF_EVENT_BYTES = 20_000
 DEAF_S = 3.0
 DEAF_BYTES_MAX = 8_000_000
-"""What the server may hold of a stream that nobody reads: half. Of what it has sent it keeps up to 4 MB, to be counted."""
+"""What the server may hold of a stream that nobody reads: half. It keeps 4 MB of what it has sent, to count it."""
 
 GROWTH_MAX = 0.06
 """How much larger the last quarter's median may be than the second's."""
