@@ -17,6 +17,7 @@ from proxy.pricing import (
     billed,
     bound,
     cost,
+    costs,
     dearest_price,
     dearest_usage,
     is_no_dearer,
@@ -59,6 +60,14 @@ def test_dollars_become_nanos_exactly_or_are_rounded_up_and_said():
     """A price that is not a whole number of nano-dollars costs the next one, and the caller is told."""
     assert price_nanos_per_mtok(Decimal("0.15")) == (150_000_000, True)
     assert price_nanos_per_mtok(Decimal("0.0000000001")) == (1, False)
+
+
+@given(usages, prices, markups, images)
+def test_what_a_settle_needs_of_a_price(usage, price, bps, images):
+    """Both amounts at once, and the price as a receipt keeps it."""
+    usage = billed(usage, price, images)
+    assert costs(usage, price, bps) == (cost(usage, price, bps), provider_cost(usage, price))
+    assert msgspec.json.decode(price.as_json, type=Price) == price
 
 
 @given(usages, prices, markups, images)

@@ -83,10 +83,34 @@ async def test_an_instance_registers_on_the_databases_clock(books):
     assert lease.id != first["id"]
 
 
+async def test_a_lease_is_held_for_as_long_as_it_lasts(books):
+    """From its registration on, by this process's own clock."""
+    lease = Lease(books.engine, is_embedded=False, lease_s=0.2)
+    assert not lease.is_held
+    await lease.register()
+    assert lease.is_held
+    await asyncio.sleep(0.3)
+    assert not lease.is_held
+
+
+async def test_a_ledger_tells_how_much_it_has_to_do(books):
+    """What waits for its turn, and the calls that have not ended."""
+    reserve = reserve_of(await books.person(100), 10)
+    assert (books.ledger.waiting, books.ledger.in_flight) == (0, 0)
+    await books.ledger.reserve(reserve)
+    assert books.ledger.in_flight == 1
+    ending = asyncio.ensure_future(books.ledger.release(release_of(reserve)))
+    await asyncio.sleep(0)
+    assert books.ledger.waiting <= 1
+    await ending
+    assert (books.ledger.waiting, books.ledger.in_flight) == (0, 0)
+
+
 async def test_an_embedded_lease_needs_no_renewal(books):
     """Its process is alone, as the lock file sees to: nobody is there to fence it."""
     lease = Lease(books.engine, is_embedded=True)
     await lease.register()
+    assert lease.is_held
     assert (await books.row("instances", lease.id))["lease_until"] == 2**62
 
 
