@@ -191,6 +191,15 @@ def test_errors_of_the_load_balancer_have_our_shape(topology):
     assert (answer.status_code, answer.json()["error"]["code"]) == (413, "request_too_large")
 
 
+def test_without_any_replica_calls_are_refused_as_unavailable(tmp_path):
+    """In our shape, and with the time after which to try again; never with the gateway's own 502."""
+    program = debian.program("nginx", "nginx")
+    with balancing(program, tmp_path, [free_port(), free_port()]) as url, httpx2.Client(base_url=url) as http:
+        answer = http.post("/v1/chat/completions", json=body(stream=False))
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "unavailable")
+    assert answer.headers["retry-after"] == "1"
+
+
 class Callers:
     """Clients that call through the load balancer, one call after the other, until they are told to stop."""
 
