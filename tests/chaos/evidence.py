@@ -11,7 +11,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from proxy.storage import database
 from proxy.storage.tables import credit_transactions, instances, reservations, wallets
 from proxy.units import MICROS_PER_SECOND
-from tests.chaos.journal import AdminError, Call, Grant, Markup, Said, read_journal
+from tests.chaos.journal import AdminError, Call, Grant, Markup, Said, Switch, read_journal
 from tests.chaos.judge import Evidence, Reservation, Serve, Transaction
 
 _TOKEN = re.compile(r"token ([0-9a-f]{32})")
@@ -31,6 +31,7 @@ async def collect(url: str, client_journal: Path, provider_journals: list[Path],
             served=[serve for journal in provider_journals for serve in serves(journal)],
             said=[entry for entry in entries if isinstance(entry, Said)],
             markups=[entry for entry in entries if isinstance(entry, Markup)],
+            switches=[entry for entry in entries if isinstance(entry, Switch)],
             admin_errors=[entry for entry in entries if isinstance(entry, AdminError)],
             reservations=await _reservations(engine),
             transactions=await _transactions(engine),

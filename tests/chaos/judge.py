@@ -11,7 +11,7 @@ from statistics import median
 
 import msgspec
 
-from tests.chaos.journal import AdminError, Call, End, Grant, Markup, Said
+from tests.chaos.journal import AdminError, Call, End, Grant, Markup, Said, Switch
 
 
 class Reservation(msgspec.Struct, frozen=True, kw_only=True):
@@ -131,6 +131,7 @@ class Evidence(msgspec.Struct, kw_only=True):
     said: list[Said] = msgspec.field(default_factory=list)
     markups: list[Markup] = msgspec.field(default_factory=list)
     """In the order in which they were set; the first one was there from the start."""
+    switches: list[Switch] = msgspec.field(default_factory=list)
     admin_errors: list[AdminError] = msgspec.field(default_factory=list)
     memory: dict[str, list[Sample]] = msgspec.field(default_factory=dict)
     """Of each worker process that there was."""

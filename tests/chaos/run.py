@@ -29,6 +29,7 @@ from tests.chaos.world import (
     FIRST_GRANT,
     LEASE_S,
     MARKUP_BPS,
+    NOTICE_S,
     DatabaseKind,
     Watch,
     World,
@@ -90,7 +91,8 @@ def run(
     When the clients are done, everything open has `quiet_s` seconds to be closed.
     """
     tally: Counter[str] = Counter()
-    with opened_world(folder, kind) as world:
+    # Short runs stop nobody in order before their end, when there is nobody left to be given notice.
+    with opened_world(folder, kind, NOTICE_S if duration_s >= FULL_S_MIN else 0) as world:
         wallets = asyncio.run(endow(world.url, world.client_journal, rich=2, small=3))
         admin_key = None if world.is_embedded else asyncio.run(appoint(world.url))
         world.start_proxies()
@@ -193,6 +195,7 @@ def _counted_of_replicas(evidence: Evidence) -> dict[str, int]:
         "calls served by the second provider": sum(row.provider == PROVIDERS[1] for row in evidence.reservations),
         "markups set": len(evidence.markups) - 1,
         "markups charged at": len({row.markup_bps for row in evidence.reservations if row.taken}),
+        "providers disabled": sum(not switch.is_enabled for switch in evidence.switches),
         "grants by HTTP acknowledged": sum(grant.is_http and grant.is_acknowledged for grant in evidence.grants),
         "refusals of the admin's requests": len(evidence.admin_errors),
         "workers whose memory was judged": sum(growth(samples) is not None for samples in evidence.memory.values()),
@@ -215,7 +218,7 @@ def shortcomings(tally: Counter[str], *, duration_s: float, is_embedded: bool) -
     if not is_embedded:
         needed += ["calls by the SDK", "markups set", "markups charged at"]
         if duration_s >= FULL_S_MIN:
-            needed += ["calls served by the second provider", "grants by HTTP acknowledged"]
+            needed += ["calls served by the second provider", "providers disabled", "grants by HTTP acknowledged"]
         if duration_s >= MEMORY_RUN_S_MIN:
             needed += ["workers whose memory was judged"]
         if os.environ.get("CI") and not tally[BALANCED]:

@@ -67,8 +67,8 @@ max_output_tokens = 4096
 context_tokens = 128000
 """
 
-_NOTICE_S = 5
-"""Of replicas behind nginx, as in the compose file: longer than it keeps idle connections."""
+NOTICE_S = 5
+"""Of replicas that are stopped under load, as in the compose file: longer than nginx keeps idle connections."""
 
 _WORKERS = 2
 """Of each replica, likewise."""
@@ -272,8 +272,8 @@ class World:
         for provider in self.providers:
             provider.stop()
 
-    def configure(self, replicas: int) -> None:
-        """Write the configuration and make the proxies; nothing is started."""
+    def configure(self, replicas: int, notice_s: int) -> None:
+        """Write the configuration and make the proxies; nothing is started. `notice_s` counts behind nginx alone."""
         candidates = [f"{provider.name}/{MODEL}" for provider in self.providers]
         parts = [_PROVIDER.format(name=provider.name, base_url=provider.base_url) for provider in self.providers]
         config = self.folder / "config.toml"
@@ -287,7 +287,7 @@ class World:
             "UPSTREAM_KEY": UPSTREAM_KEY,
         }
         if self.nginx is not None:
-            self._environ |= {"TOLLGATE_NOTICE_S": str(_NOTICE_S), "TOLLGATE_TRUSTED_PROXIES": "127.0.0.0/8"}
+            self._environ |= {"TOLLGATE_NOTICE_S": str(notice_s), "TOLLGATE_TRUSTED_PROXIES": "127.0.0.0/8"}
         self.proxies = [Proxy(self.folder, number, self._environ, self.workers) for number in range(replicas)]
 
     def start_proxies(self) -> None:
@@ -485,7 +485,7 @@ class Watch:
 
 
 @contextmanager
-def opened_world(folder: Path, kind: DatabaseKind) -> Iterator[World]:
+def opened_world(folder: Path, kind: DatabaseKind, notice_s: int = NOTICE_S) -> Iterator[World]:
     """A world in which only the database and the providers run yet. What runs when the block ends is ended."""
     with ExitStack() as stack:
         cluster = stack.enter_context(Cluster()) if kind == "postgresql" else None
@@ -496,7 +496,7 @@ def opened_world(folder: Path, kind: DatabaseKind) -> Iterator[World]:
         world = World(folder, url, cluster, None if cluster is None else _nginx())
         stack.callback(world.close)
         world.start_providers()
-        world.configure(replicas=1 if cluster is None else 2)
+        world.configure(1 if cluster is None else 2, notice_s)
         yield world
 
 
