@@ -169,10 +169,11 @@ class Proxy:
 
     def _family(self) -> list[psutil.Process]:
         """The process that was started, and its workers where they are others."""
-        if self._process is None:
+        process = self._process  # the watch looks from a thread of its own
+        if process is None:
             return []
         try:
-            first = psutil.Process(self._process.pid)
+            first = psutil.Process(process.pid)
             return [first, *first.children()]
         except psutil.NoSuchProcess:
             return []
@@ -405,8 +406,8 @@ class World:
         for proxy in self.proxies:
             for worker in proxy.workers():
                 with suppress(psutil.NoSuchProcess):
-                    name = f"{proxy.log_path.stem}, process {worker.pid}"
-                    found[name] = Sample(time.time(), worker.memory_info().rss / 1e6)
+                    if resident := worker.memory_info().rss:  # none is left of who is dead and not buried yet
+                        found[f"{proxy.log_path.stem}, process {worker.pid}"] = Sample(time.time(), resident / 1e6)
         return found
 
     def _terminate(self, proxy: Proxy) -> None:
