@@ -18,7 +18,9 @@ from tests.chaos.calls import Wallet, intend, place
 from tests.chaos.journal import End, Grant, Journal
 from tests.chaos.sdk import Customer
 
-GRANT_NANOS = 15_000_000
+GRANT_NANOS = 5_000_000
+"""Less than the small wallets spend meanwhile, or none of them would ever run dry."""
+
 _GRANT_S_MAX = 60.0
 _BREATH_S = 0.25
 """Before another try where there was no answer or no credit, and between top-ups: customers are not a busy loop."""
