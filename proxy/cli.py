@@ -7,6 +7,7 @@ error: exit status 2 for the configuration or the command's own words, 1 for eve
 import gc
 import json
 import os
+import select
 import signal
 import socket
 import sqlite3
@@ -14,6 +15,7 @@ import sys
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from datetime import UTC
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -868,6 +870,9 @@ def _synced(converted: "Converted", written: int) -> tuple[dict[str, Any], str]:
 STOP_S_MAX = 45.0
 """How long a worker may take beyond the time for its calls: as long as the ledger waits for its database, and a bit."""
 
+_DATABASE_AGAIN_S = 0.5
+"""A worker that replaces another and finds the database away looks again after so long."""
+
 _ENDING_S_MAX = 5.0
 """How long calls that were ended because the server stops may take for their last words."""
 
@@ -884,11 +889,11 @@ def _supervise(configuration: Configuration, sockets: list[socket.socket], *, as
 
     def work(lifeline: Lifeline) -> int:
         metrics = Metrics(memory, lifeline.number)
+        serving = partial(_serve, configuration, sockets, as_json=as_json, lifeline=lifeline, metrics=metrics)
         try:
-            _run(_serve(configuration, sockets, as_json=as_json, lifeline=lifeline, metrics=metrics))
+            return _serve_when_possible(serving, lifeline)
         except TollgateError as exc:
             return _fail(exc)
-        return 0
 
     _run(_check_schema(configuration))  # once and for all workers
     metrics = Metrics(memory, settings.workers)
@@ -903,6 +908,32 @@ def _supervise(configuration: Configuration, sockets: list[socket.socket], *, as
         on_ready=lambda: _announce(configuration, announced, None, as_json=as_json),
         on_death=lambda: metrics.add(DEATHS),
     ).run()
+
+
+def _serve_when_possible(serving: Callable[[], Coroutine[Any, Any, None]], lifeline: "Lifeline") -> int:
+    """Serve as one worker of several; returns the exit status.
+
+    Whoever replaces another waits for a database that is away, as its siblings do: dying of it again and again would
+    only make the pauses longer after which it is replaced. Raises `Unavailable` in a server that has never been ready.
+    """
+    import structlog  # noqa: PLC0415
+
+    is_waiting = False
+    while True:
+        try:
+            _run(serving())
+        except Unavailable as exc:
+            if not lifeline.is_replacement:
+                raise
+            if not is_waiting:
+                is_waiting = True
+                reason = _reason(exc.__cause__ or exc)
+                structlog.get_logger(__name__).warning("worker_waits", worker=lifeline.number, reason=reason)
+        else:
+            return 0
+        is_orphan, _, _ = select.select([lifeline.fd], [], [], _DATABASE_AGAIN_S)
+        if is_orphan:
+            return 1
 
 
 async def _check_schema(configuration: Configuration) -> None:

@@ -49,6 +49,8 @@ class Lifeline(msgspec.Struct, frozen=True):
 
     number: int
     """The worker's place, from 0; whoever replaces it has the same."""
+    is_replacement: bool
+    """Whether all workers have been ready before, so that others may serve meanwhile."""
     fd: int
     """Readable once the supervisor is gone, whatever has happened to it."""
     say_ready: Callable[[], None]
@@ -62,6 +64,7 @@ class _Place(msgspec.Struct):
     start_at: float = 0.0
     young_deaths: int = 0
     ready_fd: int | None = None
+    is_ready: bool = False
 
 
 class Supervisor:
@@ -133,6 +136,7 @@ class Supervisor:
         is_ready = os.read(place.ready_fd or 0, 1) == _READY
         os.close(place.ready_fd or 0)
         place.ready_fd = None
+        place.is_ready = is_ready
         if is_ready and self._has_been_ready:
             log.info("worker_ready", worker=place.number, pid=place.pid)
         elif is_ready and all(each.pid is not None and each.ready_fd is None for each in self._places):
@@ -157,6 +161,7 @@ class Supervisor:
             self._be_worker(place, writing)
         os.close(writing)
         place.pid, place.ready_fd, place.started_at = pid, reading, time.monotonic()
+        place.is_ready = False
 
     def _be_worker(self, place: _Place, ready_fd: int) -> None:
         """Work, and end this process, which was forked for it."""
@@ -173,7 +178,7 @@ class Supervisor:
                 os.write(ready_fd, _READY)
                 os.close(ready_fd)
 
-            status = self._work(Lifeline(place.number, self._lifeline, say_ready))
+            status = self._work(Lifeline(place.number, self._has_been_ready, self._lifeline, say_ready))
         except Exception:
             log.exception("worker_failed", worker=place.number)
         finally:
@@ -198,7 +203,8 @@ class Supervisor:
             os.close(place.ready_fd)
             place.ready_fd = None
         if self._kill_at is not None:
-            if status:
+            # Who has not begun to serve has no calls to end, and just dies of the signal.
+            if status and (place.is_ready or -status not in {signal.SIGTERM, signal.SIGINT}):
                 log.error("worker_ended", worker=place.number, pid=pid, status=status)
                 self._status = self._status or 1
             return

@@ -12,20 +12,28 @@ FOLDER = Path(sys.prefix) / "debian"
 """What was unpacked stays here, beside what was installed with pip: the next run needs no network."""
 
 
-def program(name: str, package: str) -> Path:
-    """The program `name`, installed or unpacked from Debian's `package`, without being root.
+def found(name: str, package: str) -> Path | None:
+    """The program `name`, installed or unpacked from Debian's `package`, without being root; None without Debian.
 
-    Skips the test where there is no Debian. Raises `CalledProcessError` if its packages are out of reach.
+    Raises `CalledProcessError` if its packages are out of reach.
     """
-    found = shutil.which(name, path=f"{os.environ.get('PATH', os.defpath)}:/usr/sbin")
-    if found is not None:
-        return Path(found)
+    installed = shutil.which(name, path=f"{os.environ.get('PATH', os.defpath)}:/usr/sbin")
+    if installed is not None:
+        return Path(installed)
     if shutil.which("apt-get") is None or shutil.which("dpkg-deb") is None:
-        pytest.skip(f"needs {name}")
+        return None
     unpacked = FOLDER / package
     if not unpacked.exists():
         _unpack(package, unpacked)
     return next(path for path in unpacked.glob(f"usr/*bin/{name}"))
+
+
+def program(name: str, package: str) -> Path:
+    """Likewise, for a test that is skipped where there is no Debian."""
+    there = found(name, package)
+    if there is None:
+        pytest.skip(f"needs {name}")
+    return there
 
 
 def _unpack(package: str, folder: Path) -> None:

@@ -19,6 +19,7 @@ import pytest
 
 from proxy.supervisor import PAUSE_S, PAUSE_S_MAX, YOUNG_DEATHS_MAX, listen, pause_before
 from tests.fakes.provider import run_in_thread
+from tests.postgres import Cluster
 from tests.serving import CONFIG, MODEL, Served, environment, serving
 
 SERVER = CONFIG.replace("port = 0", "port = 0\nworkers = 2\ndrain_s = 2\nsettle_wait_s = 2")
@@ -172,6 +173,19 @@ def test_a_killed_worker_is_replaced_and_its_siblings_serve_on(served, key):
     until(lambda: events(served, "worker_ready"), "the new worker did not get ready")
 
 
+def test_a_worker_that_is_replaced_while_the_database_is_away_waits_for_it(tmp_path, upstream):
+    """It does not die of that again and again, which would only keep it away for longer."""
+    with Cluster() as cluster:
+        cluster.create_database("away")
+        with serving(tmp_path, cluster.url("away"), upstream.base_url, configuration=SERVER) as server:
+            cluster.halt()
+            workers(server)[0].kill()
+            until(lambda: events(server, "worker_waits"), "the new worker did not wait")
+            cluster.launch()
+            until(lambda: events(server, "worker_ready"), "the new worker did not get ready")
+            assert [event["status"] for event in events(server, "worker_died")] == [-signal.SIGKILL]
+
+
 def test_a_worker_that_is_stuck_loses_nobody(served, key):
     """Its siblings take the connections that wait at it."""
     victim = workers(served)[1]
@@ -271,7 +285,7 @@ def work(lifeline):
     with open(sys.argv[1], "a") as starts:
         starts.write(f"{{time.monotonic()}}\\n")
     if len(open(sys.argv[1]).read().split()) > {healthy}:
-        os._exit(7)
+        {sick}
     lifeline.say_ready()
     {then}
 
@@ -284,9 +298,9 @@ def supervised(tmp_path):
     """What runs `PROGRAM` and returns the process and the file in which its workers note when they start."""
     running = []
 
-    def run(healthy: int, then: str, haste: float = 1) -> tuple[subprocess.Popen, Path]:
+    def run(healthy: int, then: str, haste: float = 1, sick: str = "os._exit(7)") -> tuple[subprocess.Popen, Path]:
         file = tmp_path / "starts"
-        program = PROGRAM.format(healthy=healthy, then=then, haste=haste)
+        program = PROGRAM.format(healthy=healthy, then=then, haste=haste, sick=sick)
         process = subprocess.Popen(
             [sys.executable, "-c", program, str(file)],
             stdout=subprocess.PIPE,
@@ -329,6 +343,14 @@ def test_a_server_that_cannot_start_does_not_go_on_trying(supervised):
     process, file = supervised(0, "pass")
     assert process.wait(PATIENCE_S) == 7
     assert len(file.read_text().split()) == 1
+
+
+def test_a_server_stops_in_order_while_a_worker_is_only_starting(supervised):
+    """It has no calls to end."""
+    process, file = supervised(1, "os._exit(1)", haste=0.01, sick="time.sleep(60)")
+    until(lambda: file.exists() and len(file.read_text().split()) == 2, "the dead worker was not replaced")
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(PATIENCE_S) == 0
 
 
 def test_a_worker_that_does_not_end_is_killed(supervised):

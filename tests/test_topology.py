@@ -8,7 +8,6 @@ import json
 import re
 import secrets
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -25,23 +24,11 @@ import yaml
 
 from proxy.metrics import FAMILIES
 from tests import debian
+from tests.balancer import COMPOSE, PATIENCE_S, REPLICAS, balancing, free_port, inline
 from tests.fakes.provider import run_in_thread
 from tests.serving import CONFIG, MODEL, Served, environment
 
-COMPOSE = yaml.safe_load((Path(__file__).parents[1] / "docker-compose.yml").read_text())
 SERVICES = COMPOSE["services"]
-REPLICAS = ("proxy-a", "proxy-b")
-PATIENCE_S = 30
-
-
-def inline(name: str) -> str:
-    """The content of one of the compose file's configurations, as a container sees it."""
-    return COMPOSE["configs"][name]["content"].replace("$$", "$")
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return probe.getsockname()[1]
 
 
 class Replica(Served):
@@ -71,9 +58,8 @@ class Replica(Served):
 class Topology:
     """Replicas and a load balancer that run."""
 
-    def __init__(self, replicas: list[Replica], nginx: subprocess.Popen, url: str, upstream, key: str) -> None:
+    def __init__(self, replicas: list[Replica], url: str, upstream, key: str) -> None:
         self.replicas = replicas
-        self.nginx = nginx
         self.url = url
         self.upstream = upstream
         self.key = key
@@ -108,16 +94,6 @@ def environ_of(folder: Path, database_url: str, upstream_url: str, token: str) -
     return {**found, **own, "TOLLGATE_DATABASE_URL": url, "TOLLGATE_TRUSTED_PROXIES": "127.0.0.0/8"}
 
 
-def nginx_configuration(folder: Path, port: int, replicas: list[Replica]) -> str:
-    """The compose file's, with this machine's ports and folder; Debian's nginx knows no `resolve`."""
-    text = inline("nginx").replace("/tmp/", f"{folder}/").replace("listen 8080;", f"listen 127.0.0.1:{port};")  # noqa: S108
-    text = re.sub(r"resolver [^;]*;", "", text)
-    for name, replica in zip(REPLICAS, replicas, strict=True):
-        assert f"server {name}:8080 resolve " in text
-        text = text.replace(f"{name}:8080 resolve", f"127.0.0.1:{replica.port}")
-    return text
-
-
 @pytest.fixture(scope="module")
 def token() -> str:
     return secrets.token_hex(32)
@@ -138,18 +114,9 @@ def topology(postgres, tmp_path_factory, token) -> Iterator[Topology]:
         for replica in replicas:
             stack.callback(put_down, replica)
             replica.start()
-        port = free_port()
-        configuration = folder / "nginx.conf"
-        configuration.write_text(nginx_configuration(folder, port, replicas))
-        folder.chmod(0o755)
         program = debian.program("nginx", "nginx")
-        command = [program, "-p", folder, "-c", configuration, "-e", "stderr", "-g", "daemon off;"]
-        nginx = stack.enter_context(subprocess.Popen(command, stderr=subprocess.PIPE))
-        stack.callback(nginx.send_signal, signal.SIGQUIT)
-        wait_for_port(port, nginx)
-        yield Topology(
-            replicas, nginx, f"http://127.0.0.1:{port}", upstream, replicas[0].customer("c@example.com", "1000")
-        )
+        url = stack.enter_context(balancing(program, folder, [replica.port for replica in replicas]))
+        yield Topology(replicas, url, upstream, replicas[0].customer("c@example.com", "1000"))
         report = replicas[0].command("audit")
         assert report["clean"], report
 
@@ -160,19 +127,6 @@ def put_down(replica: Replica) -> None:
         replica.process.wait()
         replica.process.stdout.close()
     replica.errors.close()
-
-
-def wait_for_port(port: int, process: subprocess.Popen) -> None:
-    give_up_at = time.monotonic() + PATIENCE_S
-    while True:
-        assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < give_up_at
-        try:
-            socket.create_connection(("127.0.0.1", port)).close()
-        except ConnectionRefusedError:
-            time.sleep(0.02)
-        else:
-            return
 
 
 def test_both_replicas_serve(topology):
@@ -235,6 +189,15 @@ def test_errors_of_the_load_balancer_have_our_shape(topology):
     with topology.client() as http:
         answer = http.post("/v1/chat/completions", content=b"x" * 22_000_000)
     assert (answer.status_code, answer.json()["error"]["code"]) == (413, "request_too_large")
+
+
+def test_without_any_replica_calls_are_refused_as_unavailable(tmp_path):
+    """In our shape, and with the time after which to try again; never with the gateway's own 502."""
+    program = debian.program("nginx", "nginx")
+    with balancing(program, tmp_path, [free_port(), free_port()]) as url, httpx2.Client(base_url=url) as http:
+        answer = http.post("/v1/chat/completions", json=body(stream=False))
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "unavailable")
+    assert answer.headers["retry-after"] == "1"
 
 
 class Callers:

@@ -9,9 +9,10 @@ import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from proxy.storage import database
-from proxy.storage.tables import credit_transactions, reservations, wallets
-from tests.chaos.journal import Call, Grant, read_journal
-from tests.chaos.judge import Evidence, Reservation, Transaction
+from proxy.storage.tables import credit_transactions, instances, reservations, wallets
+from proxy.units import MICROS_PER_SECOND
+from tests.chaos.journal import AdminError, Call, Grant, Markup, Said, Switch, read_journal
+from tests.chaos.judge import Evidence, Reservation, Serve, Transaction
 
 _TOKEN = re.compile(r"token ([0-9a-f]{32})")
 
@@ -19,7 +20,7 @@ _FAULTS_LOGGED = frozenset({"ledger_fault", "ledger_refused", "unexpected_error"
 """What a proxy logs when it meets something that cannot happen."""
 
 
-async def collect(url: str, client_journal: Path, provider_journal: Path, logs: list[Path]) -> Evidence:
+async def collect(url: str, client_journal: Path, provider_journals: list[Path], logs: list[Path]) -> Evidence:
     """The evidence of a run that is over; what only a watch could see is still missing in it."""
     entries = read_journal(client_journal)
     engine = database.connect(url, pooled=False)
@@ -27,7 +28,11 @@ async def collect(url: str, client_journal: Path, provider_journal: Path, logs: 
         return Evidence(
             calls=[entry for entry in entries if isinstance(entry, Call)],
             grants=[entry for entry in entries if isinstance(entry, Grant)],
-            served=list(served_tokens(provider_journal)),
+            served=[serve for journal in provider_journals for serve in serves(journal)],
+            said=[entry for entry in entries if isinstance(entry, Said)],
+            markups=[entry for entry in entries if isinstance(entry, Markup)],
+            switches=[entry for entry in entries if isinstance(entry, Switch)],
+            admin_errors=[entry for entry in entries if isinstance(entry, AdminError)],
             reservations=await _reservations(engine),
             transactions=await _transactions(engine),
             mishaps=[mishap for log in logs for mishap in logged_faults(log)],
@@ -36,13 +41,14 @@ async def collect(url: str, client_journal: Path, provider_journal: Path, logs: 
         await engine.dispose()
 
 
-def served_tokens(provider_journal: Path) -> Iterator[str]:
-    """The clients' tokens in what the provider was sent; it says nothing of requests that broke off before theirs."""
+def serves(provider_journal: Path) -> Iterator[Serve]:
+    """The calls in what a provider was sent; it says nothing of requests that broke off before their token."""
     with provider_journal.open(encoding="utf-8") as lines:
         for line in lines:
-            found = _TOKEN.search(json.loads(line)["body"])
+            entry = json.loads(line)
+            found = _TOKEN.search(entry["body"])
             if found is not None:
-                yield found[1]
+                yield Serve(found[1], is_refused=(entry["status"] or 0) >= 400)
 
 
 def logged_faults(log: Path) -> Iterator[str]:
@@ -74,8 +80,9 @@ async def overdrawn_wallets(engine: AsyncEngine) -> list[str]:
 
 
 async def _reservations(engine: AsyncEngine) -> list[Reservation]:
+    owned = sa.outerjoin(reservations, instances, reservations.c.owner_id == instances.c.id)
     async with database.reading(engine) as connection:
-        rows = await connection.execute(sa.select(reservations))
+        rows = await connection.execute(sa.select(reservations, instances.c.lease_until).select_from(owned))
         return [
             Reservation(
                 id=row.id,
@@ -85,6 +92,10 @@ async def _reservations(engine: AsyncEngine) -> list[Reservation]:
                 charged=row.charged,
                 refunded=row.refunded,
                 is_late=bool(row.is_late),
+                provider=row.provider,
+                markup_bps=row.markup_bps,
+                created_at=row.created_at / MICROS_PER_SECOND,
+                owner_until=None if row.lease_until is None else row.lease_until / MICROS_PER_SECOND,
             )
             for row in rows
         ]

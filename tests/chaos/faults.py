@@ -19,6 +19,12 @@ _LONG_S_MIN = 40.0
 _DISRUPTION_S_MAX = 8.0
 """Between two disruptions: time for a proxy to start, and for calls to begin that the next one can strike."""
 
+_REPLICA_DISRUPTION_S_MAX = 4.5
+"""Likewise, where there is more to strike, and others serve meanwhile."""
+
+_ELDER_S_MIN = 120.0
+"""In runs of at least this length one worker is left alive from a third on: what it needs then must not grow."""
+
 _QUIET = 0.8
 """The part of a run that has faults; in the rest everybody has to recover."""
 
@@ -27,19 +33,26 @@ class Deed(StrEnum):
     """What can be done to the world, as the table counts it."""
 
     KILL = "kills (SIGKILL, then a new start)"
+    KILL_WORKER = "kills of one worker (SIGKILL; its server replaces it)"
     TERMINATE = "orderly stops (SIGTERM, then a new start)"
     PAUSE = "pauses (SIGSTOP)"
     RESUME = "resumptions (SIGCONT)"
     CRASH_DATABASE = "database crashes (immediate restart)"
     CUT_DATABASE = "database outages"
+    PAUSE_DATABASE = "database pauses (SIGSTOP)"
+    CUT_PROVIDER = "provider outages"
 
 
 class Fault(msgspec.Struct, frozen=True, order=True):
-    """A deed at a moment, in seconds from the start; `replica` is the number of the proxy that it strikes."""
+    """A deed at a moment, in seconds from the start; `replica` is the number of the proxy that it strikes.
+
+    Of its workers the eldest is struck, or else the youngest.
+    """
 
     at_s: float
     deed: Deed
     replica: int = 0
+    is_eldest: bool = False
 
 
 class _Pause(msgspec.Struct, frozen=True):
@@ -58,7 +71,7 @@ def schedule(*, seed: int, duration_s: float, replicas: int, lease_s: float | No
     """
     dice = random.Random(seed)  # noqa: S311 - to be repeated, not to be secret
     end_s = duration_s * _QUIET
-    interval_s = min(_DISRUPTION_S_MAX, duration_s / 4)
+    interval_s = min(_DISRUPTION_S_MAX if lease_s is None else _REPLICA_DISRUPTION_S_MAX, duration_s / 4)
     pauses = [] if lease_s is None else _pauses(dice, end_s, replicas, 2 * lease_s)
     faults = [Fault(pause.start_s, Deed.PAUSE, pause.replica) for pause in pauses]
     faults += [Fault(pause.stop_s, Deed.RESUME, pause.replica) for pause in pauses]
@@ -71,9 +84,22 @@ def schedule(*, seed: int, duration_s: float, replicas: int, lease_s: float | No
             continue
         paused = {pause.replica for pause in pauses if _is_near(pause, at_s, interval_s / 2)}
         awake = [replica for replica in range(replicas) if replica not in paused]
-        faults.append(Fault(at_s, next(deeds), dice.choice(awake)))
+        has_elder = replicas > 1 and duration_s >= _ELDER_S_MIN and at_s >= duration_s / 3
+        faults.append(_struck(dice, at_s, next(deeds), awake, has_elder=has_elder))
         at_s += interval_s
     return sorted(faults)
+
+
+def _struck(dice: random.Random, at_s: float, deed: Deed, awake: list[int], *, has_elder: bool) -> Fault:
+    """The deed at one of the proxies that are awake; where the first has an elder, nobody touches that."""
+    replica = dice.choice(awake)
+    if has_elder and deed in {Deed.KILL, Deed.TERMINATE}:
+        others = [each for each in awake if each]
+        if not others:
+            return Fault(at_s, Deed.KILL_WORKER, replica)
+        replica = dice.choice(others)
+    is_eldest = deed is Deed.KILL_WORKER and dice.random() < 0.5 and not (has_elder and not replica)
+    return Fault(at_s, deed, replica, is_eldest=is_eldest)
 
 
 def _is_near(pause: _Pause, at_s: float, before_s: float) -> bool:
@@ -82,9 +108,10 @@ def _is_near(pause: _Pause, at_s: float, before_s: float) -> bool:
 
 def _disruptions(dice: random.Random, duration_s: float, *, has_server: bool) -> Iterator[Deed]:
     """One after the other, without end."""
-    deeds = [Deed.CRASH_DATABASE, Deed.KILL] if has_server else [Deed.KILL]
+    deeds = [Deed.CRASH_DATABASE, Deed.KILL, Deed.KILL_WORKER] if has_server else [Deed.KILL]
     if duration_s >= _LONG_S_MIN:
-        deeds += [Deed.TERMINATE, Deed.CUT_DATABASE] if has_server else [Deed.TERMINATE]
+        outages = [Deed.CUT_DATABASE, Deed.PAUSE_DATABASE, Deed.CUT_PROVIDER] if has_server else []
+        deeds += [Deed.TERMINATE, *outages]
     yield from deeds
     while True:
         yield dice.choice([Deed.KILL, *deeds])
@@ -123,17 +150,28 @@ def _do(world: World, fault: Fault) -> None:
     match fault.deed:
         case Deed.KILL:
             world.kill(proxy)
-            proxy.start()
+        case Deed.KILL_WORKER:
+            world.kill_worker(proxy, is_eldest=fault.is_eldest)
         case Deed.TERMINATE:
-            world.terminate(proxy)
-            proxy.start()
+            world.renew(proxy)
         case Deed.PAUSE:
-            proxy.pause()
+            world.pause(proxy)
         case Deed.RESUME:
-            proxy.resume()
+            world.resume(proxy)
         case Deed.CRASH_DATABASE:
-            world.cluster.restart("immediate")
+            with world.without_database():
+                world.cluster.restart("immediate")
         case Deed.CUT_DATABASE:
-            world.cluster.halt("immediate")
+            with world.without_database():
+                world.cluster.halt("immediate")
+                wait_until(world, time.monotonic() + OUTAGE_S)
+                world.cluster.launch()
+        case Deed.PAUSE_DATABASE:
+            with world.without_database():
+                world.cluster.pause()
+                wait_until(world, time.monotonic() + OUTAGE_S)
+                world.cluster.resume()
+        case Deed.CUT_PROVIDER:
+            world.providers[0].stop()
             wait_until(world, time.monotonic() + OUTAGE_S)
-            world.cluster.launch()
+            world.providers[0].start()

@@ -1,4 +1,4 @@
-"""What was acknowledged, written down outside of the database: a JSON line for each call and each grant.
+"""What clients and admins were told, written down outside of the database: a JSON line for each thing they did.
 
 A line is handed to the kernel when its entry is complete, so that it outlives the process that wrote it.
 """
@@ -34,9 +34,12 @@ class Call(msgspec.Struct, frozen=True, tag="call", kw_only=True):
     """Which proxy it was sent to."""
     is_stream: bool
     end: End
+    started_at: float
     ended_at: float
-    """Unix seconds."""
+    """Unix seconds, both."""
     status: int | None = None
+    code: str | None = None
+    """What the error of a refusal says for programs."""
     request_id: str | None = None
     has_end_marker: bool = False
     credits_charged: str | None = None
@@ -65,9 +68,51 @@ class Grant(msgspec.Struct, frozen=True, tag="grant", kw_only=True):
     is_acknowledged: bool
     is_replay: bool = False
     """Whether the ledger said that it had booked it before."""
+    is_http: bool = False
+    """Whether an admin sent it over HTTP, where nobody is told that."""
 
 
-Entry = Call | Grant
+class Said(msgspec.Struct, frozen=True, tag="said", kw_only=True):
+    """What an SDK made of one call, its own retries included; each of its attempts is a `Call` beside it.
+
+    `raised` is the name of its exception's class, None when it had none; `status` and `code` are what that carries.
+    """
+
+    ended_at: float
+    attempts: int
+    raised: str | None = None
+    status: int | None = None
+    code: str | None = None
+
+
+class Markup(msgspec.Struct, frozen=True, tag="markup", kw_only=True):
+    """A default markup that an admin set, sent again until it was acknowledged; no other has its `bps`.
+
+    `is_unsure` when one of the attempts had no clear answer: it may be carried out at any later time.
+    """
+
+    bps: int
+    sent_at: float
+    acknowledged_at: float | None
+    is_unsure: bool = False
+
+
+class Switch(msgspec.Struct, frozen=True, tag="switch", kw_only=True):
+    """A provider that an admin has enabled or disabled."""
+
+    provider: str
+    is_enabled: bool
+
+
+class AdminError(msgspec.Struct, frozen=True, tag="admin_error", kw_only=True):
+    """What an admin was answered in place of what was asked for; None where there was no answer."""
+
+    path: str
+    status: int | None
+    code: str | None
+
+
+Entry = Call | Grant | Said | Markup | Switch | AdminError
 
 
 class Journal:

@@ -6,6 +6,7 @@ is kept then.
 
 import argparse
 import asyncio
+import os
 import shutil
 import sys
 import tempfile
@@ -19,11 +20,23 @@ import msgspec
 
 from proxy.errors import Unavailable
 from proxy.storage import database
+from tests.chaos.admin import PROVIDERS
 from tests.chaos.evidence import collect, open_reservations
 from tests.chaos.faults import Deed, Fault, schedule, strike, wait_until
-from tests.chaos.journal import End
-from tests.chaos.judge import Evidence, Kind, Violation, judge, paid_for_nothing
-from tests.chaos.world import FIRST_GRANT, LEASE_S, DatabaseKind, Watch, World, endow, opened_world
+from tests.chaos.journal import End, Markup
+from tests.chaos.judge import Evidence, Kind, Violation, growth, judge, paid_for_nothing
+from tests.chaos.world import (
+    FIRST_GRANT,
+    LEASE_S,
+    MARKUP_BPS,
+    NOTICE_S,
+    DatabaseKind,
+    Watch,
+    World,
+    appoint,
+    endow,
+    opened_world,
+)
 
 DURATION_S = 300.0
 _DURATION_S_MIN = 5.0
@@ -33,6 +46,14 @@ _RECOVERY_S = 2.0
 
 QUIET_S_MAX = 60.0
 """Once all proxies run and no calls come, nothing is open any more by then: a lease, a sweep, and a slow machine."""
+
+BALANCED = "load balancers (nginx)"
+
+FULL_S_MIN = 40.0
+"""A run of this length has everything that can happen, but for workers that live long."""
+
+MEMORY_RUN_S_MIN = 150.0
+"""Here one worker at least lives for long enough that something can be said of its memory."""
 
 _VIOLATIONS_SHOWN = 10
 
@@ -70,12 +91,14 @@ def run(
     When the clients are done, everything open has `quiet_s` seconds to be closed.
     """
     tally: Counter[str] = Counter()
-    with opened_world(folder, kind) as world:
+    # Short runs stop nobody in order before their end, when there is nobody left to be given notice.
+    with opened_world(folder, kind, NOTICE_S if duration_s >= FULL_S_MIN else 0) as world:
         wallets = asyncio.run(endow(world.url, world.client_journal, rich=2, small=3))
+        admin_key = None if world.is_embedded else asyncio.run(appoint(world.url))
         world.start_proxies()
-        watch = Watch(world.url)
+        watch = Watch(world.url, world.memory)
         with watch.kept():
-            world.let_clients_loose(seed=seed, customers=_CUSTOMERS, wallets=wallets)
+            world.let_clients_loose(seed=seed, customers=_CUSTOMERS, wallets=wallets, admin_key=admin_key)
             started_at = time.monotonic()
             if attack is None:
                 strike(world, _faults(world, duration_s, seed), tally)
@@ -86,14 +109,14 @@ def run(
             world.call_clients_home()
             asyncio.run(_all_closed(world.url, quiet_s))
         world.stop_proxies()
-        world.stop_provider()
+        world.stop_providers()
         audit = world.audit()
         logs = [proxy.log_path for proxy in world.proxies]
-        evidence = asyncio.run(collect(world.url, world.client_journal, world.provider_journal, logs))
-    evidence.kills += world.kills
-    evidence.overdrawn += watch.overdrawn
-    evidence.audit += watch.violations + audit
-    evidence.mishaps += world.mishaps
+        journals = [provider.journal for provider in world.providers]
+        evidence = asyncio.run(collect(world.url, world.client_journal, journals, logs))
+    _complete(evidence, world, watch, audit)
+    if not world.is_embedded:
+        tally[BALANCED] = int(world.balancer is not None)
     tally["snapshots under load"] = watch.samples
     tally["audits under load"] = watch.audits
     tally["calls completed after the last fault"] = sum(
@@ -104,8 +127,23 @@ def run(
         tally=tally,
         statuses=Counter(call.status for call in evidence.calls if call.status is not None),
         violations=judge(evidence),
-        shortcomings=list(shortcomings(tally)),
+        shortcomings=list(shortcomings(tally, duration_s=duration_s, is_embedded=world.is_embedded)),
     )
+
+
+def _complete(evidence: Evidence, world: World, watch: Watch, audit: list[str]) -> None:
+    """Add what was seen from outside while the run went on."""
+    evidence.balancer = world.balancer
+    evidence.kills += world.kills
+    evidence.absences += world.absences
+    evidence.disturbances += world.disturbances
+    evidence.memory |= watch.memory
+    evidence.overdrawn += watch.overdrawn
+    evidence.audit += watch.violations + audit
+    evidence.mishaps += world.mishaps
+    if not world.is_embedded:
+        evidence.lease_s = LEASE_S
+        evidence.markups.insert(0, Markup(bps=MARKUP_BPS, sent_at=0, acknowledged_at=0))
 
 
 def _faults(world: World, duration_s: float, seed: int) -> list[Fault]:
@@ -143,14 +181,32 @@ def _counted(evidence: Evidence) -> dict[str, int]:
         "expired": sum(row.state == "expired" for row in evidence.reservations),
         "charges taken back": sum(row.refunded > 0 for row in evidence.reservations),
         "charged, but killed before the answer was out": len(paid_for_nothing(evidence)),
+        **(_counted_of_replicas(evidence) if evidence.lease_s is not None else {}),
     }
 
 
-def shortcomings(tally: Counter[str]) -> Iterator[str]:
+def _counted_of_replicas(evidence: Evidence) -> dict[str, int]:
+    """What only happens where replicas, an admin and an SDK are."""
+    raised = Counter(f"{said.raised} {said.status or ''} {said.code or ''}" for said in evidence.said if said.raised)
+    return {
+        "calls by the SDK": len(evidence.said),
+        "calls by the SDK that it tried again": sum(said.attempts > 1 for said in evidence.said),
+        **{f"SDK: {name.strip()}": count for name, count in sorted(raised.items())},
+        "calls served by the second provider": sum(row.provider == PROVIDERS[1] for row in evidence.reservations),
+        "markups set": len(evidence.markups) - 1,
+        "markups charged at": len({row.markup_bps for row in evidence.reservations if row.taken}),
+        "providers disabled": sum(not switch.is_enabled for switch in evidence.switches),
+        "grants by HTTP acknowledged": sum(grant.is_http and grant.is_acknowledged for grant in evidence.grants),
+        "refusals of the admin's requests": len(evidence.admin_errors),
+        "workers whose memory was judged": sum(growth(samples) is not None for samples in evidence.memory.values()),
+    }
+
+
+def shortcomings(tally: Counter[str], *, duration_s: float, is_embedded: bool) -> Iterator[str]:
     """What a run with these counts is lacking."""
     if not tally[Deed.KILL] + tally[Deed.CRASH_DATABASE]:
         yield "nothing was killed"
-    for name in (
+    needed = [
         f"calls {End.COMPLETE}",
         f"calls {End.HUNG_UP}",
         "calls completed after the last fault",
@@ -158,7 +214,16 @@ def shortcomings(tally: Counter[str]) -> Iterator[str]:
         "grants acknowledged",
         "snapshots under load",
         "audits under load",
-    ):
+    ]
+    if not is_embedded:
+        needed += ["calls by the SDK", "markups set", "markups charged at"]
+        if duration_s >= FULL_S_MIN:
+            needed += ["calls served by the second provider", "providers disabled", "grants by HTTP acknowledged"]
+        if duration_s >= MEMORY_RUN_S_MIN:
+            needed += ["workers whose memory was judged"]
+        if os.environ.get("CI") and not tally[BALANCED]:
+            yield "nginx was not there: clients spoke to the replicas themselves"
+    for name in needed:
         if not tally[name]:
             yield f"no {name}"
 
@@ -169,7 +234,9 @@ def table(result: Result) -> str:
     rows += [(f"status {status}", count) for status, count in sorted(result.statuses.items())]
     kinds = Counter(violation.kind for violation in result.violations)
     rows += [(f"{kind}", kinds[kind]) for kind in Kind]
-    lines = [f"  {name:<52}{count:>8}" for name, count in rows]
+    lines = [f"  {name:<56}{count:>8}" for name, count in rows]
+    if result.tally.get(BALANCED) == 0:
+        lines.append("WITHOUT NGINX, which cannot be had here: clients spoke to the replicas themselves")
     for kind in kinds:
         shown = [violation.where for violation in result.violations if violation.kind is kind][:_VIOLATIONS_SHOWN]
         lines += [f"BROKEN: {kind}: {where}" for where in shown]

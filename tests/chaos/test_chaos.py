@@ -8,7 +8,7 @@ import pytest
 from tests.chaos.evidence import logged_faults
 from tests.chaos.faults import Deed
 from tests.chaos.judge import Kind, Violation
-from tests.chaos.run import Result, run, shortcomings, table
+from tests.chaos.run import BALANCED, Result, run, shortcomings, table
 from tests.chaos.world import DatabaseKind, World
 
 DURATION_S = 7.0
@@ -21,6 +21,8 @@ def test_crashes_lose_nothing_and_charge_nobody_twice(tmp_path, kind):
     result = run(tmp_path, kind, duration_s=DURATION_S, seed=1)
     assert result.is_proof, table(result)
     assert result.tally[Deed.KILL]
+    if kind == "postgresql":
+        assert result.tally[Deed.KILL_WORKER]
 
 
 def acknowledge_too_early(world: World, tally: Counter[str]) -> None:
@@ -50,10 +52,20 @@ def test_a_database_that_acknowledges_too_early_is_found_out(tmp_path):
 
 def test_a_run_in_which_nothing_happens_is_no_proof():
     """Nobody was killed, so nothing was shown."""
-    lacking = list(shortcomings(Counter()))
+    lacking = list(shortcomings(Counter(), duration_s=300, is_embedded=False))
     assert "nothing was killed" in lacking
-    assert "no calls complete" in lacking
+    assert {"no calls complete", "no markups set", "no workers whose memory was judged"} <= set(lacking)
     assert not Result(Counter(), Counter(), violations=[], shortcomings=lacking).is_proof
+
+
+@pytest.mark.parametrize(("value", "counts"), [("true", True), ("", False)])
+def test_a_run_without_nginx_says_so(monkeypatch, value, counts):
+    """Where it can always be had it is no proof."""
+    monkeypatch.setenv("CI", value)
+    tally = Counter({BALANCED: 0})
+    lacking = list(shortcomings(tally, duration_s=60, is_embedded=False))
+    assert any("nginx" in each for each in lacking) == counts
+    assert "WITHOUT NGINX" in table(Result(tally, Counter(), violations=[], shortcomings=lacking))
 
 
 def test_one_violation_fails_a_run():

@@ -14,10 +14,12 @@ def cluster_schedule(seed: int, duration_s: float) -> list[Fault]:
 
 
 @pytest.mark.parametrize("duration_s", DURATIONS_S)
-def test_every_run_kills_a_proxy_and_crashes_the_database(duration_s):
+def test_every_run_kills_a_proxy_and_a_worker_and_crashes_the_database(duration_s):
     """However short it is."""
     for seed in SEEDS:
-        assert {Deed.KILL, Deed.CRASH_DATABASE} <= {fault.deed for fault in cluster_schedule(seed, duration_s)}
+        assert {Deed.KILL, Deed.KILL_WORKER, Deed.CRASH_DATABASE} <= {
+            fault.deed for fault in cluster_schedule(seed, duration_s)
+        }
 
 
 def test_an_embedded_database_is_crashed_with_its_process():
@@ -70,3 +72,12 @@ def test_the_first_pause_is_left_in_peace():
         first = next(fault.at_s for fault in faults if fault.deed is Deed.PAUSE)
         disruptions = [fault.at_s for fault in faults if fault.deed not in {Deed.PAUSE, Deed.RESUME}]
         assert not [at_s for at_s in disruptions if first - LEASE_S <= at_s <= first + 2 * LEASE_S]
+
+
+def test_a_long_run_leaves_one_worker_alive():
+    """From a third on; how much memory it needs is looked at."""
+    for seed in SEEDS:
+        for fault in cluster_schedule(seed, 300):
+            if fault.at_s >= 100 and not fault.replica:
+                assert fault.deed not in {Deed.KILL, Deed.TERMINATE}
+                assert not (fault.deed is Deed.KILL_WORKER and fault.is_eldest)

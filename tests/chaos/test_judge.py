@@ -3,18 +3,37 @@
 import msgspec
 import pytest
 
-from tests.chaos.journal import Call, End, Grant
-from tests.chaos.judge import GIVE_BACK_S_MAX, Evidence, Kill, Kind, Reservation, Transaction, judge
+from tests.chaos.journal import AdminError, Call, End, Grant, Markup, Said
+from tests.chaos.judge import (
+    GIVE_BACK_S_MAX,
+    LOSS_S_MAX,
+    MEMORY_S_MIN,
+    STALE_S_MAX,
+    Evidence,
+    Kill,
+    Kind,
+    Reservation,
+    Sample,
+    Serve,
+    Span,
+    Transaction,
+    judge,
+)
 
 PROXY = "http://127.0.0.1:1/v1"
+BALANCER = "http://127.0.0.1:3/v1"
 TOLD = "0.000000100"
 CHARGE = 100
+STARTED_AT = 998.0
+RESERVED_AT = 999.0
 ENDED_AT = 1000.0
+LEASE_S = 4.0
 
 
 def call(name: str, end: End = End.COMPLETE, **seen) -> Call:
     """What a client put down; the token is the name, our own request id is made of it."""
-    usual = {"is_stream": False, "ended_at": ENDED_AT, "status": 200, "request_id": f"req_{name}"}
+    usual = {"is_stream": False, "started_at": STARTED_AT, "ended_at": ENDED_AT, "status": 200}
+    usual["request_id"] = f"req_{name}"
     return Call(token=name, wallet_id="wallet", base_url=PROXY, end=end, **(usual | seen))
 
 
@@ -45,10 +64,10 @@ CALLS = {
     "plain": call("plain", credits_charged=TOLD),
     "priced": call("priced", is_stream=True, has_end_marker=True, usage_cost=TOLD),
     "unpriced": call("unpriced", is_stream=True, has_end_marker=True),
-    "cut": call("cut", End.CUT_OFF, is_stream=True),
+    "cut": call("cut", End.CUT_OFF, is_stream=True, code="stream_broken"),
     "left": call("left", End.HUNG_UP, is_stream=True),
-    "refused": call("refused", End.REFUSED, status=504),
-    "poor": call("poor", End.REFUSED, status=402),
+    "refused": call("refused", End.REFUSED, status=504, code="provider_timeout"),
+    "poor": call("poor", End.REFUSED, status=402, code="insufficient_credits"),
     "lonely": call("lonely", End.UNANSWERED, status=None, request_id=None),
     "killed": call("killed", End.UNANSWERED, status=None, request_id=None),
     "late": call("late", credits_charged=TOLD),
@@ -61,7 +80,10 @@ ROWS = {name: reservation(name, is_late=name == "late") for name in CHARGED} | {
 
 
 def evidence() -> Evidence:
-    """A run with every ending that is allowed, and replayed, unanswered and unacknowledged grants."""
+    """A run with every ending that is allowed, and replayed, unanswered and unacknowledged grants.
+
+    Those whose connections were lost lost them when somebody died.
+    """
     return Evidence(
         calls=list(CALLS.values()),
         grants=[
@@ -70,7 +92,8 @@ def evidence() -> Evidence:
             grant("unknown", is_acknowledged=False),
             grant("booked", is_acknowledged=False),
         ],
-        served=list(ROWS),
+        served=[Serve(name) for name in ROWS],
+        absences=[Span(ENDED_AT, ENDED_AT)],
         reservations=list(ROWS.values()),
         transactions=[topup("first"), topup("booked"), *map(deduction, CHARGED)],
     )
@@ -103,7 +126,7 @@ def test_a_charge_that_was_told_and_is_gone_is_found(name):
     found = evidence()
     found.reservations = without(found.reservations, ROWS[name])
     found.transactions = without(found.transactions, deduction(name))
-    found.served = without(found.served, name)
+    found.served = without(found.served, Serve(name))
     assert kinds(found) == {Kind.LOST, Kind.UNBOOKED}
 
 
@@ -209,6 +232,20 @@ def test_only_the_death_of_its_proxy_excuses_a_charge_without_an_answer(kill, ex
     assert kinds(found) == (set() if excused else {Kind.FOR_NOTHING})
 
 
+@pytest.mark.parametrize(
+    ("lease_ends_after_s", "excused"), [(0, True), (LEASE_S, True), (LEASE_S + 2, False), (None, False)]
+)
+def test_behind_a_balancer_the_lease_tells_who_died(lease_ends_after_s, excused):
+    """Who renewed it after the kill was somebody else, and has no excuse."""
+    found = evidence()
+    until = None if lease_ends_after_s is None else ENDED_AT + lease_ends_after_s
+    found.balancer, found.lease_s = BALANCER, LEASE_S
+    found.calls = changed(found.calls, "left", end=End.UNANSWERED, base_url=BALANCER)
+    found.reservations = changed(found.reservations, "left", owner_until=until)
+    found.kills = [Kill(PROXY, ENDED_AT)]
+    assert kinds(found) == (set() if excused else {Kind.FOR_NOTHING})
+
+
 def test_a_wallet_below_zero_is_found():
     """In any snapshot."""
     found = evidence()
@@ -230,14 +267,23 @@ def test_more_spent_than_granted_is_found():
 def test_a_provider_call_without_a_reservation_is_found():
     """Such as one for a call that was refused with 402."""
     found = evidence()
-    found.served.append("poor")
+    found.served.append(Serve("poor"))
+    assert kinds(found) == {Kind.UNRESERVED}
+
+
+def test_a_provider_call_that_was_refused_needs_a_reservation_too():
+    """Another provider may take it on; but nobody is asked for who cannot pay."""
+    found = evidence()
+    found.served.append(Serve("plain", is_refused=True))
+    assert kinds(found) == set()
+    found.served.append(Serve("poor", is_refused=True))
     assert kinds(found) == {Kind.UNRESERVED}
 
 
 def test_a_second_provider_call_on_one_reservation_is_found():
     """The operator pays for both."""
     found = evidence()
-    found.served.append("plain")
+    found.served.append(Serve("plain"))
     assert kinds(found) == {Kind.UNRESERVED}
 
 
@@ -252,7 +298,120 @@ def test_status_500_is_found():
     """Nothing that happens here is unexpected."""
     found = evidence()
     found.calls = changed(found.calls, "refused", status=500)
-    assert kinds(found) == {Kind.SERVER_ERROR}
+    assert kinds(found) == {Kind.SERVER_ERROR, Kind.UNDOCUMENTED}
+
+
+# ---- markups
+
+BEFORE = Markup(bps=1500, sent_at=0, acknowledged_at=0)
+
+
+def charged_at(bps: int, *markups: Markup, **more) -> Evidence:
+    """A run in which the plain call was charged at `bps`."""
+    found = evidence()
+    found.markups = [BEFORE, *markups]
+    found.reservations = changed(found.reservations, "plain", markup_bps=bps, created_at=RESERVED_AT, **more)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("sent_at", "acknowledged_at", "timely"),
+    [
+        (STARTED_AT - 100, STARTED_AT - 99, {2001}),
+        (STARTED_AT - 1, STARTED_AT - 0.5, {1500, 2001}),
+        (STARTED_AT, RESERVED_AT + 1, {1500, 2001}),
+        (RESERVED_AT + 0.1, RESERVED_AT + 0.2, {1500}),
+        (STARTED_AT - 100, None, {1500, 2001}),
+    ],
+)
+def test_only_the_markup_at_the_start_of_a_call_may_be_charged(sent_at, acknowledged_at, timely):
+    """One that was replaced long before is wrong, and so is one that was set after the call had begun."""
+    markup = Markup(bps=2001, sent_at=sent_at, acknowledged_at=acknowledged_at)
+    for bps in (1500, 2001, 2002):
+        assert kinds(charged_at(bps, markup)) == (set() if bps in timely else {Kind.MARKUP})
+
+
+def test_a_process_that_could_not_look_may_not_know():
+    """While it was paused, or its database away."""
+    found = charged_at(1500, Markup(bps=2001, sent_at=STARTED_AT - 9, acknowledged_at=STARTED_AT - 8))
+    assert kinds(found) == {Kind.MARKUP}
+    found.disturbances = [Span(STARTED_AT - 60, STARTED_AT - 30)]
+    assert kinds(found) == {Kind.MARKUP}
+    found.disturbances = [Span(STARTED_AT - 10, STARTED_AT - STALE_S_MAX)]
+    assert kinds(found) == set()
+
+
+def test_a_markup_without_a_clear_answer_may_come_late():
+    """Nobody knows when a request is carried out that was given up."""
+    unsure = Markup(bps=2001, sent_at=STARTED_AT - 90, acknowledged_at=STARTED_AT - 80, is_unsure=True)
+    later = Markup(bps=2002, sent_at=STARTED_AT - 70, acknowledged_at=STARTED_AT - 69)
+    assert kinds(charged_at(2001, unsure, later)) == set()
+    assert kinds(charged_at(2001, msgspec.structs.replace(unsure, is_unsure=False), later)) == {Kind.MARKUP}
+
+
+# ---- what clients are told
+
+
+@pytest.mark.parametrize(("status", "code"), [(503, "unavailable"), (402, "insufficient_credits")])
+def test_documented_errors_pass(status, code):
+    """For calls and admins, and as the SDK's exceptions."""
+    found = evidence()
+    found.calls = changed(found.calls, "refused", status=status, code=code)
+    found.admin_errors = [AdminError(path="/", status=status, code=code), AdminError(path="/", status=None, code=None)]
+    raised = "APIStatusError" if status == 402 else "InternalServerError"
+    found.said = [Said(ended_at=ENDED_AT, attempts=1, raised=raised, status=status, code=code)]
+    assert kinds(found) == set()
+
+
+def test_other_errors_are_found():
+    """A status with another code, an SDK's exception of another class, and one that is none of the SDK's."""
+    for change in (
+        {"calls": changed(evidence().calls, "refused", status=502, code="unavailable")},
+        {"admin_errors": [AdminError(path="/", status=409, code="unavailable")]},
+        {"said": [Said(ended_at=ENDED_AT, attempts=1, raised="APIStatusError", status=503, code="unavailable")]},
+        {"said": [Said(ended_at=ENDED_AT, attempts=1, raised="JSONDecodeError")]},
+        {"said": [Said(ended_at=ENDED_AT, attempts=3, raised="APITimeoutError")]},
+    ):
+        assert kinds(msgspec.structs.replace(evidence(), **change)) == {Kind.UNDOCUMENTED}
+
+
+@pytest.mark.parametrize(("late_s", "excused"), [(0, True), (LOSS_S_MAX, True), (LOSS_S_MAX + 1, False)])
+def test_connections_that_break_without_a_death_are_found(late_s, excused):
+    """Whoever called, and whether an answer had begun."""
+    found = evidence()
+    found.absences = [Span(ENDED_AT - late_s - 1, ENDED_AT - late_s)]
+    assert kinds(found) == (set() if excused else {Kind.DROPPED})
+    found.calls = [each for each in found.calls if each.end is not End.UNANSWERED]
+    assert kinds(found) == set()
+    found.calls = changed(found.calls, "cut", code=None)
+    assert kinds(found) == (set() if excused else {Kind.DROPPED})
+    found = evidence()
+    found.said = [Said(ended_at=ENDED_AT + LOSS_S_MAX + late_s, attempts=3, raised="APIConnectionError")]
+    assert kinds(found) == ({Kind.DROPPED} if late_s else set())
+
+
+# ---- memory
+
+
+def weighed(*quarters: float, seconds: float = 2 * MEMORY_S_MIN) -> Evidence:
+    """A run with a worker that needed so many megabytes in the quarters of its life."""
+    found = evidence()
+    each_s = seconds / len(quarters)
+    found.memory = {
+        "worker": [
+            Sample(place * each_s + second, megabytes)
+            for place, megabytes in enumerate(quarters)
+            for second in range(int(each_s) + 1)
+        ]
+    }
+    return found
+
+
+def test_a_worker_that_grows_is_found():
+    """After its warm-up; one that lived for a short time says nothing."""
+    assert kinds(weighed(60, 100, 100, 104)) == set()
+    assert kinds(weighed(60, 100, 105, 115)) == {Kind.MEMORY}
+    assert kinds(weighed(60, 100, 105, 115, seconds=MEMORY_S_MIN / 2)) == set()
 
 
 def test_what_an_audit_found_and_what_proxies_logged_is_found():
