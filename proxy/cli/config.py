@@ -20,7 +20,10 @@ def group() -> None:
 @group.command("list", epilog=examples("tollgate config list"))
 @json_option
 def config_list(*, as_json: bool) -> None:
-    """Show every such setting: what counts, and what the configuration says."""
+    """Show every such setting, and what counts.
+
+    The default is what the configuration says.
+    """
     from proxy.edge.admin_config import setting_list  # noqa: PLC0415 - commands start fast
 
     async def work(books: Books) -> None:
@@ -38,7 +41,10 @@ def config_list(*, as_json: bool) -> None:
 @click.argument("value")
 @json_option
 def config_set(name: str, value: str, *, as_json: bool) -> None:
-    """Set one, in every process within a second; for new calls and accounts."""
+    """Set one, for new calls and accounts.
+
+    Every process knows it within a second.
+    """
     from proxy.administration import COMMAND_LINE  # noqa: PLC0415
     from proxy.administration.config import set_value  # noqa: PLC0415
     from proxy.edge.admin_config import setting_item  # noqa: PLC0415

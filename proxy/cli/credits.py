@@ -60,7 +60,10 @@ def credits_grant(email: str, amount: int, description: str, idempotency_key: st
 @_booking_options
 @json_option
 def credits_adjust(email: str, amount: int, description: str, idempotency_key: str | None, *, as_json: bool) -> None:
-    """Correct a balance, either way; what open calls hold cannot be taken."""
+    """Correct a balance, either way.
+
+    What open calls hold cannot be taken.
+    """
     if not amount:
         raise click.BadParameter("must not be zero", param_hint="--amount")
     _book(email, "adjustment", amount, description, idempotency_key, as_json=as_json)
@@ -80,9 +83,10 @@ def credits_adjust(email: str, amount: int, description: str, idempotency_key: s
 def credits_refund(
     request_id: str, amount: int | None, description: str, idempotency_key: str | None, *, as_json: bool
 ) -> None:
-    """Give the charge of a call back, wholly or partly, to whoever paid it.
+    """Give the charge of a call back, wholly or partly.
 
-    REQUEST_ID is the `x-request-id` of the call's answer. Never more is given back than was charged.
+    Whoever paid it gets it. REQUEST_ID is the `x-request-id` of the call's answer. Never more is given back than was
+    charged.
     """
     if amount is not None and amount <= 0:
         raise click.BadParameter("must be above zero", param_hint="--amount")
@@ -157,7 +161,10 @@ async def _naming(idempotency_key: str) -> AsyncIterator[None]:
 @email_option
 @json_option
 def credits_balance(email: str, *, as_json: bool) -> None:
-    """Show what a user has, what open calls hold of it, and what is left for new ones."""
+    """Show what a user has.
+
+    Reserved is what open calls hold of it, available what is left for new ones.
+    """
     from proxy.edge.credits import read_balance  # noqa: PLC0415
     from proxy.identity.users import find_user  # noqa: PLC0415
     from proxy.storage.database import reading  # noqa: PLC0415
@@ -236,7 +243,10 @@ def credits_transactions(  # noqa: PLR0913 - one parameter an option
 @day_options
 @json_option
 def credits_stats(email: str, first: str | None, last: str | None, *, as_json: bool) -> None:
-    """Show what a user spent, in all and by day, model and key; 30 days unless others are named."""
+    """Show what a user spent, by day, model and key.
+
+    In the last 30 days, unless others are named.
+    """
     from proxy.edge.credits import wallet_stats  # noqa: PLC0415
 
     async def work(books: Books) -> None:
@@ -260,7 +270,10 @@ def credits_stats(email: str, first: str | None, last: str | None, *, as_json: b
 @click.argument("request_id")
 @json_option
 def credits_charge(request_id: str, *, as_json: bool) -> None:
-    """Show the receipt of a call: what it cost and why, by the `x-request-id` of its answer."""
+    """Show the receipt of a call: what it cost and why.
+
+    REQUEST_ID is the `x-request-id` of the call's answer.
+    """
     from proxy.edge.credits import charge_of, read_call  # noqa: PLC0415
 
     async def work(books: Books) -> None:
@@ -275,7 +288,10 @@ def credits_charge(request_id: str, *, as_json: bool) -> None:
 @page_options
 @json_option
 def credits_charges(email: str, limit: int, cursor: str | None, *, as_json: bool) -> None:
-    """Show the calls of a user, newest first, those too that are open or cost nothing."""
+    """Show the calls of a user, newest first.
+
+    Those too that are open or cost nothing; `credits charge` shows all of one.
+    """
     from proxy.edge.credits import charge_page  # noqa: PLC0415
 
     async def work(books: Books) -> None:

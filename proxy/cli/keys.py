@@ -128,7 +128,10 @@ def keys_list(email: str, limit: int, cursor: str | None, *, as_json: bool) -> N
 @_terms_options
 @json_option
 def keys_edit(*, email: str, key_id: str, as_json: bool, **changes: Any) -> None:
-    """Give a key other terms, which hold for its very next call; what is left out stays."""
+    """Give a key other terms.
+
+    They hold for its very next call; what is left out stays.
+    """
     from proxy.administration import COMMAND_LINE  # noqa: PLC0415
     from proxy.administration.keys import change  # noqa: PLC0415
     from proxy.edge.keys import shown  # noqa: PLC0415

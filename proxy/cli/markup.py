@@ -24,7 +24,10 @@ def group() -> None:
 @group.command("show", epilog=examples("tollgate markup show"))
 @json_option
 def markup_show(*, as_json: bool) -> None:
-    """Show the default rule and all others, the most specific kind first."""
+    """Show the default rule and all others.
+
+    The most specific kind first: of users, of models, of providers.
+    """
     from proxy.administration import default_percent, rules  # noqa: PLC0415
     from proxy.storage.database import reading  # noqa: PLC0415
 
@@ -42,7 +45,10 @@ def markup_show(*, as_json: bool) -> None:
 @group.command("rules", epilog=examples("tollgate markup rules --json"))
 @json_option
 def markup_rules(*, as_json: bool) -> None:
-    """Show the rules beside the default one, the most specific kind first."""
+    """Show the rules beside the default one.
+
+    The most specific kind first: of users, of models, of providers.
+    """
     from proxy.administration import rules  # noqa: PLC0415
 
     async def work(books: Books) -> None:
@@ -94,9 +100,10 @@ async def _subject(
 @_subject_options
 @json_option
 def markup_set(percent: str, user: str | None, model: str | None, provider: str | None, *, as_json: bool) -> None:
-    """Set the default rule, or with an option the one for a user, a model or a provider; for new calls.
+    """Set the default rule, or another one for new calls.
 
-    The most specific rule counts: that of the user, else of the model, else of the provider, else the default one.
+    With an option it is the one for a user, a model or a provider. The most specific rule counts: that of the user,
+    else of the model, else of the provider, else the default one.
     """
     from proxy.administration import (  # noqa: PLC0415
         COMMAND_LINE,
@@ -161,7 +168,10 @@ def markup_remove(user: str | None, model: str | None, provider: str | None, *, 
 )
 @json_option
 def markup_preview(*, model: str, user: str | None, usage: tuple[str, ...], as_json: bool, **more: Any) -> None:
-    """Show what a call of MODEL would be charged, and by which rule; nothing is called."""
+    """Show what a call of MODEL would be charged, and why.
+
+    Nothing is called. Of several candidates the first one is preferred.
+    """
     import msgspec  # noqa: PLC0415
 
     from proxy.edge.admin import Hypothesis, quoted  # noqa: PLC0415

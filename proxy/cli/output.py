@@ -140,4 +140,10 @@ def progress(label: str) -> Iterator[Callable[[float], None]]:
         yield lambda _share: None
         return
     with click.progressbar(length=_STEPS, label=label, file=sys.stderr) as bar:
-        yield lambda share: bar.update(round(share * _STEPS) - bar.pos)
+
+        def advance(share: float) -> None:
+            steps = int(share * _STEPS) - bar.pos
+            if steps > 0:
+                bar.update(steps)
+
+        yield advance

@@ -25,7 +25,10 @@ def group() -> None:
 @click.option("--verbose", is_flag=True, help="Name every model that has no price of its own in the book, and why.")
 @json_option
 def prices_sync(file: str | None, *, verbose: bool, as_json: bool) -> None:
-    """Write what is new in the open price list (genai-prices) into the book; calls in flight keep their prices."""
+    """Write what is new in the open price list into the book.
+
+    The list is that of the installed package genai-prices. Calls in flight keep their prices.
+    """
     from proxy.administration import COMMAND_LINE, sync_prices  # noqa: PLC0415
     from proxy.pricebook import as_file  # noqa: PLC0415
 
@@ -68,7 +71,10 @@ def prices_diff(*, as_json: bool) -> None:
 @click.option("--model", help="Only this model, by its bare name or as PROVIDER/MODEL.")
 @json_option
 def prices_list(provider: str | None, model: str | None, *, as_json: bool) -> None:
-    """Show what is on offer just now and what it costs the operator, in dollars per million tokens."""
+    """Show what is on offer, and what it costs the operator.
+
+    In dollars per million tokens.
+    """
     from proxy.edge.admin import price_list  # noqa: PLC0415
 
     async def work(books: Books) -> None:
@@ -97,10 +103,10 @@ def prices_list(provider: str | None, model: str | None, *, as_json: bool) -> No
 @click.argument("fields", nargs=-1, required=True, metavar="FIELD=VALUE…")
 @json_option
 def prices_set(target: str, fields: tuple[str, ...], *, as_json: bool) -> None:
-    """Put a price of your own before that of the list, for new calls.
+    """Put a price of your own before that of the list.
 
-    The fields are those of `[prices]` in the configuration, in dollars per million tokens: at least `input` and
-    `output`. Those that hold others are JSON.
+    It counts for new calls. The fields are those of `[prices]` in the configuration, in dollars per million tokens: at
+    least `input` and `output`. Those that hold others are JSON.
     """
     from proxy.administration import COMMAND_LINE, entry_from, set_price  # noqa: PLC0415
     from proxy.errors import NotFound  # noqa: PLC0415
@@ -160,7 +166,10 @@ def prices_remove(target: str, *, as_json: bool) -> None:
 @click.argument("target", metavar="PROVIDER/MODEL")
 @json_option
 def prices_history(target: str, *, as_json: bool) -> None:
-    """Show all that the book ever said of a model, the newest first; amounts are nano-dollars per million."""
+    """Show all that the book ever said of a model.
+
+    The newest first; amounts are nano-dollars per million.
+    """
     from proxy.administration import price_history  # noqa: PLC0415
     from proxy.edge.admin import past_of  # noqa: PLC0415
 

@@ -20,7 +20,7 @@ def group() -> None:
 @group.command("list", epilog=examples("tollgate providers list"))
 @json_option
 def providers_list(*, as_json: bool) -> None:
-    """Show every provider, whether it serves new calls, and its models.
+    """Show every provider, and whether it serves.
 
     Which candidates a server leaves alone for a while, because they fail, only that server knows.
     """
@@ -51,7 +51,10 @@ def _state(item: dict[str, Any]) -> str:
 @click.argument("name")
 @json_option
 def providers_enable(name: str, *, as_json: bool) -> None:
-    """Let a provider serve new calls, on every server within a second."""
+    """Let a provider serve new calls.
+
+    Every server knows it within a second.
+    """
     _switch(name, is_enabled=True, as_json=as_json)
 
 
@@ -59,7 +62,10 @@ def providers_enable(name: str, *, as_json: bool) -> None:
 @click.argument("name")
 @json_option
 def providers_disable(name: str, *, as_json: bool) -> None:
-    """Send a provider no new calls, on every server within a second; those in flight finish."""
+    """Send a provider no new calls.
+
+    Every server knows it within a second; calls in flight finish.
+    """
     _switch(name, is_enabled=False, as_json=as_json)
 
 

@@ -17,8 +17,9 @@ from proxy.errors import SettingsError
 def sweep(*, as_json: bool) -> None:
     """Free what dead processes hold open.
 
-    For when no server is left to do it. On PostgreSQL whoever is past its lease is watched for one more before it is taken for dead, which takes 20
-    seconds. On SQLite everything open is a dead process's, unless a server runs: then nothing is touched.
+    For when no server is left to do it. On PostgreSQL whoever is past its lease is watched for one more before it is
+    taken for dead, which takes 20 seconds. On SQLite everything open is a dead process's, unless a server runs: then
+    nothing is touched.
     """
     from proxy.ledger.recovery import Swept, sweep_by_hand  # noqa: PLC0415
     from proxy.storage.database import sole_process  # noqa: PLC0415

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @click.group("users")
 def group() -> None:
-    """Accounts: who may call, how much at a time, and what they have."""
+    """Accounts: who may call, and how much at a time."""
 
 
 @group.command("list", epilog=examples("tollgate users list", "tollgate users list --search ann --limit 10"))
@@ -105,7 +105,10 @@ def users_create(
 @models_option
 @json_option
 def users_edit(*, email: str, new_email: str | None, as_json: bool, **changes: Any) -> None:
-    """Change a user's address, name and limits, from its very next call on."""
+    """Change a user's address, name and limits.
+
+    They hold from its very next call on; what is left out stays.
+    """
     wanted = given({"email": new_email, **changes})
     if not wanted:
         raise click.UsageError("say what is to be another way")
@@ -127,7 +130,10 @@ def users_deactivate(email: str, *, as_json: bool) -> None:
 @email_option
 @json_option
 def users_activate(email: str, *, as_json: bool) -> None:
-    """Let a user in again who was deactivated; its keys work as before."""
+    """Let a user in again who was deactivated.
+
+    Its keys work as before; who logs in has to do so anew.
+    """
     _change(email, {"is_active": True}, "{} may call again.", as_json=as_json)
 
 
@@ -141,9 +147,9 @@ def users_activate(email: str, *, as_json: bool) -> None:
 @email_option
 @json_option
 def users_admin(rank: str, email: str, *, as_json: bool) -> None:
-    """Make a user an admin, or none any more; the last active admin stays one.
+    """Make a user an admin, or none any more.
 
-    Admins use the admin endpoints with a key of the scope admin, or logged in.
+    The last active admin stays one. Admins use the admin endpoints with a key of the scope admin, or logged in.
     """
     said = "{} is an admin." if rank == "on" else "{} is no admin."
     _change(email, {"is_admin": rank == "on"}, said, as_json=as_json)
@@ -154,7 +160,10 @@ def users_admin(rank: str, email: str, *, as_json: bool) -> None:
 @click.option("--password", help="The new one; without it, it is asked for, or read from standard input.")
 @json_option
 def users_password(email: str, password: str | None, *, as_json: bool) -> None:
-    """Set a user's password; whoever is logged in has to do so again."""
+    """Set a user's password.
+
+    Whoever is logged in as this user has to do so again.
+    """
     from proxy.administration import COMMAND_LINE  # noqa: PLC0415
     from proxy.administration.users import set_password  # noqa: PLC0415
     from proxy.identity.passwords import Passwords  # noqa: PLC0415
