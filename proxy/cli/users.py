@@ -202,6 +202,9 @@ def _change(email: str, changes: dict[str, Any], said: str, *, as_json: bool) ->
 
 async def _shown(books: Books, user: "User") -> dict[str, Any]:
     from proxy.edge.admin_users import user_item  # noqa: PLC0415
+    from proxy.identity.users import read_standing  # noqa: PLC0415
+    from proxy.storage.database import reading  # noqa: PLC0415
 
-    shown: dict[str, Any] = plain(await user_item(books.engine, user.id))
+    async with reading(books.engine) as connection:
+        shown: dict[str, Any] = plain(user_item(await read_standing(connection, user.id)))
     return shown

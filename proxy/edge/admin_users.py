@@ -128,6 +128,17 @@ async def users(
     return await user_page(engine, limit, cursor, email=email, text=q)
 
 
+async def user_page(
+    engine: AsyncEngine, limit: int, cursor: str | None, *, email: str | None = None, text: str | None = None
+) -> UserPage:
+    """A page of all users, or of those that `list_users` finds. Raises `BadRequest`."""
+    check_page(limit, cursor, "usr")
+    async with reading(engine) as connection:
+        found = await list_users(connection, limit=limit + 1, before=cursor, email=email, text=text)
+    items = [user_item(standing) for standing in found[:limit]]
+    return UserPage(items, items[-1].id if len(found) > limit else None)
+
+
 @post("/", summary="Make a user", request_max_body_size=BODY_BYTES_MAX, responses=_ERRORS)
 async def make_user(
     request: AdminRequest,
@@ -139,13 +150,13 @@ async def make_user(
     wanted = msgspec.structs.asdict(data)
     password = wanted.pop("password")
     user = await users_by_admins.create(engine, accounts.passwords, request.user.user_id, wanted, password=password)
-    return await user_item(engine, user.id)
+    return await _read(engine, user.id)
 
 
 @get("/{user_id:str}", summary="One user", responses=documented(404))
 async def user(engine: NamedDependency[AsyncEngine], user_id: FromPath[str]) -> UserItem:
     """One user, by id."""
-    return await user_item(engine, user_id)
+    return await _read(engine, user_id)
 
 
 @patch("/{user_id:str}", summary="Change a user", request_max_body_size=BODY_BYTES_MAX, responses=_ERRORS)
@@ -157,7 +168,7 @@ async def alter_user(
     Who is deactivated or demoted has to log in anew. The last active admin can be neither.
     """
     await users_by_admins.change(engine, request.user.user_id, user_id, given(data))
-    return await user_item(engine, user_id)
+    return await _read(engine, user_id)
 
 
 @delete("/{user_id:str}", summary="Deactivate a user", responses=documented(404, 409))
@@ -186,24 +197,13 @@ async def set_user_password(
     await users_by_admins.set_password(engine, accounts.passwords, request.user.user_id, found, data.password)
 
 
-async def user_page(
-    engine: AsyncEngine, limit: int, cursor: str | None, *, email: str | None = None, text: str | None = None
-) -> UserPage:
-    """A page of all users, or of those that `list_users` finds. Raises `BadRequest`."""
-    check_page(limit, cursor, "usr")
+async def _read(engine: AsyncEngine, user_id: str) -> UserItem:
     async with reading(engine) as connection:
-        found = await list_users(connection, limit=limit + 1, before=cursor, email=email, text=text)
-    items = [_item(standing) for standing in found[:limit]]
-    return UserPage(items, items[-1].id if len(found) > limit else None)
+        return user_item(await read_standing(connection, user_id))
 
 
-async def user_item(engine: AsyncEngine, user_id: str) -> UserItem:
-    """A user with its wallet, as they are shown. Raises `NotFound`."""
-    async with reading(engine) as connection:
-        return _item(await read_standing(connection, user_id))
-
-
-def _item(standing: Standing) -> UserItem:
+def user_item(standing: Standing) -> UserItem:
+    """A user with its wallet, as they are shown."""
     user, wallet = standing.user, standing.wallet
     return UserItem(
         **{name: getattr(user, name) for name in ("id", *users_by_admins.CHANGEABLE)},
