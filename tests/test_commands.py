@@ -130,10 +130,10 @@ class Operator:
         return done.stdout
 
     def refused(self, *words_: str) -> tuple[int, str]:
-        """The exit status of a command that fails, and the end of what it says of that."""
+        """The exit status of a command that fails, and the one line that it says of that."""
         done = run_command(words_, self.environ)
-        assert done.stdout == ""
-        return done.returncode, done.stderr.splitlines()[-1]
+        assert (done.stdout, done.stderr.count("\n")) == ("", 1), done.stderr
+        return done.returncode, done.stderr.strip()
 
 
 @pytest.fixture
@@ -293,12 +293,14 @@ def test_settings_are_changed(operator):
         ("usage", "--group-by", "colour"),
         ("events", "--since", "soon"),
         ("markup", "preview", "demo-chat", "--usage", "images"),
+        ("users", "sow"),
+        ("--jsn",),
     ],
 )
 def test_words_that_make_no_sense(tmp_path, words_):
     """Exit status 2 and one line that says why, before a database is looked for."""
     status, said = Operator(environment(tmp_path, "sqlite+aiosqlite:///none.db")).refused(*words_)
-    assert (status, said.startswith("Error: ")) == (2, True), said
+    assert (status, said.startswith("tollgate: ")) == (2, True), said
 
 
 # ---- the same as by HTTP

@@ -8,7 +8,7 @@ The modules import what is slow only when a command runs: whoever asks for help 
 """
 
 import sqlite3
-from typing import Any
+from typing import IO, Any
 
 import click
 
@@ -19,13 +19,41 @@ from proxy.cli.output import fail, reason_of
 from proxy.errors import TollgateError
 
 
+class _Misused(click.ClickException):
+    """A command was called wrongly; said in one line."""
+
+    exit_code = 2
+
+    def __init__(self, error: click.UsageError) -> None:
+        said = " ".join(error.format_message().split())
+        hint = "" if error.ctx is None else f" (see `{error.ctx.command_path} --help`)"
+        super().__init__(said.removesuffix(".") + hint)
+
+    def show(self, file: IO[Any] | None = None) -> None:
+        """Print it."""
+        click.echo(f"tollgate: {self.message}", file=file, err=True)
+
+
 class _Tollgate(click.Group):
     """All commands. What goes wrong in one of them is said here."""
+
+    def make_context(self, *arguments: Any, **more: Any) -> click.Context:
+        """Read the options that stand before the command."""
+        try:
+            return super().make_context(*arguments, **more)
+        except click.exceptions.NoArgsIsHelpError:
+            raise
+        except click.UsageError as exc:
+            raise _Misused(exc) from exc
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""
         try:
             return super().invoke(ctx)
+        except click.exceptions.NoArgsIsHelpError:
+            raise
+        except click.UsageError as exc:
+            raise _Misused(exc) from exc
         except TollgateError as exc:
             ctx.exit(fail(exc))
         except Exception as exc:
