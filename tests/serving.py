@@ -13,6 +13,8 @@ from pathlib import Path
 
 import httpx2
 
+from tests.commands import run_command
+
 MODEL = "fake-model"
 UPSTREAM_KEY = "sk-upstream-secret"
 
@@ -105,7 +107,7 @@ class Served:
 
     def command(self, *words: str) -> dict:
         """Run a command of `tollgate` with `--json`."""
-        done = self.run(*words, "--json")
+        done = run_command([*words, "--json"], self.environ)
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)
 

@@ -10,7 +10,7 @@ from decimal import Decimal
 
 import pytest
 
-from proxy.cli import FIRST_ADMIN
+from proxy.cli.serve import FIRST_ADMIN
 from proxy.units import new_id
 from tests.fakes.provider import run_in_thread
 from tests.identity.tokens import SECRET

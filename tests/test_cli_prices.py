@@ -62,7 +62,8 @@ def test_a_price_of_ones_own(program):
     assert made["entry"]["service_prices"]["flex"]["input"] == 10**9
     [item] = program.command("prices", "list", "--model", "fake/mine")["items"]
     assert (item["prices"]["input"], item["prices"]["web_search"], item["markup_percent"]) == ("2", "0.01", "17.5")
-    assert "fake/mine  input 2, output 4" in program.run("prices", "list", "--provider", "fake").stdout
+    lines = program.run("prices", "list", "--provider", "fake").stdout.splitlines()
+    assert ["fake/mine", "2", "2", "4", "-", "10", "17.5"] in [line.split() for line in lines]
     assert program.command("prices", "remove", "fake/mine")["entry"] is None
     assert program.command("prices", "list", "--model", "fake/mine")["items"] == []
     past = program.command("prices", "history", "fake/mine")["items"]
@@ -113,7 +114,8 @@ def test_providers_are_switched(program):
     assert (listed["fake"]["enabled"], listed["fake"]["ready"], listed["fake"]["kind"]) == (True, True, "openai")
     assert "fake-model" in listed["fake"]["models"]
     assert program.command("providers", "disable", "fake") == {"name": "fake", "enabled": False}
-    assert "fake  openai  disabled  0 models" in program.run("providers", "list").stdout
+    lines = program.run("providers", "list").stdout.splitlines()
+    assert ["fake", "openai", "0", "disabled"] in [line.split() for line in lines]
     assert program.command("providers", "enable", "fake") == {"name": "fake", "enabled": True}
     refused = program.run("providers", "enable", "nobody")
     assert (refused.returncode, refused.stderr) == (

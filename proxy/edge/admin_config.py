@@ -52,7 +52,7 @@ class NewValue(msgspec.Struct, forbid_unknown_fields=True):
 @get("/", summary="The settings", responses=documented())
 async def config(engine: NamedDependency[AsyncEngine], settings: NamedDependency[Settings]) -> SettingList:
     """Every setting that can be changed while calls go on."""
-    return SettingList([_item(one) for one in await known(engine, settings)])
+    return await setting_list(engine, settings)
 
 
 @put(
@@ -73,12 +73,18 @@ async def set_config(  # noqa: PLR0913, PLR0917 - what the framework hands to a 
 
     Starting credits while anybody may register are refused unless `give_to_strangers` insists.
     """
-    item = _item(await set_value(engine, settings, request.user.user_id, name, data.value))
+    item = setting_item(await set_value(engine, settings, request.user.user_id, name, data.value))
     await refresh()
     return item
 
 
-def _item(one: Known) -> SettingItem:
+async def setting_list(engine: AsyncEngine, settings: Settings) -> SettingList:
+    """All settings, as they are shown."""
+    return SettingList([setting_item(one) for one in await known(engine, settings)])
+
+
+def setting_item(one: Known) -> SettingItem:
+    """A setting, as it is shown."""
     updated_at = None if one.updated_at is None else format_instant(one.updated_at)
     return SettingItem(**{**msgspec.structs.asdict(one), "updated_at": updated_at})
 

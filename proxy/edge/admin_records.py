@@ -76,7 +76,6 @@ async def admin_events(  # noqa: PLR0913, PLR0917 - one parameter a filter
     Those of one actor, action (`user.change`) or subject (an id or a name), `since` (included) to `until` (not
     included), which are instants of ISO 8601 with their time zone.
     """
-    check_page(limit, cursor, "event")
     wanted = Filter(
         actor=_text(actor, "actor"),
         action=_text(action, "action"),
@@ -84,6 +83,12 @@ async def admin_events(  # noqa: PLR0913, PLR0917 - one parameter a filter
         since=_instant(since, "since"),
         until=_instant(until, "until"),
     )
+    return await event_page(engine, wanted, limit, cursor)
+
+
+async def event_page(engine: AsyncEngine, wanted: Filter, limit: int, cursor: str | None) -> EventPage:
+    """A page of the events of a filter. Raises `BadRequest`."""
+    check_page(limit, cursor, "event")
     found = await events(engine, wanted, limit=limit + 1, before=cursor)
     items = [_item(event) for event in found[:limit]]
     return EventPage(items, items[-1].id if len(found) > limit else None)

@@ -127,10 +127,17 @@ async def users(
 
     `email` is a whole address, or the beginning of one. `q` is part of an address or of a name, or an id.
     """
+    return await user_page(engine, limit, cursor, email=email, text=q)
+
+
+async def user_page(
+    engine: AsyncEngine, limit: int, cursor: str | None, *, email: str | None = None, text: str | None = None
+) -> UserPage:
+    """A page of all users, or of those that `list_users` finds. Raises `BadRequest`."""
     check_page(limit, cursor, "usr")
     async with reading(engine) as connection:
-        found = await list_users(connection, limit=limit + 1, before=cursor, email=email, text=q)
-    items = [_item(standing) for standing in found[:limit]]
+        found = await list_users(connection, limit=limit + 1, before=cursor, email=email, text=text)
+    items = [user_item(standing) for standing in found[:limit]]
     return UserPage(items, items[-1].id if len(found) > limit else None)
 
 
@@ -204,10 +211,11 @@ async def _check_booleans(request: AdminRequest) -> None:
 
 async def _read(engine: AsyncEngine, user_id: str) -> UserItem:
     async with reading(engine) as connection:
-        return _item(await read_standing(connection, user_id))
+        return user_item(await read_standing(connection, user_id))
 
 
-def _item(standing: Standing) -> UserItem:
+def user_item(standing: Standing) -> UserItem:
+    """A user with its wallet, as they are shown."""
     user, wallet = standing.user, standing.wallet
     return UserItem(
         **{name: getattr(user, name) for name in ("id", *users_by_admins.CHANGEABLE)},

@@ -248,25 +248,44 @@ async def transactions(  # noqa: PLR0913, PLR0917 - what can be asked
     With `format=csv`, or with `Accept: text/csv`, all of it at once instead of a page.
     """
     check_limit(limit)
-    wanted = _filter(type, first, last, key, model)
-    before = None if cursor is None else number_of(cursor)
-    is_csv = format is ListFormat.CSV or (format is None and _prefers_csv(request))
+    wanted = filter_of(type, first, last, key, model)
     wallet_id = request.user.wallet_id
-    async with reading(engine) as connection:
-        span = await journal.span(connection, wallet_id, wanted)
-        page = await journal.read_page(
-            connection, wallet_id, wanted, span, limit=CSV_ROWS if is_csv else limit, before=before
-        )
-    if is_csv:
-        lines = _csv(engine, wallet_id, wanted, span, page)
+    if format is ListFormat.CSV or (format is None and _prefers_csv(request)):
+        lines = await transactions_csv(engine, wallet_id, wanted, cursor)
         headers = {"content-disposition": 'attachment; filename="transactions.csv"'}
         stream = Stream(lines, media_type=CSV_MEDIA_TYPE, headers=headers)
         return cast("Response[TransactionPage]", stream)  # the document says what else there is: see `ListOrCsv`
+    return Response(await transaction_page(engine, wallet_id, wanted, limit, cursor))
+
+
+async def transaction_page(
+    engine: AsyncEngine, wallet_id: str, wanted: Filter, limit: int, cursor: str | None
+) -> TransactionPage:
+    """A page of the transactions of a wallet. Raises `BadRequest`."""
+    check_limit(limit)
+    _, page = await _first_page(engine, wallet_id, wanted, limit, cursor)
     next_cursor = None if page.before is None else cursor_at(page.before)
-    return Response(TransactionPage([item_of(entry) for entry in page.entries], next_cursor))
+    return TransactionPage([item_of(entry) for entry in page.entries], next_cursor)
 
 
-def _filter(
+async def transactions_csv(
+    engine: AsyncEngine, wallet_id: str, wanted: Filter, cursor: str | None
+) -> AsyncIterator[bytes]:
+    """The lines of all transactions of a wallet; the first ones are read before this returns. Raises `BadRequest`."""
+    span, page = await _first_page(engine, wallet_id, wanted, CSV_ROWS, cursor)
+    return _csv(engine, wallet_id, wanted, span, page)
+
+
+async def _first_page(
+    engine: AsyncEngine, wallet_id: str, wanted: Filter, limit: int, cursor: str | None
+) -> tuple[Span, Page]:
+    before = None if cursor is None else number_of(cursor)
+    async with reading(engine) as connection:
+        span = await journal.span(connection, wallet_id, wanted)
+        return span, await journal.read_page(connection, wallet_id, wanted, span, limit=limit, before=before)
+
+
+def filter_of(
     type_: CreditType | None, first: str | None, last: str | None, key: str | None, model: str | None
 ) -> Filter:
     """Which transactions are wanted. Raises `BadRequest`."""
@@ -342,8 +361,12 @@ async def stats(
     request: CallerRequest, engine: NamedDependency[AsyncEngine], first: FromOfStats = None, last: To = None
 ) -> Stats:
     """What your calls add up to, in all and by day, model and key; days are those of UTC."""
+    return await wallet_stats(engine, request.user.wallet_id, first, last)
+
+
+async def wallet_stats(engine: AsyncEngine, wallet_id: str, first: str | None, last: str | None) -> Stats:
+    """What the calls that a wallet paid add up to, from one date to another. Raises `BadRequest`."""
     days = await reports.range_of(engine, first, last)
-    wallet_id = request.user.wallet_id
     async with reading(engine, is_snapshot=True) as connection:
         total = await reports.read_totals(connection, days, wallet_id=wallet_id)
         by_day, by_model, by_key = [
@@ -386,14 +409,19 @@ async def charges(
     cursor: FromQuery[str | None] = None,
 ) -> ChargePage:
     """The receipts of all calls, newest first, those too that are open or cost nothing."""
+    return await charge_page(engine, request.user.wallet_id, limit, cursor)
+
+
+async def charge_page(engine: AsyncEngine, wallet_id: str, limit: int, cursor: str | None) -> ChargePage:
+    """A page of the receipts of a wallet's calls. Raises `BadRequest`."""
     check_limit(limit)
     before = None if cursor is None else place_of(cursor)
     if before is not None and not is_id(before, "req"):
         raise BadRequest("This cursor was not given out here.", param="cursor", code="invalid_cursor")
     async with reading(engine) as connection:
-        rows = await journal.read_calls(connection, request.user.wallet_id, limit=limit + 1, before=before)
+        rows = await journal.read_calls(connection, wallet_id, limit=limit + 1, before=before)
     next_cursor = cursor_at(rows[limit - 1].id) if len(rows) > limit else None
-    return ChargePage([_charge(row) for row in rows[:limit]], next_cursor)
+    return ChargePage([charge_of(row) for row in rows[:limit]], next_cursor)
 
 
 @get(
@@ -405,20 +433,27 @@ async def charges(
 async def charge(request: CallerRequest, engine: NamedDependency[AsyncEngine], request_id: FromPath[str]) -> Charge:
     """What a call cost and why, by the `x-request-id` of its answer; admins may read anybody's."""
     caller = request.user
-    unknown = NotFound(f"There is no call {request_id!r} of yours.")
-    if not is_id(request_id, "req"):
-        raise unknown
+    sees_all = caller.is_admin and caller.scope.includes(KeyScope.ADMIN)
+    try:
+        return charge_of(await read_call(engine, request_id, wallet_id=None if sees_all else caller.wallet_id))
+    except NotFound as exc:
+        raise NotFound(f"There is no call {request_id!r} of yours.") from exc
+
+
+async def read_call(engine: AsyncEngine, request_id: str, *, wallet_id: str | None = None) -> Any:
+    """The row of a call, of any wallet or of one. Raises `NotFound`."""
     query = sa.select(reservations).where(reservations.c.id == request_id)
-    if not (caller.is_admin and caller.scope.includes(KeyScope.ADMIN)):
-        query = query.where(reservations.c.wallet_id == caller.wallet_id)
+    if wallet_id is not None:
+        query = query.where(reservations.c.wallet_id == wallet_id)
     async with reading(engine) as connection:
-        row = (await connection.execute(query)).one_or_none()
+        row = (await connection.execute(query)).one_or_none() if is_id(request_id, "req") else None
     if row is None:
-        raise unknown
-    return _charge(row)
+        raise NotFound(f"There is no call {request_id!r}.")
+    return row
 
 
-def _charge(row: Any) -> Charge:
+def charge_of(row: Any) -> Charge:
+    """The receipt in the row of a call."""
     return Charge(
         request_id=row.id,
         client_request_id=row.client_request_id,

@@ -217,5 +217,7 @@ def _passed(description: str) -> Json:
 
 
 def _exemplify(media: Json, schemas: Json) -> None:
-    if "example" not in media and "examples" not in media and "schema" in media:
+    if media.get("examples"):
+        media.pop("example", None)  # one or the other
+    elif media.get("example") is None and "schema" in media:
         media["example"] = example(media["schema"], schemas)

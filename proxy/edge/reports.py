@@ -131,7 +131,14 @@ async def usage(  # noqa: PLR0913, PLR0917 - what can be asked
     cursor: FromQuery[str | None] = None,
 ) -> UsagePage:
     """What all users' calls add up to, by day, month, model, provider, user or key (by month: twelve, by default)."""
-    days, total, groups = await _report(engine, (first, last), group_by, limit, cursor)
+    return await usage_page(engine, (first, last), group_by, limit, cursor)
+
+
+async def usage_page(
+    engine: AsyncEngine, dates: tuple[str | None, str | None], group_by: GroupBy, limit: int, cursor: str | None
+) -> UsagePage:
+    """What calls add up to from one date to another, and one page of that by group. Raises `BadRequest`."""
+    days, total, groups = await _report(engine, dates, group_by, limit, cursor)
     return UsagePage(
         **shown_range(days),
         group_by=group_by,
@@ -151,7 +158,14 @@ async def margin(  # noqa: PLR0913, PLR0917 - likewise
     cursor: FromQuery[str | None] = None,
 ) -> MarginPage:
     """What the operator keeps of what was charged, and what calls may have cost that nobody paid for."""
-    days, total, groups = await _report(engine, (first, last), group_by, limit, cursor)
+    return await margin_page(engine, (first, last), group_by, limit, cursor)
+
+
+async def margin_page(
+    engine: AsyncEngine, dates: tuple[str | None, str | None], group_by: GroupBy, limit: int, cursor: str | None
+) -> MarginPage:
+    """Likewise, what the operator keeps. Raises `BadRequest`."""
+    days, total, groups = await _report(engine, dates, group_by, limit, cursor)
     return MarginPage(
         **shown_range(days),
         group_by=group_by,

@@ -19,7 +19,7 @@ import uvicorn
 import uvloop
 
 from proxy.app import Tollgate, build
-from proxy.cli import spare_the_collector
+from proxy.cli.serve import spare_the_collector
 from proxy.edge.protocol import server_config
 from proxy.ledger.decide import Release, Released, Reserve, Reserved, Settle, Settled
 from proxy.observability import configure_logs

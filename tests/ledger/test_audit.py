@@ -8,7 +8,7 @@ import msgspec
 import pytest
 import sqlalchemy as sa
 
-from proxy.ledger.audit import ROWS_MAX, Report, Totals
+from proxy.ledger.audit import CHECKS, ROWS_MAX, Report, Totals, audit
 from proxy.ledger.decide import Credit, CreditType
 from proxy.ledger.ledger import Ledger
 from proxy.pricing import cost, provider_cost
@@ -563,3 +563,12 @@ async def sums(books: Books) -> tuple[int, int]:
             )
         ).one()
     return int(row.balance), int(row.reserved)
+
+
+async def test_an_audit_tells_how_far_it_is(kept):
+    """Its share rises from nothing to all, with each check and each charge."""
+    told: list[float] = []
+    report = await audit(kept.books.engine, told.append)
+    assert told == sorted(told)
+    assert (told[0], told[-2:]) == (0, [1, 1])
+    assert len(told) == len(CHECKS) + report.totals.calls + 1
