@@ -88,6 +88,8 @@ def example(schema: Json, schemas: Json, name: str = "", depth: int = 0) -> Any:
         return schema["const"]
     if "enum" in schema:
         return schema["enum"][0]
+    if depth == 0 and schema.get("examples"):
+        return schema["examples"][0]  # of a whole body
     variants = [_resolved(each, schemas) for each in (*schema.get("anyOf", ()), *schema.get("oneOf", ()))]
     if variants:
         return _example_of_one(variants, schemas, name, depth)
