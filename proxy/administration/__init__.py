@@ -22,7 +22,7 @@ from proxy.pricing import MarkupKind
 from proxy.settings import PriceSettings, check_price
 from proxy.storage.database import database_now, reading, writing
 from proxy.storage.tables import admin_events, markup_rules, prices, providers, system_config
-from proxy.units import AmountError, Micros, format_percent, new_id, now_micros, parse_percent
+from proxy.units import AmountError, Micros, format_percent, new_id, now_micros, parse_decimal, parse_percent
 
 COMMAND_LINE = "command line"
 """Who changes what by a command: whoever may run it."""
@@ -43,10 +43,9 @@ class Rule(msgspec.Struct, frozen=True):
 def bps_of(percent: Any) -> int:
     """Basis points of a percentage as somebody typed it. Raises `BadRequest`."""
     try:
-        return parse_percent(Decimal(str(percent)))
-    except (AmountError, ArithmeticError) as exc:
-        message = str(exc) if isinstance(exc, AmountError) else "must be a number"
-        raise BadRequest(f"percent: {message}", param="percent", code="invalid_value") from exc
+        return parse_percent(parse_decimal(percent))
+    except AmountError as exc:
+        raise BadRequest(f"percent: {exc}", param="percent", code="invalid_value") from exc
 
 
 async def record(  # noqa: PLR0913, PLR0917 - the columns of one row
