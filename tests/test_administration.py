@@ -442,6 +442,33 @@ def test_an_admins_limited_key_gives_no_more_than_it_has(admin, boss, servers, c
         assert code(http.post(path, json={"limit_amount": "1"})) == (403, "key_grants_more")
 
 
+# ---- names
+
+
+def test_names_that_nothing_has(admin):
+    """A name that cannot be stored, and a user that there is not, are refused: no rule or price is for nobody."""
+    rules, prices = "/api/v1/admin/markup/rules", "/api/v1/admin/prices"
+    price = {"input": "1", "output": "1", "context_tokens": 9}
+    for subject in ("a\0b", "a\nb", "   "):
+        answer = admin.post(rules, json={"kind": "model", "subject": subject, "percent": "1"})
+        assert code(answer) == (400, "invalid_value"), subject
+    for target in ("fake/a\0b", "fake/ ", "fake/" + "x" * 301):
+        assert code(admin.put(prices, json={"target": target, "price": price})) == (400, "invalid_value"), target
+        assert code(admin.delete(prices, params={"target": target})) == (400, "invalid_value"), target
+        assert code(admin.get(f"{prices}/history", params={"target": target})) == (400, "invalid_value"), target
+    for method in ("PUT", "DELETE"):
+        for rule_id in ("%00", new_id("rule")):
+            answer = admin.request(method, f"{rules}/{rule_id}", json={"percent": "1"})
+            assert code(answer) == (404, "not_found"), (method, rule_id)
+    rule = {"kind": "user", "subject": new_id("usr"), "percent": "1"}
+    assert code(admin.post(rules, json=rule)) == (404, "not_found")
+    assert code(admin.post("/api/v1/admin/markup/preview", json={"model": MODEL, "user": new_id("usr")})) == (
+        404,
+        "not_found",
+    )
+    assert admin.get(rules).json()["items"] == []
+
+
 # ---- credits
 
 

@@ -22,7 +22,7 @@ from proxy.pricing import MarkupKind
 from proxy.settings import PriceSettings, check_price
 from proxy.storage.database import database_now, reading, writing
 from proxy.storage.tables import admin_events, markup_rules, prices, providers, system_config
-from proxy.units import AmountError, Micros, format_percent, new_id, now_micros, parse_decimal, parse_percent
+from proxy.units import AmountError, Micros, format_percent, is_id, new_id, now_micros, parse_decimal, parse_percent
 
 COMMAND_LINE = "command line"
 """Who changes what by a command: whoever may run it."""
@@ -142,9 +142,8 @@ async def remove_rule(engine: AsyncEngine, actor: str, rule_id: str) -> None:
 
 
 async def _find_rule(connection: AsyncConnection, rule_id: str) -> Rule:
-    row = (
-        await connection.execute(sa.select(markup_rules).where(markup_rules.c.id == rule_id).with_for_update())
-    ).one_or_none()
+    query = sa.select(markup_rules).where(markup_rules.c.id == rule_id).with_for_update()
+    row = (await connection.execute(query)).one_or_none() if is_id(rule_id, "rule") else None
     if row is None:
         raise NotFound(f"There is no rule {rule_id!r}.")
     return _rule(row)
