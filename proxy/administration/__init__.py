@@ -17,7 +17,7 @@ from proxy import pricebook
 from proxy.catalog import MARKUP_DESCRIPTION, ProviderState, put_config, touch
 from proxy.errors import BadRequest, Conflict, NotFound
 from proxy.policy import MARKUP_PERCENT
-from proxy.pricebook import ADMIN, LIST, Change, Entry, PriceList, Row, entry_of
+from proxy.pricebook import ADMIN, LIST, Change, Entry, PriceList, Row, entry_of, is_payable
 from proxy.pricing import MarkupKind
 from proxy.settings import PriceSettings, check_price
 from proxy.storage.database import database_now, reading, writing
@@ -197,6 +197,9 @@ def entry_from(price: Mapping[str, Any]) -> Entry:
     except (msgspec.ValidationError, AmountError) as exc:
         raise BadRequest(f"price: {exc}", param="price", code="invalid_value") from exc
     entry, _ = entry_of(settings)
+    if not is_payable(entry):  # it would be kept, and take the model off the offer
+        message = "price: a call that fills these limits could cost more than can be booked"
+        raise BadRequest(message, param="price", code="invalid_value")
     return entry
 
 
