@@ -7,7 +7,15 @@ from typing import Any
 import msgspec
 
 from proxy.settings import Settings
-from proxy.units import AmountError, Nanos, format_credits, format_percent, parse_credits, parse_percent
+from proxy.units import (
+    AmountError,
+    Nanos,
+    format_credits,
+    format_percent,
+    parse_credits,
+    parse_decimal,
+    parse_percent,
+)
 
 Value = str | bool
 """As it is stored and shown: percentages and credits are decimal strings."""
@@ -46,10 +54,7 @@ class Setting(msgspec.Struct, frozen=True):
 def _percent(value: Any) -> str:
     if isinstance(value, bool) or not isinstance(value, str | int | Decimal):
         raise AmountError('must be a percentage, such as "15"')
-    try:
-        return format_percent(parse_percent(Decimal(str(value))))
-    except ArithmeticError as exc:
-        raise AmountError('must be a percentage, such as "15"') from exc
+    return format_percent(parse_percent(parse_decimal(str(value))))
 
 
 def _boolean(value: Any) -> bool:

@@ -442,6 +442,52 @@ def test_an_admins_limited_key_gives_no_more_than_it_has(admin, boss, servers, c
         assert code(http.post(path, json={"limit_amount": "1"})) == (403, "key_grants_more")
 
 
+def test_a_field_that_is_there_twice(admin, customer):
+    """Neither value is taken, whatever the field is; what is no object is still said to be none."""
+    for method, path, body in (
+        ("POST", f"{USERS}/{customer['id']}/credits", '{"type": "topup", "amount": "1", "amount": "2"}'),
+        ("POST", f"{USERS}/{customer['id']}/credits", '{"type":"topup","amount":"1","\\u0061mount":"2"}'),
+        ("PATCH", f"{USERS}/{customer['id']}", '{"is_admin": false, "is_admin": true}'),
+        ("PUT", "/api/v1/admin/markup", '{"percent": "15", "percent": "0"}'),
+        ("POST", "/api/v1/keys", '{"limit_amount": "1", "limit_amount": null}'),
+        ("POST", "/login", '{"email": "a@example.com", "email": "b@example.com", "password": "x"}'),
+    ):
+        answer = admin.request(method, path, content=body)
+        assert code(answer) == (400, "duplicate_field"), (path, answer.text)
+    for body in ("", "[]", "{", "null"):
+        assert admin.request("PUT", "/api/v1/admin/markup", content=body).status_code == 400
+    too_large = json.dumps({"type": "topup", "amount": "1", "description": "x" * 20_000})
+    assert admin.post(f"{USERS}/{customer['id']}/credits", content=too_large).status_code == 413
+    assert wallet(admin, customer)["balance"] == "10"
+
+
+# ---- names
+
+
+def test_names_that_nothing_has(admin):
+    """A name that cannot be stored, and a user that there is not, are refused: no rule or price is for nobody."""
+    rules, prices = "/api/v1/admin/markup/rules", "/api/v1/admin/prices"
+    price = {"input": "1", "output": "1", "context_tokens": 9}
+    for subject in ("a\0b", "a\nb", "   "):
+        answer = admin.post(rules, json={"kind": "model", "subject": subject, "percent": "1"})
+        assert code(answer) == (400, "invalid_value"), subject
+    for target in ("fake/a\0b", "fake/ ", "fake/" + "x" * 301):
+        assert code(admin.put(prices, json={"target": target, "price": price})) == (400, "invalid_value"), target
+        assert code(admin.delete(prices, params={"target": target})) == (400, "invalid_value"), target
+        assert code(admin.get(f"{prices}/history", params={"target": target})) == (400, "invalid_value"), target
+    for method in ("PUT", "DELETE"):
+        for rule_id in ("%00", new_id("rule")):
+            answer = admin.request(method, f"{rules}/{rule_id}", json={"percent": "1"})
+            assert code(answer) == (404, "not_found"), (method, rule_id)
+    rule = {"kind": "user", "subject": new_id("usr"), "percent": "1"}
+    assert code(admin.post(rules, json=rule)) == (404, "not_found")
+    assert code(admin.post("/api/v1/admin/markup/preview", json={"model": MODEL, "user": new_id("usr")})) == (
+        404,
+        "not_found",
+    )
+    assert admin.get(rules).json()["items"] == []
+
+
 # ---- credits
 
 

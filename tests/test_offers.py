@@ -549,7 +549,13 @@ def test_an_admins_price_takes_the_place_of_the_lists(served, key, admin):
     past = admin.get("/api/v1/admin/prices/history", params={"target": target}).json()["items"]
     assert [row["entry"] and row["entry"]["price"]["input"] for row in past] == [None, 3 * 10**9, 10**9]
     assert admin.delete("/api/v1/admin/prices", params={"target": target}).status_code == 404
-    for wrong in ({"input": "-1", "output": "0"}, {"input": "1"}, {"input": "1", "output": "1", "x": 1}):
+    for wrong in (
+        {"input": "-1", "output": "0"},
+        {"input": "1"},
+        {"input": "1", "output": "1", "x": 1},
+        {"input": "1", "output": "1", "context_tokens": 10**22},
+        {"input": "1000000", "output": "1000000", "max_output_tokens": 10**8},
+    ):
         refused = admin.put("/api/v1/admin/prices", json={"target": target, "price": wrong})
         assert (refused.status_code, refused.json()["error"]["param"]) == (400, "price")
 

@@ -489,6 +489,7 @@ def test_a_provider_that_fails_is_said_to(served, http, key):
         ("{}", 400, "missing_required_parameter"),
         ('{"provider": 1}', 400, "invalid_type"),
         ('{"provider": "fake", "x": 1}', 400, "invalid_value"),
+        ('{"provider": "fake", "provider": "demo"}', 400, "duplicate_field"),
         (json.dumps({"provider": "f" * 70_000}), 413, "request_too_large"),
     ],
 )

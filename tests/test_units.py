@@ -29,7 +29,13 @@ def test_an_amount_is_read_exactly(text, nanos):
     assert parse_credits(text) == nanos
 
 
-@pytest.mark.parametrize("text", ["", "ten", "1,5", "NaN", "inf", "0.0000000001", "9223372036.854775808", "1e400"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "ten", "1,5", "NaN", "inf", "0.0000000001", "9223372036.854775808", "1e400", "1e-999999999"),
+        *("1_000", " 1", "1\n", "٣", "１", "9.99999999999999999999999999999999", "1" + "0" * 5000),
+    ],
+)
 def test_what_is_no_amount_is_refused(text):
     """Nothing is guessed, rounded or cut off."""
     with pytest.raises(AmountError):

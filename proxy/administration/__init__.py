@@ -17,12 +17,12 @@ from proxy import pricebook
 from proxy.catalog import MARKUP_DESCRIPTION, ProviderState, put_config, touch
 from proxy.errors import BadRequest, Conflict, NotFound
 from proxy.policy import MARKUP_PERCENT
-from proxy.pricebook import ADMIN, LIST, Change, Entry, PriceList, Row, entry_of
+from proxy.pricebook import ADMIN, LIST, Change, Entry, PriceList, Row, entry_of, is_payable
 from proxy.pricing import MarkupKind
 from proxy.settings import PriceSettings, check_price
 from proxy.storage.database import database_now, reading, writing
 from proxy.storage.tables import admin_events, markup_rules, prices, providers, system_config
-from proxy.units import AmountError, Micros, format_percent, new_id, now_micros, parse_percent
+from proxy.units import AmountError, Micros, format_percent, is_id, new_id, now_micros, parse_decimal, parse_percent
 
 COMMAND_LINE = "command line"
 """Who changes what by a command: whoever may run it."""
@@ -43,10 +43,9 @@ class Rule(msgspec.Struct, frozen=True):
 def bps_of(percent: Any) -> int:
     """Basis points of a percentage as somebody typed it. Raises `BadRequest`."""
     try:
-        return parse_percent(Decimal(str(percent)))
-    except (AmountError, ArithmeticError) as exc:
-        message = str(exc) if isinstance(exc, AmountError) else "must be a number"
-        raise BadRequest(f"percent: {message}", param="percent", code="invalid_value") from exc
+        return parse_percent(parse_decimal(percent))
+    except AmountError as exc:
+        raise BadRequest(f"percent: {exc}", param="percent", code="invalid_value") from exc
 
 
 async def record(  # noqa: PLR0913, PLR0917 - the columns of one row
@@ -143,9 +142,8 @@ async def remove_rule(engine: AsyncEngine, actor: str, rule_id: str) -> None:
 
 
 async def _find_rule(connection: AsyncConnection, rule_id: str) -> Rule:
-    row = (
-        await connection.execute(sa.select(markup_rules).where(markup_rules.c.id == rule_id).with_for_update())
-    ).one_or_none()
+    query = sa.select(markup_rules).where(markup_rules.c.id == rule_id).with_for_update()
+    row = (await connection.execute(query)).one_or_none() if is_id(rule_id, "rule") else None
     if row is None:
         raise NotFound(f"There is no rule {rule_id!r}.")
     return _rule(row)
@@ -199,6 +197,9 @@ def entry_from(price: Mapping[str, Any]) -> Entry:
     except (msgspec.ValidationError, AmountError) as exc:
         raise BadRequest(f"price: {exc}", param="price", code="invalid_value") from exc
     entry, _ = entry_of(settings)
+    if not is_payable(entry):  # it would be kept, and take the model off the offer
+        message = "price: a call that fills these limits could cost more than can be booked"
+        raise BadRequest(message, param="price", code="invalid_value")
     return entry
 
 

@@ -29,6 +29,8 @@ from proxy.routing import Candidate, candidates
 from proxy.storage.database import reading
 from proxy.units import Usage, format_credits, format_instant, format_percent
 
+NAME_CHARACTERS_MAX = 300
+
 AdminRequest = Request[Caller, Any, Any]
 Percent = str | int | float
 Tokens = Annotated[int, Meta(ge=0, le=10**9)]
@@ -51,7 +53,7 @@ class NewRule(msgspec.Struct, forbid_unknown_fields=True):
     """A rule: for a user (id or e-mail address), a model (as clients name it, or `provider/model`) or a provider."""
 
     kind: MarkupKind
-    subject: Annotated[str, Meta(min_length=1, max_length=300)]
+    subject: Annotated[str, Meta(min_length=1, max_length=NAME_CHARACTERS_MAX)]
     percent: Percent
 
 
@@ -196,7 +198,7 @@ async def add_rule(
     admin = request.user
     if data.kind is MarkupKind.DEFAULT:
         raise BadRequest("The default rule is set at /api/v1/admin/markup.", param="kind", code="invalid_value")
-    subject = await _user_id(engine, data.subject) if data.kind is MarkupKind.USER else data.subject
+    subject = await _user_id(engine, data.subject) if data.kind is MarkupKind.USER else _name(data.subject, "subject")
     rule = await administration.add_rule(engine, admin.user_id, data.kind, subject, data.percent)
     await refresh()
     return rule
@@ -286,11 +288,17 @@ def _quote(catalog: Catalog, user_id: str | None, data: Hypothesis, candidate: C
 
 
 async def _user_id(engine: AsyncEngine, user: str) -> str:
-    """The id of a user, given by it or by e-mail address. Raises `NotFound`."""
-    if "@" not in user:
-        return user
+    """The id of a user, given by it or by e-mail address. Raises `NotFound`, and `BadRequest` for neither."""
     async with reading(engine) as connection:
         return (await find_user(connection, user)).id
+
+
+def _name(text: str, param: str) -> str:
+    """`text`, if it can be the name of anything. Raises `BadRequest` about `param`."""
+    if len(text) > NAME_CHARACTERS_MAX or not text.strip() or not text.isprintable():
+        message = f"{param}: a name has at most {NAME_CHARACTERS_MAX} printable characters."
+        raise BadRequest(message, param=param, code="invalid_value")
+    return text
 
 
 # ---- providers
@@ -386,7 +394,7 @@ def _parts(target: str) -> tuple[str, str]:
     provider, _, model = target.partition("/")
     if not provider or not model:
         raise BadRequest("A target is of the form provider/model.", param="target", code="invalid_value")
-    return provider, model
+    return _name(provider, "target"), _name(model, "target")
 
 
 def past_of(row: PriceRecord) -> PricePast:

@@ -34,7 +34,7 @@ from proxy.metrics import Metrics
 from proxy.storage.database import reading
 from proxy.units import Usage, format_credits
 from proxy.wire.invoke import Invocation, Said, decode_invoke, read_chat
-from proxy.wire.objects import UNREADABLE, bad_request
+from proxy.wire.objects import UNREADABLE, bad_request, unique_fields
 from proxy.wire.requests import Endpoint, ModelName
 from proxy.wire.sse import EventSplitter, event_data
 
@@ -378,6 +378,7 @@ class Simple:
             raise BodyTooLarge(_TEST_BYTES_MAX)
         try:
             request = msgspec.json.decode(body, type=TestRequest)
+            unique_fields(body)
         except UNREADABLE as exc:
             raise bad_request(exc) from exc
         model = self._model(request.provider, request.model)
