@@ -9,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 TEST_FLAGS ?=
-WORKERS ?= 2
+WORKERS ?= 3
 DURATION ?= 300
 ROUNDS ?=
 SECONDS ?=
@@ -25,7 +25,7 @@ help: ## this list
 run: $(VENV)/.run ## set everything up and serve on 127.0.0.1:8080 (HOST= and PORT= override)
 	@exec $(BIN)/tollgate serve --config config.toml $(if $(HOST),--host $(HOST)) $(if $(PORT),--port $(PORT))
 
-test: $(VENV)/.dev ## set everything up and run the tests, on SQLite and on PostgreSQL (WORKERS=2 at once)
+test: $(VENV)/.dev ## set everything up and run the tests, on SQLite and on PostgreSQL (WORKERS=3 at once)
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal $(TEST_FLAGS)
 
 test-clients: $(VENV)/.dev $(VENV)/clients-python/.done ## drive a server with clients that nobody here wrote (needs Node for some)

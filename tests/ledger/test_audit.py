@@ -526,7 +526,7 @@ async def test_an_audit_sees_one_moment(books):
 
         async def call(ledger: Ledger, number: int) -> None:
             person = people[number % len(people)]
-            for tokens in range(1, 11):
+            for tokens in range(1, 31):
                 paid, dropped = reserve_of(person, 50), reserve_of(person, 20)
                 await ledger.reserve(paid)
                 await ledger.reserve(dropped)
@@ -543,8 +543,8 @@ async def test_an_audit_sees_one_moment(books):
             assert await sums(books) == (0, 0)
             audited.append(report.totals)
         await calling
-    assert (await books.audit()).totals.calls == 200
-    between = {totals.calls for totals in audited} - {0, 200}
+    assert (await books.audit()).totals.calls == 600
+    between = {totals.calls for totals in audited} - {0, 600}
     assert len(between) > 2, "the audits were not taken under load"
 
 
