@@ -212,6 +212,12 @@ scan of the whole table, and keep that plan while they grow: after 6,000 calls a
 plans anew each time, which takes longer than the work of a small batch.
 """
 
+_REPLANNED_AFTER = frozenset({32, 128, 512, 2048, 8192, 32_768})
+"""After so many transactions of a session its statements are planned anew. In a table that was empty two indexes look
+alike, and PostgreSQL 18 can find an id by skipping through the one that begins with the wallet: once there were 1,000
+wallets, each transaction took three times as long, until the server analyzed the table by itself.
+"""
+
 _REFUSING_CLASSES = ("22", "23", "42")
 """Data exception, integrity violation, syntax error or access rule (PostgreSQL manual, appendix A): sending it again
 cannot help. Everything else may pass.
@@ -226,6 +232,7 @@ class PostgresStore:
         self._connection: AsyncConnection | None = None
         self._driver: Any = None
         self._reading: Any = None
+        self._transactions = 0
         self._prepared: dict[tuple[sql.Statement, ...], str] = {}
         """The writes that this session has prepared, with what executes them."""
 
@@ -273,6 +280,7 @@ class PostgresStore:
             raw = await self._connection.get_raw_connection()
             self._driver = raw.driver_connection
             self._prepared.clear()
+            self._transactions = 0
             await self._driver.execute(_SESSION)
             self._reading = await self._driver.prepare(sql.READ_POSTGRESQL)
         except Exception as exc:
@@ -281,7 +289,10 @@ class PostgresStore:
     async def _transact(self, driver: Any, operations: Sequence[Operation], owner_id: str | None) -> list[Outcome]:
         ids = _ids(operations)
         wallets = sql.array(ids.wallets)
-        await self._send("BEGIN ISOLATION LEVEL READ COMMITTED", f"{sql.LOCK_POSTGRESQL}({sql.literal(wallets)})")
+        self._transactions += 1
+        replan = ["DISCARD PLANS"] if self._transactions in _REPLANNED_AFTER else []
+        lock = f"{sql.LOCK_POSTGRESQL}({sql.literal(wallets)})"
+        await self._send(*replan, "BEGIN ISOLATION LEVEL READ COMMITTED", lock)
         found = await self._read(
             owner_id, sql.array(ids.users), sql.array(ids.keys), sql.array(ids.reservations), wallets
         )

@@ -25,6 +25,7 @@ from proxy.errors import (
     Unauthenticated,
     Unavailable,
 )
+from proxy.ledger import statements
 from proxy.ledger.decide import Credit, CreditType, Expire, Released, Reserved, Settled
 from proxy.ledger.ledger import Ledger
 from proxy.ledger.store import PostgresStore, SqliteStore, StoreLostError, StoreRefusedError
@@ -787,3 +788,21 @@ async def test_a_guard_on_the_settle_gives_the_last_calls_away(books):
     with pytest.raises(AssertionError):
         await overspends_nothing(books, is_reserved=False)
     assert await credits_given_away(books, is_reserved=False) == (10, 500)
+
+
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+async def test_plans_of_small_tables_do_not_stay(books):
+    """What finds a reservation by its id when there are none is not kept for when there are many wallets."""
+    await books.execute("ANALYZE reservations")  # it is known to be empty
+    for _ in range(40):
+        reserve = reserve_of(await books.person(100), 10)
+        await books.ledger.reserve(reserve)
+        await books.ledger.settle(settle_of(reserve, 1))
+    driver = books.ledger._batcher._store._driver
+    name = await driver.fetchval(
+        "SELECT name FROM pg_prepared_statements WHERE statement = $1", statements.READ_POSTGRESQL
+    )
+    lines = await driver.fetch(f"EXPLAIN EXECUTE {name}(NULL, '{{}}', '{{}}', '{{req_x}}', '{{}}')")
+    plan = "\n".join(line[0] for line in lines)
+    assert "pk_reservations" in plan
+    assert "ix_reservations_wallet_id_id" not in plan
