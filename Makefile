@@ -39,7 +39,7 @@ soak: $(VENV)/.dev ## a thousand streams at once, readers that do not read, then
 	$(BIN)/python -m tests.bench.soak --duration $(DURATION)
 
 coverage: $(VENV)/.dev ## every branch of the ledger and of what counts money is taken by a test
-	$(BIN)/python -m pytest $(MONEY_TESTS) --cov-config=pyproject.toml --cov-branch $(addprefix --cov=,$(MONEY)) \
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) $(MONEY_TESTS) --cov-config=pyproject.toml --cov-branch $(addprefix --cov=,$(MONEY)) \
 		--cov-report=term-missing:skip-covered --cov-fail-under=100
 
 check: $(VENV)/.dev ## format, lint, types, import contract, compose file
