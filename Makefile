@@ -93,7 +93,8 @@ MONEY := proxy.ledger proxy.pricing proxy.units
 MONEY_TESTS := tests/test_pricing.py tests/test_units.py tests/ledger \
 	--ignore=tests/ledger/test_faults.py --ignore=tests/ledger/test_rivals.py
 
-LOCK_FLAGS := --quiet --universal --generate-hashes --no-emit-index-url --no-emit-find-links --no-header --no-annotate
+# Extras stay named: pip 23 takes a newer release of what another package wants with an extra, and refuses it for want of a hash.
+LOCK_FLAGS := --quiet --universal --no-strip-extras --generate-hashes --no-emit-index-url --no-emit-find-links --no-header --no-annotate
 
 $(VENV)/bin/python:
 	@if [ -z "$(PYTHON)" ]; then echo "Tollgate needs Python 3.11 or newer; set PYTHON=/path/to/python" >&2; exit 1; fi
