@@ -478,8 +478,6 @@ class Exchange:
                 body = await _read_all(response, self._limits.answer_bytes_max, opened.candidate.provider)
         except UpstreamFailed:
             body = b""  # the status has said that the call failed, whatever the rest of it would have said
-        finally:
-            await asyncio.shield(response.aclose())
         return _refused(opened.candidate, response, response.status, self._content(response, body))
 
     # ---- plain answers

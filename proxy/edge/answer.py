@@ -104,33 +104,13 @@ async def _received(receive: Receive, bytes_max: int) -> bytes:
             return b"".join(parts)
 
 
-class AsgiAnswer:
-    """`exchange.Answer` over ASGI.
+class WatchedAnswer:
+    """An answer that tells once when its client has left; see `exchange.Answer`."""
 
-    A server's `send` neither fails nor waits once the client has gone, so that a call goes on to its own end,
-    and what is left to say is dropped there. A client that takes nothing for `stall_s` seconds has gone as well, and
-    its connection is cut off.
-    """
-
-    def __init__(self, request_id: str, send: Send, connection: Connection, *, stall_s: float) -> None:
-        self._request_id = request_id.encode()
-        self._to_server = send
+    def __init__(self, connection: Connection) -> None:
         self._connection = connection
-        self._stall_s = stall_s
         self._on_gone: Callable[[], None] | None = None
         self._is_gone = False
-        self._is_waiting = False
-        self._is_started = False
-
-    @property
-    def is_started(self) -> bool:
-        """Whether the head has been sent."""
-        return self._is_started
-
-    @property
-    def is_waiting(self) -> bool:
-        """Whether the client does not take what was sent last."""
-        return self._is_waiting
 
     def on_gone(self, callback: Callable[[], None]) -> None:
         """Call `callback` once when the client leaves; at once if it has left already."""
@@ -148,6 +128,33 @@ class AsgiAnswer:
             self._is_gone = True
             if self._on_gone is not None:
                 self._on_gone()
+
+
+class AsgiAnswer(WatchedAnswer):
+    """`exchange.Answer` over ASGI.
+
+    A server's `send` neither fails nor waits once the client has gone, so that a call goes on to its own end,
+    and what is left to say is dropped there. A client that takes nothing for `stall_s` seconds has gone as well, and
+    its connection is cut off.
+    """
+
+    def __init__(self, request_id: str, send: Send, connection: Connection, *, stall_s: float) -> None:
+        super().__init__(connection)
+        self._request_id = request_id.encode()
+        self._to_server = send
+        self._stall_s = stall_s
+        self._is_waiting = False
+        self._is_started = False
+
+    @property
+    def is_started(self) -> bool:
+        """Whether the head has been sent."""
+        return self._is_started
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether the client does not take what was sent last."""
+        return self._is_waiting
 
     async def _send(self, message: Any) -> None:
         if self._is_gone:

@@ -10,7 +10,6 @@ from contextlib import suppress
 from typing import Any, cast
 
 import msgspec
-import structlog
 from litestar import asgi
 from litestar.exceptions import MethodNotAllowedException
 from litestar.handlers import ASGIRouteHandler
@@ -24,7 +23,7 @@ from proxy.edge.answer import AsgiAnswer, BodyLimits, Headers, read_body
 from proxy.edge.authentication import CHECKED_BY_LEDGER, needs
 from proxy.edge.credits import read_balance
 from proxy.edge.errors import answer_to
-from proxy.edge.inference import client_request_id, refuse
+from proxy.edge.inference import answered, client_request_id
 from proxy.edge.protocol import CONNECTION
 from proxy.errors import BadRequest, BodyTooLarge, ProviderNotFound, Unavailable, UpstreamBroken, UpstreamFailed
 from proxy.exchange import Call, Exchange
@@ -37,8 +36,6 @@ from proxy.wire.invoke import Invocation, Said, decode_invoke, read_chat
 from proxy.wire.objects import UNREADABLE, bad_request, unique_fields
 from proxy.wire.requests import Endpoint, ModelName
 from proxy.wire.sse import EventSplitter, event_data
-
-log = structlog.get_logger(__name__)
 
 INVOKE_PATH = "/api/v1/llm/invoke"
 TEST_PATH = "/api/v1/llm/test"
@@ -448,15 +445,11 @@ class Simple:
             request_id = scope["state"]["request_id"]
             http_scope = cast("HTTPScope", scope)
             answer = AsgiAnswer(request_id, send, scope["state"][CONNECTION], stall_s=stall_s)
-            try:
+
+            async def serve_call() -> None:
                 await serve(http_scope, await self._body(http_scope, receive), answer)
-            except Exception as exc:
-                if answer.is_started:
-                    log.exception("answer_cut_off", request_id=request_id)
-                    raise
-                await refuse(exc, answer, request_id, self._metrics)
-            finally:
-                answer.close()
+
+            await answered(serve_call(), answer, request_id, self._metrics)
 
         return asgi(path, opt={**needs(KeyScope.INFERENCE), CHECKED_BY_LEDGER: True}, copy_scope=False)(served)
 

@@ -25,7 +25,7 @@ from uvicorn.protocols.http.httptools_impl import (
 )
 
 from proxy.deadline import within
-from proxy.edge.answer import BodyLimits, check_body_headers
+from proxy.edge.answer import BodyLimits, Headers, WatchedAnswer, check_body_headers
 from proxy.errors import BadRequest, BodyTooLarge
 from proxy.units import new_id
 from proxy.wire.objects import error_body
@@ -79,8 +79,6 @@ def server_config(app: ASGIApp, *, drain_s: int) -> ServerConfig:
         timeout_graceful_shutdown=drain_s,
     )
 
-
-Headers = list[tuple[bytes, bytes]]
 
 Way = Callable[["LimitedProtocol", "DirectCycle"], Awaitable[None]]
 """Answers one request. Raises what it cannot say any more: its connection is cut off then."""
@@ -139,7 +137,7 @@ class DirectCycle:
             await self._waiter
 
 
-class DirectAnswer:
+class DirectAnswer(WatchedAnswer):
     """`exchange.Answer` on the direct way.
 
     Nothing fails or waits once the client has gone, so that a call goes on to its own end, and what is left to say is
@@ -147,34 +145,16 @@ class DirectAnswer:
     """
 
     def __init__(self, request_id: str, connection: "LimitedProtocol", cycle: DirectCycle, *, stall_s: float) -> None:
+        super().__init__(connection)
+        self._connection: LimitedProtocol = connection
         self._request_id = request_id.encode()
-        self._connection = connection
         self._cycle = cycle
         self._stall_s = stall_s
-        self._on_gone: Callable[[], None] | None = None
-        self._is_gone = False
         self._is_chunked = False
         self._head = b""
         """What is sent with the first piece of the body."""
         self.is_started = False
         self.is_waiting = False
-
-    def on_gone(self, callback: Callable[[], None]) -> None:
-        """Call `callback` once when the client leaves; at once if it has left already."""
-        self._on_gone = callback
-        self._connection.on_lost = self._lose
-        if self._connection.transport.is_closing():
-            self._lose()
-
-    def close(self) -> None:
-        """Watch the client no longer."""
-        self._connection.on_lost = None
-
-    def _lose(self) -> None:
-        if not self._is_gone:
-            self._is_gone = True
-            if self._on_gone is not None:
-                self._on_gone()
 
     async def start(self, status: int, headers: Headers) -> None:
         """Send the head of the answer, together with what is sent next; the request id is added to it."""
@@ -371,6 +351,13 @@ class LimitedProtocol(HttpToolsProtocol):
                 self._refuse(431, "The request's head is too large.", "head_too_large")
         elif isinstance(self.cycle, DirectCycle) and not self.cycle.is_begun:
             self._begin(self.cycle)
+        elif self._is_idle and self._head_timer is None:
+            self._expect_head()  # something came that is not yet a head, such as an empty line
+
+    @property
+    def _is_idle(self) -> bool:
+        """Whether every request that has come is answered, and nothing of another is there."""
+        return self._is_in_head and self.cycle is not None and self.cycle.response_complete
 
     def on_message_begin(self) -> None:
         """Begin a request, which may be the connection's second."""
@@ -514,7 +501,7 @@ class LimitedProtocol(HttpToolsProtocol):
         idle_s = max(idle_s, IDLE_S_MIN)
         self.timeout_keep_alive = cast("int", idle_s)  # any number will do
         cycle = cast("RequestResponseCycle | None", self.cycle)
-        if cycle is None or (cycle.response_complete and self._is_in_head):
+        if cycle is None or self._is_idle:
             self._stop_waiting()
             self._unset_keepalive_if_required()
             self._head_timer = self.loop.call_later(max(idle_s, fresh_s) if cycle is None else idle_s, self._give_up)

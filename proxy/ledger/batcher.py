@@ -22,16 +22,7 @@ import msgspec
 import structlog
 
 from proxy.errors import LedgerFault, TollgateError, Unavailable
-from proxy.ledger.decide import (
-    Credit,
-    Faulted,
-    Operation,
-    Outcome,
-    Receipt,
-    Release,
-    Reserve,
-    Reserved,
-)
+from proxy.ledger.decide import Credit, Faulted, Operation, Outcome, Receipt, Release, Reserve, Reserved
 from proxy.ledger.store import Store, StoreLostError
 from proxy.metrics import Metrics
 from proxy.units import new_id

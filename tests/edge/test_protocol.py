@@ -72,10 +72,18 @@ def test_a_head_has_a_limit(served, pieces):
     error_of(answer)
 
 
-def test_a_head_has_its_time(served):
-    """A client that dribbles its head is told so and let go."""
+@pytest.mark.parametrize(
+    ("before", "dribbled"),
+    [(b"", b"GET /health/live HTTP/1.1\r\nHost: "), (b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n", b"\r\n")],
+    ids=["fresh", "used"],
+)
+def test_a_head_has_its_time(served, before, dribbled):
+    """A client that dribbles its head is told so and let go, on a used connection by an empty line as well."""
     client = connected(served)
-    client.sendall(b"GET /health/live HTTP/1.1\r\nHost: ")
+    if before:
+        client.sendall(before)
+        assert client.recv(65536).startswith(b"HTTP/1.1 200 ")
+    client.sendall(dribbled)
     begun = time.monotonic()
     answer = everything(client)
     assert error_of(answer)["code"] == "head_timeout"
