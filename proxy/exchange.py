@@ -702,7 +702,7 @@ class Exchange:
         opened.is_closed = True
         outcome = "perhaps_billed" if opened.is_perhaps_billed else "nothing_delivered"
         await self._released(_release(opened, outcome))
-        self._note_end(opened, "nothing_delivered", None)
+        self._note_end(opened, outcome, None)
 
     async def _released(self, operation: Release) -> None:
         """Free what a call holds; what is not booked in time is booked later."""

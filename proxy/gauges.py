@@ -81,6 +81,6 @@ def _memory_bytes() -> int:
 
 def _open_files() -> int:
     try:
-        return sum(1 for _ in (_PROCESS / "fd").iterdir())
+        return len(os.listdir(_PROCESS / "fd"))  # noqa: PTH208 - with a thousand streams, a thousand paths less
     except OSError:
         return 0

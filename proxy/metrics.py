@@ -16,7 +16,7 @@ from typing import Literal
 
 import msgspec
 
-from proxy.units import Usage
+from proxy.units import TOKEN_CLASSES, Usage
 
 REGION_BYTES = 2_000_000
 """Of one process: room for some ten thousand series. The pages are only there once they are written to."""
@@ -259,7 +259,8 @@ BUILD = Family("tollgate_build_workers", "gauge", "Workers of this version.", ("
 FAMILIES = tuple(value for value in list(globals().values()) if isinstance(value, Family))
 """All that can be on the page, in its order."""
 
-_TOKEN_CLASSES = ("input", "cached_input", "cache_write", "audio_input", "output", "audio_output", "reasoning")
+_TOKENS = (*TOKEN_CLASSES, "reasoning")
+_NO_LABELS: frozenset[Labels] = frozenset()
 
 
 class CallEnd(msgspec.Struct, frozen=True):
@@ -294,6 +295,8 @@ class Metrics:
         self._region = self.shared.region(number)
         self._values = self._region.values
         self._places: dict[tuple[str, Labels], int] = {}
+        self._measured: dict[str, frozenset[Labels]] = {}
+        """The labels with which each gauge was set last."""
         for series, first in self._region.places.items():
             if series.partition("{")[0] in _GAUGES:
                 self._values[first] = 0  # those of whoever had this region before
@@ -317,9 +320,9 @@ class Metrics:
 
     def set(self, family: Family, found: Mapping[Labels, int]) -> None:
         """Let a gauge be what was `found`, and zero where nothing was."""
-        for name, labels in list(self._places):
-            if name == family.name and labels not in found:
-                self._values[self._place(family, labels)] = 0
+        for labels in self._measured.get(family.name, _NO_LABELS) - found.keys():
+            self._values[self._place(family, labels)] = 0
+        self._measured[family.name] = frozenset(found)
         for labels, value in found.items():
             self._values[self._place(family, labels)] = value
 
@@ -339,7 +342,7 @@ class Metrics:
         if charge.shortfall:
             self.add(SHORTFALL, place, charge.shortfall)
         self.add(USAGE, (charge.source,))
-        for name in _TOKEN_CLASSES:
+        for name in _TOKENS:
             tokens = getattr(charge.usage, name)
             if tokens:
                 self.add(TOKENS, (*place, name), tokens)

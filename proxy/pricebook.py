@@ -14,18 +14,10 @@ import msgspec
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from proxy.pricing import (
-    TOKEN_CLASSES,
-    TOOL_CLASSES,
-    LongContext,
-    Price,
-    price_nanos_per_mtok,
-    stepped,
-    tokens_payable_max,
-)
+from proxy.pricing import TOOL_CLASSES, LongContext, Price, price_nanos_per_mtok, stepped, tokens_payable_max
 from proxy.settings import PriceSettings, RateSettings, ServicePriceSettings
 from proxy.storage.tables import prices
-from proxy.units import MARKUP_BPS_MAX, Micros, new_id
+from proxy.units import MARKUP_BPS_MAX, TOKEN_CLASSES, Micros, new_id
 
 LIST = "list"
 ADMIN = "admin"

@@ -12,14 +12,20 @@ from typing import Final, TypeVar
 
 import msgspec
 
-from proxy.units import MARKUP_BPS_WHOLE, NANOS_MAX, NANOS_PER_CREDIT, Nanos, Usage
+from proxy.units import (
+    INPUT_CLASSES,
+    MARKUP_BPS_WHOLE,
+    NANOS_MAX,
+    NANOS_PER_CREDIT,
+    OUTPUT_CLASSES,
+    TOKEN_CLASSES,
+    Nanos,
+    Usage,
+)
 
 _UNITS_PER_PRICE = 10**6
 _CHARGE_DIVISOR = _UNITS_PER_PRICE * MARKUP_BPS_WHOLE
 
-_INPUT_CLASSES: Final = ("input", "cached_input", "cache_write", "cache_write_1h", "audio_input")
-_OUTPUT_CLASSES: Final = ("output", "audio_output")
-TOKEN_CLASSES: Final = (*_INPUT_CLASSES, *_OUTPUT_CLASSES)
 TOOL_CLASSES: Final = ("web_search", "file_search", "code_interpreter")
 """Tools that the provider runs, and bills by their uses; of a code interpreter each container is one."""
 
@@ -191,8 +197,8 @@ def dearest_usage(  # noqa: PLR0913 - as `bound`
 ) -> Usage:
     """The usage of so many tokens, images and uses of `tools` that costs the most: its `cost` is their `bound`."""
     rates = price.at(input_tokens)
-    dearest_input = max(_INPUT_CLASSES, key=lambda name: getattr(rates, name))
-    dearest_output = max(_OUTPUT_CLASSES, key=lambda name: getattr(rates, name))
+    dearest_input = max(INPUT_CLASSES, key=lambda name: getattr(rates, name))
+    dearest_output = max(OUTPUT_CLASSES, key=lambda name: getattr(rates, name))
     most = {dearest_input: input_tokens, dearest_output: output_tokens}
     if tools:
         most[max(tools, key=lambda name: _tool_price(price, name))] = tool_uses

@@ -34,6 +34,10 @@ class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     pass
 
 
+WORKERS_MAX = 64
+"""More processes than that on one machine have nothing to do."""
+
+
 class ServerSettings(_Section, frozen=True):
     """Where to listen, and how much to take from a client."""
 
@@ -57,7 +61,7 @@ class ServerSettings(_Section, frozen=True):
     """How long a stream may be silent before its client gets a comment, lest somebody in between cut it off."""
     stall_s: Seconds = 60
     """How long a client may take nothing of what is sent to it, before it counts as gone."""
-    workers: Annotated[int, msgspec.Meta(ge=1, le=64)] = 1
+    workers: Annotated[int, msgspec.Meta(ge=1, le=WORKERS_MAX)] = 1
     """How many processes serve the port; on SQLite one."""
     notice_s: Annotated[float, msgspec.Meta(ge=0)] = 0
     """How long after SIGTERM calls are still taken, with readiness red already.
@@ -70,7 +74,7 @@ class ServerSettings(_Section, frozen=True):
     """The networks of the proxies in front of us: only what comes from them may say in `X-Forwarded-For` for whom."""
     cors_origins: list[str] = []
     """The origins whose scripts may call us from a browser; `*` for all. None by default."""
-    metrics_token: str | None = None
+    metrics_token: Annotated[str, msgspec.Meta(min_length=1)] | None = None
     """Who may read `/metrics`: whoever sends this as a bearer token; without one, only this machine."""
     http_client: Literal["lean", "httpx"] = "lean"
     """What speaks to providers: our own HTTP/1.1 client, or the slower one of the library httpx2."""

@@ -24,8 +24,6 @@ from proxy.errors import SettingsError
 
 log = structlog.get_logger(__name__)
 
-WORKERS_MAX = 64
-
 YOUNG_S = 10.0
 """A worker that dies before it has lived so long is replaced after a pause."""
 
@@ -139,7 +137,7 @@ class Supervisor:
         place.is_ready = is_ready
         if is_ready and self._has_been_ready:
             log.info("worker_ready", worker=place.number, pid=place.pid)
-        elif is_ready and all(each.pid is not None and each.ready_fd is None for each in self._places):
+        elif all(each.is_ready for each in self._places):
             self._has_been_ready = True
             self._on_ready()
 
@@ -155,10 +153,13 @@ class Supervisor:
         reading, writing = os.pipe()
         sys.stdout.flush()
         sys.stderr.flush()
+        # Until the worker has handlers of its own, a signal to it would be taken for one to us, and lost on it.
+        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         pid = os.fork()
         if pid == 0:
             os.close(reading)
             self._be_worker(place, writing)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
         os.close(writing)
         place.pid, place.ready_fd, place.started_at = pid, reading, time.monotonic()
         place.is_ready = False
@@ -171,6 +172,7 @@ class Supervisor:
             signal.set_wakeup_fd(-1)
             for number in _SIGNALS:
                 signal.signal(number, signal.SIG_DFL)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
             for fd in (self._held, self._wakening, self._waking):
                 os.close(fd)
 

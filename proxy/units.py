@@ -10,6 +10,7 @@ import re
 import time
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
+from typing import Final
 
 import msgspec
 
@@ -116,6 +117,12 @@ def format_instant(instant: Micros) -> str:
 def micros_of(instant: datetime) -> Micros:
     """`instant`, which knows its time zone, in whole microseconds since the epoch."""
     return (instant - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(microseconds=1)
+
+
+INPUT_CLASSES: Final = ("input", "cached_input", "cache_write", "cache_write_1h", "audio_input")
+OUTPUT_CLASSES: Final = ("output", "audio_output")
+TOKEN_CLASSES: Final = (*INPUT_CLASSES, *OUTPUT_CLASSES)
+"""The classes of tokens in a `Usage`, disjoint, each with a price of its own."""
 
 
 class Usage(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -217,6 +217,15 @@ def test_overhead_leaves_out_the_provider(served, key):
             ['tollgate_provider_errors_total{provider="fake",model="fake-model",reason="rejected"}'],
         ),
         ({"usage": "implausible"}, ['tollgate_implausible_usage_total{provider="fake"}']),
+        (
+            {"reset": "after_read"},
+            [
+                (
+                    'tollgate_calls_total{endpoint="chat/completions",provider="fake",model="fake-model",'
+                    'outcome="perhaps_billed"}'
+                )
+            ],
+        ),
     ],
 )
 def test_what_operators_must_hear_of_is_counted(served, key, behaviour, names):

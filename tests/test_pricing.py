@@ -8,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.pricing import (
-    TOKEN_CLASSES,
     TOOL_CLASSES,
     LongContext,
     Markup,
@@ -27,7 +26,7 @@ from proxy.pricing import (
     stepped,
     tokens_payable_max,
 )
-from proxy.units import NANOS_MAX, Usage
+from proxy.units import NANOS_MAX, TOKEN_CLASSES, Usage
 
 rates = st.integers(0, 10**14)
 tokens = st.integers(0, 2_000_000)

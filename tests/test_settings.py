@@ -37,6 +37,7 @@ def written(tmp_path):
         ('[database]\nurl = "sqlite+aiosqlite:///:memory:"', "database.url"),
         ("[database]\nlease_s = 0.5", "database.lease_s"),
         ('[auth]\njwt_secret = "short"', "auth.jwt_secret"),
+        ('[server]\nmetrics_token = ""', "server.metrics_token"),
         ("[auth]\ntoken_days = 0", "auth.token_days"),
         ("[auth]\nis_admin = true", "auth"),
         (ISSUER.replace("https://login", "tollgate"), "auth.issuers[0].issuer"),

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import tomllib
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -22,7 +23,9 @@ import psutil
 import pytest
 import yaml
 
+from proxy.cli.serve import STOP_S_MAX
 from proxy.metrics import FAMILIES
+from proxy.settings import ServerSettings
 from tests import debian
 from tests.balancer import COMPOSE, PATIENCE_S, REPLICAS, balancing, free_port, inline
 from tests.fakes.provider import run_in_thread
@@ -328,10 +331,19 @@ def test_services_are_hardened(name):
     assert name in {"nginx", "prometheus"} or "ports" not in service
 
 
+def test_the_keys_of_all_shipped_providers_reach_the_proxies():
+    """Or a provider would be off without a word."""
+    shipped = tomllib.loads((Path(__file__).parents[1] / "config.toml").read_text())["providers"].values()
+    wanted = {provider["api_key_env"] for provider in shipped if "api_key_env" in provider}
+    for proxy in ("proxy-a", "proxy-b"):
+        found = {name for name in SERVICES[proxy]["environment"] if name.endswith("_API_KEY")}
+        assert found == wanted
+
+
 def test_grace_is_long_enough():
     """A replica is not killed while it still has time for its calls, and takes calls for longer than nginx idles."""
     proxy = SERVICES["proxy-a"]
     notice_s = float(proxy["environment"]["TOLLGATE_NOTICE_S"])
     idle_s = float(re.search(r"keepalive_timeout (\d+)s", inline("nginx"))[1])
     assert notice_s > idle_s
-    assert float(proxy["stop_grace_period"].removesuffix("s")) >= notice_s + 30 + 45
+    assert float(proxy["stop_grace_period"].removesuffix("s")) >= notice_s + ServerSettings().drain_s + STOP_S_MAX

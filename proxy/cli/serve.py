@@ -19,7 +19,7 @@ from proxy.cli.books import run
 from proxy.cli.options import config_option, examples, json_option
 from proxy.cli.output import fail, reason_of, show
 from proxy.errors import TollgateError, Unavailable
-from proxy.settings import Configuration, load
+from proxy.settings import WORKERS_MAX, Configuration, load
 
 if TYPE_CHECKING:
     from proxy.ledger.ledger import Ledger
@@ -35,7 +35,7 @@ FIRST_CREDITS = "10"
 @click.option("--host", help="The address to listen on.")
 @click.option("--port", type=click.IntRange(0, 65535), help="The port to listen on; 0 takes any free one.")
 @click.option(
-    "--workers", type=click.IntRange(1, 64), help="How many processes serve; more than one on PostgreSQL only."
+    "--workers", type=click.IntRange(1, WORKERS_MAX), help="How many processes serve; more than one on PostgreSQL only."
 )
 @json_option
 def serve(config: str | None, host: str | None, port: int | None, workers: int | None, *, as_json: bool) -> None:

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from proxy.pricing import TOKEN_CLASSES, TOOL_CLASSES, Price, Rates
-from proxy.units import format_credits
+from proxy.pricing import TOOL_CLASSES, Price, Rates
+from proxy.units import TOKEN_CLASSES, format_credits
 
 _PER_MILLION = 10**6
 

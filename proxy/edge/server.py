@@ -65,6 +65,7 @@ class Server(uvicorn.Server):
         self._on_ready = on_ready
         self._lifeline_fd = lifeline_fd
         self._rescuing: asyncio.Task[None] | None = None
+        self._is_port_closing = False
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Take connections, and say so."""
@@ -113,10 +114,9 @@ class Server(uvicorn.Server):
 
     async def _close_port(self, sockets: Iterable[socket.socket]) -> None:
         """Let in whoever waits on any of the sockets, then close them."""
+        self._is_port_closing = True
         if self._rescuing is not None:
-            self._rescuing.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._rescuing
+            await self._rescuing  # it is letting in whom it has accepted
         waiting: list[socket.socket] = []
         for each in sockets:
             waiting += _accepted(each)
@@ -139,7 +139,7 @@ class Server(uvicorn.Server):
         return True
 
     async def _rescue(self, siblings: Sequence[socket.socket]) -> None:
-        while True:
+        while not self._is_port_closing:
             await asyncio.sleep(SIBLINGS_S)
             for sibling in siblings:
                 await self._let_in(_accepted(sibling))
