@@ -1,15 +1,18 @@
 """nginx in front of replicas, with the configuration that `docker-compose.yml` gives it."""
 
+import random
 import re
 import signal
 import socket
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import yaml
+
+from tests.postgres import PORTS
 
 COMPOSE = yaml.safe_load((Path(__file__).parents[1] / "docker-compose.yml").read_text())
 REPLICAS = ("proxy-a", "proxy-b")
@@ -24,8 +27,10 @@ def inline(name: str) -> str:
 
 def free_port() -> int:
     """A port of 127.0.0.1 that nobody has just now."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return probe.getsockname()[1]
+    for port in random.sample(PORTS, len(PORTS)):  # none that the system hands out to whoever connects
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+    raise AssertionError("no port is free")
 
 
 def configuration(folder: Path, port: int, replica_ports: Sequence[int]) -> str:

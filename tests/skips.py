@@ -26,8 +26,8 @@ def pytest_sessionfinish(session, exitstatus):
         return
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     for report in reporter.stats.get("skipped", []):
-        missing = _reason(report).removeprefix("needs ")
-        if shutil.which(missing) is not None or not _reason(report).startswith("needs "):
+        word, _, missing = _reason(report).partition(" ")
+        if word != "needs" or " " in missing or shutil.which(missing) is not None:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
             reporter.line(f"skipped, although nothing is missing: {report.nodeid}: {_reason(report)}", red=True)
 

@@ -12,6 +12,7 @@ import sqlite3
 import struct
 import threading
 import time
+from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from decimal import Decimal
 from pathlib import Path
@@ -500,8 +501,13 @@ def postgres_of(database):
 
 def begun(upstream, calls: int) -> None:
     """Returns when the provider has got more than `calls` calls."""
+    until(lambda: len(upstream.journal) > calls)
+
+
+def until(is_so: Callable[[], bool]) -> None:
+    """Returns when it is so, within ten seconds."""
     give_up_at = time.monotonic() + 10
-    while len(upstream.journal) <= calls:
+    while not is_so():
         assert time.monotonic() < give_up_at
         time.sleep(0.01)
 
@@ -567,13 +573,16 @@ def test_a_plain_answer_that_a_stopping_server_cannot_send_costs_nothing(databas
         begun(upstream, calls)
         with held(url, server):
             assert upstream.journal[-1].ended.wait(5)
-            time.sleep(0.3)
+            time.sleep(1)  # for the answer to be read, and its settle to wait
             server.process.send_signal(signal.SIGTERM)
-            time.sleep(2)
+            until(lambda: "ending_calls" in server.log())
         assert server.process.wait(40) == 0
         assert b"HTTP/1.1 200" not in client.read_to_its_end()
         client.leave()
         server.process.stdout.close()
         server.start()
         assert server.balance(key) == {"balance": "1000", "reserved": "0", "available": "1000"}
+        with server.client(key) as http:
+            [charge] = http.get("/api/v1/credits/charges").json()["items"]
+        assert charge["refunded"] == charge["charged"] != "0"
         assert server.command("audit")["clean"]
