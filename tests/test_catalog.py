@@ -249,6 +249,16 @@ async def test_a_sync_writes_what_is_new_and_keeps_what_was(books):
     assert [(each.version, each.entry["price"]["input"]) for each in past] == [("v2", 5 * 10**6), ("v1", 10**6)]
 
 
+async def test_a_price_that_is_set_is_the_one_that_is_shown(books):
+    """Not that of a list, which is to be valid later; the history has it as it was answered."""
+    later = now_micros() + MICROS_PER_DAY
+    await put(books, row("m", entry(1), valid_from=later, provider="one"))
+    for price in (Entry(price=PRICE), None):
+        written = await administration.set_price(books.engine, "usr_1", "one", "m", price)
+        assert (written.target, written.source, written.entry is None) == ("one/m", "admin", price is None)
+        assert written == (await administration.price_history(books.engine, "one", "m"))[1]
+
+
 async def test_what_a_caller_is_restricted_to(books):
     """The patterns of its user and of its key."""
     person = await books.person()

@@ -203,8 +203,18 @@ def entry_from(price: Mapping[str, Any]) -> Entry:
     return entry
 
 
-async def set_price(engine: AsyncEngine, actor: str, provider: str, model: str, entry: Entry | None) -> None:
-    """Put a price of the operator's own before that of the list, or with None take it back.
+class PriceRecord(msgspec.Struct, frozen=True):
+    """One row of the book's history; `entry` is None where a price was taken back."""
+
+    target: str
+    source: str
+    version: str
+    valid_from: Micros
+    entry: dict[str, Any] | None
+
+
+async def set_price(engine: AsyncEngine, actor: str, provider: str, model: str, entry: Entry | None) -> PriceRecord:
+    """Put a price of the operator's own before that of the list, or with None take it back; returns what it wrote.
 
     Raises `NotFound` when there is none to be taken back.
     """
@@ -216,8 +226,10 @@ async def set_price(engine: AsyncEngine, actor: str, provider: str, model: str, 
         row = Row(provider=provider, model=model, entry=entry)
         await pricebook.add(connection, [row], source=ADMIN, version=BY_HAND, now=now)
         action = "price.set" if entry is not None else "price.remove"
-        await record(connection, actor, action, row.target, _shown(before), _shown(entry))
+        after = _shown(entry)
+        await record(connection, actor, action, row.target, _shown(before), after)
         await touch(connection)
+    return PriceRecord(row.target, ADMIN, BY_HAND, now, after)
 
 
 async def sync_prices(engine: AsyncEngine, actor: str, listed: PriceList) -> list[Change]:
@@ -232,16 +244,6 @@ async def sync_prices(engine: AsyncEngine, actor: str, listed: PriceList) -> lis
             await record(connection, actor, "prices.sync", listed.version, None, {"rows": len(found)})
             await touch(connection)
     return found
-
-
-class PriceRecord(msgspec.Struct, frozen=True):
-    """One row of the book's history; `entry` is None where a price was taken back."""
-
-    target: str
-    source: str
-    version: str
-    valid_from: Micros
-    entry: dict[str, Any] | None
 
 
 async def price_history(engine: AsyncEngine, provider: str, model: str) -> list[PriceRecord]:

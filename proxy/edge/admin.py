@@ -140,7 +140,7 @@ class PriceItems(msgspec.Struct):
 
 
 class PricePast(msgspec.Struct):
-    """One row of the price book: from `valid_from` on; `prices` null where a price was taken back."""
+    """One row of the price book: from `valid_from` on; `entry` is null where a price was taken back."""
 
     target: str
     source: str
@@ -372,9 +372,9 @@ async def set_price(
     if provider not in catalog.providers:
         raise NotFound(f"There is no provider {provider!r} in the configuration.")
     entry = administration.entry_from(data.price)
-    await administration.set_price(engine, admin.user_id, provider, model, entry)
+    written = await administration.set_price(engine, admin.user_id, provider, model, entry)
     await refresh()
-    return past_of((await administration.price_history(engine, provider, model))[0])
+    return past_of(written)
 
 
 @delete("/prices", summary="Take a price back", responses=_ERRORS)
