@@ -39,9 +39,10 @@ async def events(books) -> list:
 async def test_a_user_with_an_identity_and_a_password(books):
     """Both are on record as facts, the password not at all; an identity is one user's, and nothing is half made."""
     wanted = {"email": "Ann@Example.com", "full_name": "Ann"}
-    user = await create(
+    made = await create(
         books.engine, Passwords(), COMMAND_LINE, wanted, password=PASSWORD, identity=("https://issuer/", "ann")
     )
+    user = made.user
     async with database.reading(books.engine) as connection:
         assert await find_identity(connection, "https://issuer/", "ann") == user
         _, password_hash = await read_password(connection, user.id)
