@@ -862,7 +862,7 @@ def test_switches_and_prices_are_on_record(admin, boss):
         admin.post(f"/api/v1/llm/providers/demo/{action}")
     admin.put("/api/v1/admin/markup", json={"percent": "15"})
     assert [event["action"] for event in events_of(admin, actor=boss[0], limit=3)] == [
-        "markup.set",
+        "config.set",
         "provider.enable",
         "provider.disable",
     ]

@@ -6,12 +6,13 @@ import msgspec
 import pytest
 
 from proxy import administration, pricebook
+from proxy.administration.config import set_default_markup
 from proxy.catalog import Loader, seed
 from proxy.errors import Conflict, NotFound
 from proxy.identity.keys import allowed_models, find_key, hash_key
 from proxy.pricebook import ADMIN, LIST, Entry, PriceList, Row, entry_of
 from proxy.pricing import MarkupKind, Price
-from proxy.settings import PriceSettings, load
+from proxy.settings import PriceSettings, Settings, load
 from proxy.storage import database
 from proxy.units import MICROS_PER_DAY, now_micros
 
@@ -170,9 +171,9 @@ async def test_markups_are_of_names_and_of_users(books, tmp_path):
     }
     assert [each.markup_bps for each in catalog.models["alias"]] == [700, 700]
     assert catalog.user_markups == {"usr_9": 900}
-    await administration.set_default_markup(books.engine, "usr_1", "0.01")
+    await set_default_markup(books.engine, Settings(), "usr_1", "0.01")
     assert (await loader.load(catalog)).models["one/m"][0].markup_bps == 1
-    assert (await events(books))[-1] == ("usr_1", "markup.set", "default", "15", "0.01")
+    assert (await events(books))[-1] == ("usr_1", "config.set", "markup_percent", "15", "0.01")
 
 
 async def test_providers_are_switched_on_and_off(books, tmp_path):

@@ -1,6 +1,8 @@
 """The operator's commands for prices and markup, as processes of their own."""
 
 import json
+import sqlite3
+from contextlib import closing
 
 import pytest
 
@@ -51,6 +53,10 @@ def test_the_default_markup(program):
     refused = program.run("markup", "set", "1.234")
     assert refused.returncode == 1
     assert refused.stderr.startswith("tollgate: percent: must be from 0 to 10000")
+    with closing(sqlite3.connect(f"{program.environ['TOLLGATE_DATA_DIR']}/prices.db")) as books, books:
+        books.execute("UPDATE system_config SET value = '\"x\"' WHERE key = 'markup_percent'")
+    assert program.command("markup", "show")["percent"] == "15", "what counts is what the configuration says"
+    assert program.command("markup", "set", "17.5") == {"percent": "17.5"}
 
 
 def test_a_price_of_ones_own(program):

@@ -4,7 +4,6 @@ Each change is one transaction that also writes who changed what into `admin_eve
 """
 
 from collections.abc import Mapping
-from decimal import Decimal
 from typing import Any
 
 import msgspec
@@ -14,14 +13,13 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from proxy import pricebook
-from proxy.catalog import MARKUP_DESCRIPTION, ProviderState, put_config, touch
+from proxy.catalog import ProviderState, touch
 from proxy.errors import BadRequest, Conflict, NotFound
-from proxy.policy import MARKUP_PERCENT
 from proxy.pricebook import ADMIN, LIST, Change, Entry, PriceList, Row, entry_of, is_payable
 from proxy.pricing import MarkupKind
 from proxy.settings import PriceSettings, check_price
 from proxy.storage.database import database_now, reading, writing
-from proxy.storage.tables import admin_events, markup_rules, prices, providers, system_config
+from proxy.storage.tables import admin_events, markup_rules, prices, providers
 from proxy.units import AmountError, Micros, format_percent, is_id, new_id, now_micros, parse_decimal, parse_percent
 
 COMMAND_LINE = "command line"
@@ -66,23 +64,6 @@ async def record(  # noqa: PLR0913, PLR0917 - the columns of one row
 
 
 # ---- markup
-
-
-async def default_percent(connection: AsyncConnection) -> str | None:
-    """The default rule, as it is stored."""
-    value = await connection.scalar(sa.select(system_config.c.value).where(system_config.c.key == MARKUP_PERCENT))
-    return None if value is None else format_percent(parse_percent(Decimal(str(value))))
-
-
-async def set_default_markup(engine: AsyncEngine, actor: str, percent: Any) -> str:
-    """Make `percent` the default rule; returns it as it is stored. Raises `BadRequest`."""
-    after = format_percent(bps_of(percent))
-    async with writing(engine) as connection:
-        await touch(connection)  # first, as whoever sets this as one of the settings does
-        before = await default_percent(connection)
-        await put_config(connection, MARKUP_PERCENT, after, MARKUP_DESCRIPTION)
-        await record(connection, actor, "markup.set", MarkupKind.DEFAULT, before, after)
-    return after
 
 
 async def rules(engine: AsyncEngine) -> list[Rule]:

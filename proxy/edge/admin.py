@@ -14,6 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from proxy import administration
 from proxy.administration import PriceRecord, Rule
+from proxy.administration.config import set_default_markup
 from proxy.catalog import Catalog
 from proxy.edge.authentication import needs
 from proxy.edge.errors import documented
@@ -26,6 +27,7 @@ from proxy.identity.keys import Caller, Scope
 from proxy.identity.users import find_user
 from proxy.pricing import TOOL_CLASSES, TOOL_USES_MAX, MarkupKind, cost, provider_cost
 from proxy.routing import Candidate, candidates
+from proxy.settings import Settings
 from proxy.storage.database import reading
 from proxy.units import Usage, format_credits, format_instant, format_percent
 
@@ -172,11 +174,12 @@ async def markup(catalog: NamedDependency[Catalog]) -> Markup:
 async def set_markup(
     request: AdminRequest,
     engine: NamedDependency[AsyncEngine],
+    settings: NamedDependency[Settings],
     refresh: NamedDependency[Refresh],
     data: JSONBody[MarkupChange],
 ) -> Markup:
-    """Set the percentage where no rule says otherwise."""
-    percent = await administration.set_default_markup(engine, request.user.user_id, data.percent)
+    """Set the percentage where no rule says otherwise: the setting `markup_percent`."""
+    percent = await set_default_markup(engine, settings, request.user.user_id, data.percent)
     await refresh()
     return Markup(percent)
 

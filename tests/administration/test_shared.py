@@ -129,6 +129,19 @@ async def test_an_audit_is_for_everybody_who_asks_meanwhile_and_takes_its_time_a
         await auditor.report()
 
 
+@on_sqlite
+@pytest.mark.parametrize("stored", ['"x"', "true", '"-1"', "null", '{"a": 1}'])
+async def test_a_markup_that_is_none_can_be_set_anew(books, stored):
+    """What somebody wrote there by hand counts for nothing: what the configuration says was the one before."""
+    await books.execute(
+        "INSERT INTO system_config (key, value, description, updated_at) VALUES ('markup_percent', :stored, '', 1)",
+        stored=stored,
+    )
+    assert await config.set_default_markup(books.engine, Settings(), "x", 20.5) == "20.5"
+    (event,) = await events(books)
+    assert (event.action, event.before, event.after) == ("config.set", "15", "20.5")
+
+
 # ---- credits
 
 
