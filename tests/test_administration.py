@@ -465,7 +465,7 @@ def test_a_field_that_is_there_twice(admin, customer):
 
 
 def test_names_that_nothing_has(admin):
-    """A name that cannot be stored, and a user that there is not, are refused: no rule or price is for nobody."""
+    """A name that cannot be stored, and a user or a provider that there is not, are refused: no rule is for nobody."""
     rules, prices = "/api/v1/admin/markup/rules", "/api/v1/admin/prices"
     price = {"input": "1", "output": "1", "context_tokens": 9}
     for subject in ("a\0b", "a\nb", "   "):
@@ -479,8 +479,8 @@ def test_names_that_nothing_has(admin):
         for rule_id in ("%00", new_id("rule")):
             answer = admin.request(method, f"{rules}/{rule_id}", json={"percent": "1"})
             assert code(answer) == (404, "not_found"), (method, rule_id)
-    rule = {"kind": "user", "subject": new_id("usr"), "percent": "1"}
-    assert code(admin.post(rules, json=rule)) == (404, "not_found")
+    for kind, subject in (("user", new_id("usr")), ("provider", "opnai")):
+        assert code(admin.post(rules, json={"kind": kind, "subject": subject, "percent": "1"})) == (404, "not_found")
     assert code(admin.post("/api/v1/admin/markup/preview", json={"model": MODEL, "user": new_id("usr")})) == (
         404,
         "not_found",

@@ -106,6 +106,8 @@ def test_rules_of_the_markup(program):
         (("set", "5", "--model", "a", "--user", "u@example.com"), 2, "name one of them"),
         (("remove",), 2, "can only be set"),
         (("remove", "--provider", "fake"), 1, "There is no rule"),
+        (("set", "20", "--provider", "opnai"), 1, "no provider 'opnai'"),
+        (("set", "20", "--model", "a\nb"), 1, "subject: "),
         (("preview", "nothing"), 1, "nothing"),
         (("preview", "fake-model", "--usage", "x=1"), 2, "x"),
     ):

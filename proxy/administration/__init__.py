@@ -3,7 +3,7 @@
 Each change is one transaction that also writes who changed what into `admin_events`, and lets every process know.
 """
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 import msgspec
@@ -29,6 +29,9 @@ BY_HAND = "by hand"
 """The version of prices that no list says."""
 
 
+NAME_CHARACTERS_MAX = 300
+
+
 class Rule(msgspec.Struct, frozen=True):
     """One rule of the markup."""
 
@@ -44,6 +47,27 @@ def bps_of(percent: Any) -> int:
         return parse_percent(parse_decimal(percent))
     except AmountError as exc:
         raise BadRequest(f"percent: {exc}", param="percent", code="invalid_value") from exc
+
+
+def check_name(text: str, param: str) -> str:
+    """`text`, if it can be the name of anything. Raises `BadRequest` about `param`."""
+    if len(text) > NAME_CHARACTERS_MAX or not text.strip() or not text.isprintable():
+        message = f"{param}: a name has at most {NAME_CHARACTERS_MAX} printable characters."
+        raise BadRequest(message, param=param, code="invalid_value")
+    return text
+
+
+def parts_of(target: str) -> tuple[str, str]:
+    """The provider and the model of `provider/model`. Raises `BadRequest`."""
+    provider, _, model = target.partition("/")
+    if not provider or not model:
+        raise BadRequest("A target is of the form provider/model.", param="target", code="invalid_value")
+    return check_name(provider, "target"), check_name(model, "target")
+
+
+def _check_provider(known: Container[str], name: str) -> None:
+    if name not in known:
+        raise NotFound(f"There is no provider {name!r} in the configuration.")
 
 
 async def record(  # noqa: PLR0913, PLR0917 - the columns of one row
@@ -74,8 +98,17 @@ async def rules(engine: AsyncEngine) -> list[Rule]:
     return sorted(found, key=lambda rule: (order.index(MarkupKind(rule.kind)), rule.subject))
 
 
-async def add_rule(engine: AsyncEngine, actor: str, kind: MarkupKind, subject: str, percent: Any) -> Rule:
-    """Add a rule. Raises `BadRequest`, and `Conflict` when there is one for this subject."""
+async def add_rule(  # noqa: PLR0913, PLR0917 - who adds what, where which providers are known
+    engine: AsyncEngine, actor: str, known: Container[str], kind: MarkupKind, subject: str, percent: Any
+) -> Rule:
+    """Add a rule; `known` are the providers that the configuration has.
+
+    Raises `BadRequest`, `NotFound` for a provider that is none of them, and `Conflict` when there is one for this
+    subject.
+    """
+    check_name(subject, "subject")
+    if kind is MarkupKind.PROVIDER:
+        _check_provider(known, subject)
     bps, now = bps_of(percent), now_micros()
     rule = Rule(new_id("rule"), kind, subject, format_percent(bps))
     try:
@@ -144,9 +177,8 @@ async def set_provider(
 
     Raises `NotFound` for one that the configuration does not have, `Conflict` for enabling one that lacks something.
     """
-    state = known.get(name)
-    if state is None:
-        raise NotFound(f"There is no provider {name!r} in the configuration.")
+    _check_provider(known, name)
+    state = known[name]
     if is_enabled and not state.is_ready:
         raise Conflict(
             f"The provider {name!r} lacks its address or a variable of the environment.", code="provider_not_ready"
@@ -194,14 +226,20 @@ class PriceRecord(msgspec.Struct, frozen=True):
     entry: dict[str, Any] | None
 
 
-async def set_price(engine: AsyncEngine, actor: str, provider: str, model: str, entry: Entry | None) -> PriceRecord:
+async def set_price(
+    engine: AsyncEngine, actor: str, known: Container[str], target: tuple[str, str], entry: Entry | None
+) -> PriceRecord:
     """Put a price of the operator's own before that of the list, or with None take it back; returns what it wrote.
 
-    Raises `NotFound` when there is none to be taken back.
+    `target` are a provider, which for a price must be one of those `known`, and a model. Raises `NotFound` when it is
+    not, and when there is none to be taken back.
     """
+    provider, model = target
+    if entry is not None:
+        _check_provider(known, provider)
     async with writing(engine) as connection:
         now = await database_now(connection)
-        before = (await pricebook.current(connection, now, (provider,)))[ADMIN].get((provider, model))
+        before = (await pricebook.current(connection, now, (provider,)))[ADMIN].get(target)
         if entry is None and before is None:
             raise NotFound(f"There is no price of your own for {provider}/{model}.")
         row = Row(provider=provider, model=model, entry=entry)
@@ -227,8 +265,9 @@ async def sync_prices(engine: AsyncEngine, actor: str, listed: PriceList) -> lis
     return found
 
 
-async def price_history(engine: AsyncEngine, provider: str, model: str) -> list[PriceRecord]:
-    """All that the book ever said of a model, the newest first."""
+async def price_history(engine: AsyncEngine, target: tuple[str, str]) -> list[PriceRecord]:
+    """All that the book ever said of a provider's model, the newest first."""
+    provider, model = target
     async with reading(engine) as connection:
         rows = await connection.execute(
             sa.select(prices)

@@ -115,7 +115,8 @@ def markup_set(percent: str, user: str | None, model: str | None, provider: str 
             return
         found = await find_rule(books.engine, *subject)
         if found is None:
-            rule = await add_rule(books.engine, COMMAND_LINE, *subject, percent)
+            known = books.configuration.settings.providers
+            rule = await add_rule(books.engine, COMMAND_LINE, known, *subject, percent)
         else:
             rule = await change_rule(books.engine, COMMAND_LINE, found.id, percent)
         show(plain(rule), f"The markup of {_rule_text(rule)}.", as_json=as_json)

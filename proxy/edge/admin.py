@@ -13,7 +13,7 @@ from msgspec import Meta
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from proxy import administration
-from proxy.administration import PriceRecord, Rule
+from proxy.administration import NAME_CHARACTERS_MAX, PriceRecord, Rule, parts_of
 from proxy.administration.config import set_default_markup
 from proxy.catalog import Catalog
 from proxy.edge.authentication import needs
@@ -30,8 +30,6 @@ from proxy.routing import Candidate, candidates
 from proxy.settings import Settings
 from proxy.storage.database import reading
 from proxy.units import Usage, format_credits, format_instant, format_percent
-
-NAME_CHARACTERS_MAX = 300
 
 AdminRequest = Request[Caller, Any, Any]
 Percent = str | int | float
@@ -194,6 +192,7 @@ async def rules(engine: NamedDependency[AsyncEngine]) -> RuleList:
 async def add_rule(
     request: AdminRequest,
     engine: NamedDependency[AsyncEngine],
+    catalog: NamedDependency[Catalog],
     refresh: NamedDependency[Refresh],
     data: JSONBody[NewRule],
 ) -> Rule:
@@ -201,8 +200,8 @@ async def add_rule(
     admin = request.user
     if data.kind is MarkupKind.DEFAULT:
         raise BadRequest("The default rule is set at /api/v1/admin/markup.", param="kind", code="invalid_value")
-    subject = await _user_id(engine, data.subject) if data.kind is MarkupKind.USER else _name(data.subject, "subject")
-    rule = await administration.add_rule(engine, admin.user_id, data.kind, subject, data.percent)
+    subject = await _user_id(engine, data.subject) if data.kind is MarkupKind.USER else data.subject
+    rule = await administration.add_rule(engine, admin.user_id, catalog.providers, data.kind, subject, data.percent)
     await refresh()
     return rule
 
@@ -296,14 +295,6 @@ async def _user_id(engine: AsyncEngine, user: str) -> str:
         return (await find_user(connection, user)).id
 
 
-def _name(text: str, param: str) -> str:
-    """`text`, if it can be the name of anything. Raises `BadRequest` about `param`."""
-    if len(text) > NAME_CHARACTERS_MAX or not text.strip() or not text.isprintable():
-        message = f"{param}: a name has at most {NAME_CHARACTERS_MAX} printable characters."
-        raise BadRequest(message, param=param, code="invalid_value")
-    return text
-
-
 # ---- providers
 
 
@@ -357,8 +348,7 @@ def price_list(catalog: Catalog, provider: str | None, model: str | None) -> Pri
 @get("/prices/history", summary="The history of a price", responses=_ERRORS)
 async def price_history(engine: NamedDependency[AsyncEngine], target: FromQuery[str]) -> PricePasts:
     """All that the price book ever said of `provider/model`."""
-    provider, model = _parts(target)
-    return PricePasts([past_of(row) for row in await administration.price_history(engine, provider, model)])
+    return PricePasts([past_of(row) for row in await administration.price_history(engine, parts_of(target))])
 
 
 @put("/prices", summary="Set a price", responses=_ERRORS)
@@ -370,12 +360,8 @@ async def set_price(
     data: JSONBody[PriceChange],
 ) -> PricePast:
     """Put a price of your own before that of the list; what the configuration says goes before both."""
-    admin = request.user
-    provider, model = _parts(data.target)
-    if provider not in catalog.providers:
-        raise NotFound(f"There is no provider {provider!r} in the configuration.")
-    entry = administration.entry_from(data.price)
-    written = await administration.set_price(engine, admin.user_id, provider, model, entry)
+    target, entry = parts_of(data.target), administration.entry_from(data.price)
+    written = await administration.set_price(engine, request.user.user_id, catalog.providers, target, entry)
     await refresh()
     return past_of(written)
 
@@ -384,20 +370,13 @@ async def set_price(
 async def remove_price(
     request: AdminRequest,
     engine: NamedDependency[AsyncEngine],
+    catalog: NamedDependency[Catalog],
     refresh: NamedDependency[Refresh],
     target: FromQuery[str],
 ) -> None:
     """Take a price of your own back: that of the list counts again."""
-    provider, model = _parts(target)
-    await administration.set_price(engine, request.user.user_id, provider, model, None)
+    await administration.set_price(engine, request.user.user_id, catalog.providers, parts_of(target), None)
     await refresh()
-
-
-def _parts(target: str) -> tuple[str, str]:
-    provider, _, model = target.partition("/")
-    if not provider or not model:
-        raise BadRequest("A target is of the form provider/model.", param="target", code="invalid_value")
-    return _name(provider, "target"), _name(model, "target")
 
 
 def past_of(row: PriceRecord) -> PricePast:
