@@ -218,7 +218,7 @@ def test_users_are_searched_and_come_page_by_page(admin):
 
     assert found(email=mark.upper()) == found(q=mark) == found(q=f"zoë {mark}") == ids
     assert found(email=f"{mark}.1_%@example.com") == found(q=ids[1]) == [ids[1]]
-    assert found(email=f"{mark}.1_%@example.co") == [], "a whole address is no beginning"
+    assert found(email=f"{mark}.1_%@example.co") == [ids[1]], "an address may be the beginning of another"
     assert found(email=f"{mark}_") == found(q=f"{mark}%{mark}") == []
     first = admin.get(USERS, params={"q": mark, "limit": 2}).json()
     second = admin.get(USERS, params={"q": mark, "limit": 2, "cursor": first["next_cursor"]}).json()
