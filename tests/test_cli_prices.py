@@ -43,6 +43,10 @@ def test_the_file_that_ships_is_written_by_a_sync(program, tmp_path):
     synced = program.command("prices", "sync", "--file", str(file))
     listed = pricebook.read(file.read_bytes())
     assert (len(listed.rows), listed.version) == (synced["written"], pricebook.shipped().version)
+    nowhere = program.run("prices", "sync", "--file", str(tmp_path / "no" / "prices.json"))
+    assert nowhere.returncode == 2
+    said = f"tollgate: {tmp_path}/no/prices.json cannot be written: No such file or directory"
+    assert said in nowhere.stderr.splitlines()
 
 
 def test_the_default_markup(program):

@@ -10,6 +10,7 @@ import click
 from proxy.cli.books import Books, with_books
 from proxy.cli.options import examples, json_option
 from proxy.cli.output import numbers, plain, progress, show, table, words
+from proxy.errors import SettingsError
 
 if TYPE_CHECKING:
     from proxy.pricelist import Converted
@@ -41,7 +42,7 @@ def prices_sync(file: str | None, *, verbose: bool, as_json: bool) -> None:
         if file is None:
             written = with_books(work)
         else:
-            Path(file).write_bytes(as_file(converted.prices))
+            _write(Path(file), as_file(converted.prices))
             written = len(converted.prices.rows)
         advance(1)
     show(*_synced(converted, written, is_verbose=verbose), as_json=as_json)
@@ -184,6 +185,14 @@ def prices_history(target: str, *, as_json: bool) -> None:
 
 
 # ---- the price list
+
+
+def _write(file: Path, content: bytes) -> None:
+    """Raises `SettingsError` when it cannot be."""
+    try:
+        file.write_bytes(content)
+    except OSError as exc:
+        raise SettingsError(f"{file} cannot be written: {exc.strerror}") from exc
 
 
 def _price_list() -> "Converted":
