@@ -63,7 +63,7 @@ def users_show(email: str, *, as_json: bool) -> None:
         "tollgate users create --email ann@example.com --issuer https://login.example.com/ --subject 1234",
     ),
 )
-@email_option
+@click.option("--email", required=True, help="The user's e-mail address.")
 @click.option("--password", help="Needed only to log in; API keys work without.")
 @click.option("--full-name", help="What the person is called.")
 @click.option("is_admin", "--admin", is_flag=True, help="May use the admin endpoints.")
