@@ -190,20 +190,14 @@ async def range_of(engine: AsyncEngine, first: str | None, last: str | None, *, 
 # ---- sums
 
 
-async def totals(engine: AsyncEngine, days: DayRange, *, wallet_id: str | None = None) -> Sums:
-    """The sums over all calls that ended on these days, of one wallet or of all."""
-    async with reading(engine) as connection:
-        return await read_totals(connection, days, wallet_id=wallet_id)
-
-
 async def read_totals(connection: AsyncConnection, days: DayRange, *, wallet_id: str | None = None) -> Sums:
-    """Likewise, over a connection."""
+    """The sums over all calls that ended on these days, of one wallet or of all."""
     rows = _rows(days, [], wallet_id)
     return _sums((await connection.execute(sa.select(*_summed(rows)))).one())
 
 
-async def groups(  # noqa: PLR0913 - what is asked, of what, and which page of it
-    engine: AsyncEngine,
+async def read_groups(  # noqa: PLR0913 - what is asked, of what, and which page of it
+    connection: AsyncConnection,
     days: DayRange,
     by: GroupBy,
     *,
@@ -213,22 +207,8 @@ async def groups(  # noqa: PLR0913 - what is asked, of what, and which page of i
 ) -> Groups:
     """The sums by group: days and months from the first on, everything else with the highest charges first.
 
-    Days, months and others without any call are left out.
+    Days, months and others in which no call ended are left out.
     """
-    async with reading(engine) as connection:
-        return await read_groups(connection, days, by, wallet_id=wallet_id, limit=limit, offset=offset)
-
-
-async def read_groups(  # noqa: PLR0913 - likewise
-    connection: AsyncConnection,
-    days: DayRange,
-    by: GroupBy,
-    *,
-    wallet_id: str | None = None,
-    limit: int = GROUPS_MAX,
-    offset: int = 0,
-) -> Groups:
-    """Likewise, over a connection."""
     rows = _rows(days, [_COLUMNS[by]], wallet_id, by_day=by is GroupBy.DAY)
     column = rows.c[_COLUMNS[by]]
     query = sa.select(column.label("group"), *_summed(rows)).group_by(column)

@@ -184,7 +184,7 @@ class KeySpending(Spending, kw_only=True):
 
 
 class Stats(Range, kw_only=True):
-    """What was spent in these days: days without a call are left out, models and keys begin with the dearest."""
+    """What was spent in these days: those without a charge are left out, models and keys begin with the dearest."""
 
     total: Spending
     by_day: list[DaySpending]
@@ -376,7 +376,7 @@ async def wallet_stats(engine: AsyncEngine, wallet_id: str, first: str | None, l
     return Stats(
         **shown_range(days),
         total=Spending(**_spent(total)),
-        by_day=[DaySpending(day=one.group, **_spent(one.sums)) for one in by_day],
+        by_day=[DaySpending(day=one.group, **_spent(one.sums)) for one in by_day if one.sums.calls],
         by_model=[ModelSpending(model=one.group, **_spent(one.sums)) for one in by_model if one.sums.calls],
         by_key=[_key_spending(one) for one in by_key if one.sums.calls],
     )
