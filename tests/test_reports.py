@@ -10,6 +10,7 @@ from proxy import reports
 from proxy.edge.credits import wallet_stats
 from proxy.errors import BadRequest
 from proxy.ledger.decide import Credit, CreditType, Receipt, Release
+from proxy.ledger.rollup import date_of_day, day_of_date
 from proxy.reports import DayRange, Group, GroupBy, Sums
 from proxy.storage import database
 from proxy.units import MICROS_PER_DAY, now_micros
@@ -62,7 +63,7 @@ async def test_calls_are_added_up_by_whatever_is_asked(books):
     await call(books, other, 5, original_model="a", provider="second", days_ago=1)
     days = DayRange(TODAY - 50, TODAY)
     found = {by: (await groups(books, days, by)).items for by in GroupBy}
-    before, yesterday = (reports.date_of_day(TODAY - ago).isoformat() for ago in (40, 1))
+    before, yesterday = (date_of_day(TODAY - ago).isoformat() for ago in (40, 1))
     assert charged(found[GroupBy.DAY]) == {before: 100, yesterday: 35}
     assert charged(found[GroupBy.MONTH]) == (
         {before[:7]: 100, yesterday[:7]: 35} if before[:7] != yesterday[:7] else {before[:7]: 135}
@@ -104,7 +105,7 @@ async def test_whole_months_and_the_days_around_them_are_the_days(books):
         months = (await groups(books, days, GroupBy.MONTH)).items
         assert sum(charged(months).values()) == expected
         assert {group.group for group in months} == {
-            reports.date_of_day(day).isoformat()[:7] for day in ended if first <= day <= last
+            date_of_day(day).isoformat()[:7] for day in ended if first <= day <= last
         }
 
 
@@ -180,7 +181,7 @@ def test_an_average_is_rounded_and_that_of_nothing_is_nothing():
 
 
 def day(text: str) -> int:
-    return reports.day_of_date(date.fromisoformat(text))
+    return day_of_date(date.fromisoformat(text))
 
 
 NOW = day("2026-11-24") * MICROS_PER_DAY + 5
