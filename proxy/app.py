@@ -161,14 +161,18 @@ class Tollgate:
         return Welcome(policy.registration_open, policy.credits_given)
 
     async def refresh_catalog(self) -> None:
-        """Look whether the catalogue has changed. Raises `Unavailable`."""
-        self.catalog = await self._loader.load(self.catalog)
+        """Look whether the catalogue has changed.
+
+        Where the database is out of reach it stays as it is until the next look, within a second: whoever has just
+        committed a change has changed something all the same.
+        """
+        with suppress(Unavailable):
+            self.catalog = await self._loader.load(self.catalog)
 
     async def _keep_catalog_fresh(self) -> None:
         while True:
             await asyncio.sleep(CATALOG_REFRESH_S)
-            with suppress(Unavailable):
-                await self.refresh_catalog()
+            await self.refresh_catalog()
 
     async def _keep_measuring(self) -> None:
         clock = asyncio.get_running_loop().time

@@ -310,14 +310,11 @@ async def put_config(connection: AsyncConnection, key: str, value: object, descr
     )
 
 
-MARKUP_DESCRIPTION = SETTINGS[MARKUP_PERCENT].description
-
-
 async def seed(connection: AsyncConnection, percent: Decimal) -> None:
     """Give a new database its first values: `percent` as the default rule, and the price list that ships."""
     exists = await connection.scalar(sa.select(system_config.c.key).where(system_config.c.key == MARKUP_PERCENT))
     if exists is None:
-        await put_config(connection, MARKUP_PERCENT, str(percent), MARKUP_DESCRIPTION)
+        await put_config(connection, MARKUP_PERCENT, str(percent), SETTINGS[MARKUP_PERCENT].description)
     if await pricebook.is_empty(connection):
         listed = pricebook.shipped()
         await pricebook.add(connection, listed.rows, source=LIST, version=listed.version, now=now_micros())

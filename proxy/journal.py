@@ -235,18 +235,19 @@ def place_of(cursor: str) -> str:
     try:
         return base64.b64decode(cursor.encode("ascii"), altchars=b"-_", validate=True).decode("ascii")
     except (binascii.Error, ValueError) as exc:
-        raise _unknown_cursor() from exc
+        raise unknown_cursor() from exc
 
 
 def number_of(cursor: str) -> int:
     """Likewise, where a number was given: one that a column holds."""
     place = place_of(cursor)
     if not place.isdecimal() or len(place) > 19 or int(place) > _FOREVER:
-        raise _unknown_cursor()
+        raise unknown_cursor()
     return int(place)
 
 
-def _unknown_cursor() -> BadRequest:
+def unknown_cursor() -> BadRequest:
+    """The refusal of a cursor that nobody was given."""
     return BadRequest("This cursor was not given out here.", param="cursor", code="invalid_cursor")
 
 

@@ -14,6 +14,7 @@ import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from proxy.errors import BadRequest
+from proxy.ledger.rollup import date_of_day, day_of, day_of_date
 from proxy.storage.database import database_now, reading
 from proxy.storage.tables import api_keys, usage_days, usage_months, users
 from proxy.units import MICROS_PER_DAY, Micros, Nanos
@@ -31,7 +32,6 @@ DAYS_MAX = 3660
 GROUPS_MAX = 1000
 """Of one page of a report."""
 
-_EPOCH = date(1970, 1, 1)
 _LAST_YEAR = 2999
 """Nobody has reports of later ones, and there are no dates after those of the year 9999."""
 
@@ -130,16 +130,6 @@ _IN_TIME = (GroupBy.DAY, GroupBy.MONTH)
 # ---- days
 
 
-def day_of_date(day: date) -> int:
-    """`day` in days since the epoch."""
-    return (day - _EPOCH).days
-
-
-def date_of_day(day: int) -> date:
-    """The date of a day since the epoch."""
-    return _EPOCH + timedelta(days=day)
-
-
 def parse_day(text: str, param: str) -> int:
     """The day of a date such as `2026-11-24`. Raises `BadRequest` about `param`."""
     wrong = BadRequest(f"{param}: not a date such as 2026-11-24.", param=param, code="invalid_value")
@@ -160,7 +150,7 @@ def parse_range(first: str | None, last: str | None, now: Micros, *, months: boo
     `last` is today if it is not given, and `first` such that there are thirty days, or with `months` twelve months.
     Raises `BadRequest` for what is no date, a range that ends before it begins, and one of more than ten years.
     """
-    end = now // MICROS_PER_DAY if last is None else parse_day(last, "to")
+    end = day_of(now) if last is None else parse_day(last, "to")
     if first is not None:
         begin = parse_day(first, "from")
     elif months:
@@ -190,20 +180,14 @@ async def range_of(engine: AsyncEngine, first: str | None, last: str | None, *, 
 # ---- sums
 
 
-async def totals(engine: AsyncEngine, days: DayRange, *, wallet_id: str | None = None) -> Sums:
-    """The sums over all calls that ended on these days, of one wallet or of all."""
-    async with reading(engine) as connection:
-        return await read_totals(connection, days, wallet_id=wallet_id)
-
-
 async def read_totals(connection: AsyncConnection, days: DayRange, *, wallet_id: str | None = None) -> Sums:
-    """Likewise, over a connection."""
+    """The sums over all calls that ended on these days, of one wallet or of all."""
     rows = _rows(days, [], wallet_id)
     return _sums((await connection.execute(sa.select(*_summed(rows)))).one())
 
 
-async def groups(  # noqa: PLR0913 - what is asked, of what, and which page of it
-    engine: AsyncEngine,
+async def read_groups(  # noqa: PLR0913 - what is asked, of what, and which page of it
+    connection: AsyncConnection,
     days: DayRange,
     by: GroupBy,
     *,
@@ -213,22 +197,8 @@ async def groups(  # noqa: PLR0913 - what is asked, of what, and which page of i
 ) -> Groups:
     """The sums by group: days and months from the first on, everything else with the highest charges first.
 
-    Days, months and others without any call are left out.
+    Days, months and others in which no call ended are left out.
     """
-    async with reading(engine) as connection:
-        return await read_groups(connection, days, by, wallet_id=wallet_id, limit=limit, offset=offset)
-
-
-async def read_groups(  # noqa: PLR0913 - likewise
-    connection: AsyncConnection,
-    days: DayRange,
-    by: GroupBy,
-    *,
-    wallet_id: str | None = None,
-    limit: int = GROUPS_MAX,
-    offset: int = 0,
-) -> Groups:
-    """Likewise, over a connection."""
     rows = _rows(days, [_COLUMNS[by]], wallet_id, by_day=by is GroupBy.DAY)
     column = rows.c[_COLUMNS[by]]
     query = sa.select(column.label("group"), *_summed(rows)).group_by(column)

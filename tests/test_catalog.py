@@ -6,12 +6,13 @@ import msgspec
 import pytest
 
 from proxy import administration, pricebook
+from proxy.administration.config import set_default_markup
 from proxy.catalog import Loader, seed
-from proxy.errors import Conflict, NotFound
+from proxy.errors import BadRequest, Conflict, NotFound
 from proxy.identity.keys import allowed_models, find_key, hash_key
 from proxy.pricebook import ADMIN, LIST, Entry, PriceList, Row, entry_of
 from proxy.pricing import MarkupKind, Price
-from proxy.settings import PriceSettings, load
+from proxy.settings import PriceSettings, Settings, load
 from proxy.storage import database
 from proxy.units import MICROS_PER_DAY, now_micros
 
@@ -118,7 +119,7 @@ async def test_who_says_what_a_model_costs(books, tmp_path):
     loader = loader_of(books, tmp_path)
     known = await loader.load()
     assert known.models["one/m"][0].price.input == 10**6
-    await administration.set_price(books.engine, "usr_1", "one", "m", Entry(price=PRICE))
+    await administration.set_price(books.engine, "usr_1", {"one"}, ("one", "m"), Entry(price=PRICE))
     catalog = await loader.load(known)
     found = catalog.models["one/m"][0]
     assert (found.price, found.output_tokens_max, found.context_tokens) == (PRICE, 77, 1000)
@@ -126,10 +127,10 @@ async def test_who_says_what_a_model_costs(books, tmp_path):
     assert known.models["one/m"][0].price.input == 10**6, "calls in flight keep what they began with"
     two = catalog.models["two/m"][0]
     assert (two.price.input, two.output_tokens_max, two.context_tokens) == (1, 10, 1000)
-    await administration.set_price(books.engine, "usr_1", "one", "m", None)
+    await administration.set_price(books.engine, "usr_1", {"one"}, ("one", "m"), None)
     assert (await loader.load(catalog)).models["one/m"][0].price.input == 10**6
     with pytest.raises(NotFound):
-        await administration.set_price(books.engine, "usr_1", "one", "m", None)
+        await administration.set_price(books.engine, "usr_1", {"one"}, ("one", "m"), None)
     assert [event[:3] for event in await events(books)] == [
         ("usr_1", "price.set", "one/m"),
         ("usr_1", "price.remove", "one/m"),
@@ -158,9 +159,9 @@ async def test_markups_are_of_names_and_of_users(books, tmp_path):
     async with database.writing(books.engine) as connection:
         await seed(connection, Decimal(15))
     for kind, subject, percent in (("model", "alias", "7"), ("provider", "two", "8"), ("user", "usr_9", "9")):
-        await administration.add_rule(books.engine, "usr_1", MarkupKind(kind), subject, percent)
+        await administration.add_rule(books.engine, "usr_1", {"one", "two"}, MarkupKind(kind), subject, percent)
     with pytest.raises(Conflict):
-        await administration.add_rule(books.engine, "usr_1", MarkupKind.MODEL, "alias", "1")
+        await administration.add_rule(books.engine, "usr_1", {"one", "two"}, MarkupKind.MODEL, "alias", "1")
     catalog = await loader.load()
     shown = {name: [each.markup_bps for each in found] for name, found in catalog.models.items() if "m" in name}
     assert {name: shown[name] for name in ("m", "one/m", "two/m")} == {
@@ -170,9 +171,9 @@ async def test_markups_are_of_names_and_of_users(books, tmp_path):
     }
     assert [each.markup_bps for each in catalog.models["alias"]] == [700, 700]
     assert catalog.user_markups == {"usr_9": 900}
-    await administration.set_default_markup(books.engine, "usr_1", "0.01")
+    await set_default_markup(books.engine, Settings(), "usr_1", "0.01")
     assert (await loader.load(catalog)).models["one/m"][0].markup_bps == 1
-    assert (await events(books))[-1] == ("usr_1", "markup.set", "default", "15", "0.01")
+    assert (await events(books))[-1] == ("usr_1", "config.set", "markup_percent", "15", "0.01")
 
 
 async def test_providers_are_switched_on_and_off(books, tmp_path):
@@ -198,9 +199,22 @@ async def test_providers_are_switched_on_and_off(books, tmp_path):
     ]
 
 
+async def test_what_is_for_a_provider_that_is_not_configured(books):
+    """A rule or a price of it would never count: it is refused, and so is a name that nothing has."""
+    with pytest.raises(NotFound, match="'opnai'"):
+        await administration.add_rule(books.engine, "usr_1", {"openai"}, MarkupKind.PROVIDER, "opnai", "20")
+    with pytest.raises(NotFound, match="'opnai'"):
+        await administration.set_price(books.engine, "usr_1", {"openai"}, ("opnai", "m"), Entry(price=PRICE))
+    for subject in ("", " ", "a\nb", "x" * 301):
+        with pytest.raises(BadRequest, match="subject"):
+            await administration.add_rule(books.engine, "usr_1", {"openai"}, MarkupKind.MODEL, subject, "20")
+    assert await administration.rules(books.engine) == []
+    assert await events(books) == []
+
+
 async def test_a_rule_is_changed_and_removed(books):
     """Each time with what it was before."""
-    rule = await administration.add_rule(books.engine, "usr_1", MarkupKind.PROVIDER, "one", "7")
+    rule = await administration.add_rule(books.engine, "usr_1", {"one", "two"}, MarkupKind.PROVIDER, "one", "7")
     await administration.change_rule(books.engine, "usr_2", rule.id, "8.5")
     assert [each.percent for each in await administration.rules(books.engine)] == ["8.5"]
     await administration.remove_rule(books.engine, "usr_3", rule.id)
@@ -245,8 +259,18 @@ async def test_a_sync_writes_what_is_new_and_keeps_what_was(books):
         found = await pricebook.changes(connection, second, now_micros())
     assert [(change.row.target, change.before) for change in found] == [("listed/a", entry(1))]
     await administration.sync_prices(books.engine, "me", second)
-    past = await administration.price_history(books.engine, "listed", "a")
+    past = await administration.price_history(books.engine, ("listed", "a"))
     assert [(each.version, each.entry["price"]["input"]) for each in past] == [("v2", 5 * 10**6), ("v1", 10**6)]
+
+
+async def test_a_price_that_is_set_is_the_one_that_is_shown(books):
+    """Not that of a list, which is to be valid later; the history has it as it was answered."""
+    later = now_micros() + MICROS_PER_DAY
+    await put(books, row("m", entry(1), valid_from=later, provider="one"))
+    for price in (Entry(price=PRICE), None):
+        written = await administration.set_price(books.engine, "usr_1", {"one"}, ("one", "m"), price)
+        assert (written.target, written.source, written.entry is None) == ("one/m", "admin", price is None)
+        assert written == (await administration.price_history(books.engine, ("one", "m")))[1]
 
 
 async def test_what_a_caller_is_restricted_to(books):

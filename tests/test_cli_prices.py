@@ -1,6 +1,8 @@
 """The operator's commands for prices and markup, as processes of their own."""
 
 import json
+import sqlite3
+from contextlib import closing
 
 import pytest
 
@@ -41,6 +43,10 @@ def test_the_file_that_ships_is_written_by_a_sync(program, tmp_path):
     synced = program.command("prices", "sync", "--file", str(file))
     listed = pricebook.read(file.read_bytes())
     assert (len(listed.rows), listed.version) == (synced["written"], pricebook.shipped().version)
+    nowhere = program.run("prices", "sync", "--file", str(tmp_path / "no" / "prices.json"))
+    assert nowhere.returncode == 2
+    said = f"tollgate: {tmp_path}/no/prices.json cannot be written: No such file or directory"
+    assert said in nowhere.stderr.splitlines()
 
 
 def test_the_default_markup(program):
@@ -51,6 +57,10 @@ def test_the_default_markup(program):
     refused = program.run("markup", "set", "1.234")
     assert refused.returncode == 1
     assert refused.stderr.startswith("tollgate: percent: must be from 0 to 10000")
+    with closing(sqlite3.connect(f"{program.environ['TOLLGATE_DATA_DIR']}/prices.db")) as books, books:
+        books.execute("UPDATE system_config SET value = '\"x\"' WHERE key = 'markup_percent'")
+    assert program.command("markup", "show")["percent"] == "15", "what counts is what the configuration says"
+    assert program.command("markup", "set", "17.5") == {"percent": "17.5"}
 
 
 def test_a_price_of_ones_own(program):
@@ -100,6 +110,8 @@ def test_rules_of_the_markup(program):
         (("set", "5", "--model", "a", "--user", "u@example.com"), 2, "name one of them"),
         (("remove",), 2, "can only be set"),
         (("remove", "--provider", "fake"), 1, "There is no rule"),
+        (("set", "20", "--provider", "opnai"), 1, "no provider 'opnai'"),
+        (("set", "20", "--model", "a\nb"), 1, "subject: "),
         (("preview", "nothing"), 1, "nothing"),
         (("preview", "fake-model", "--usage", "x=1"), 2, "x"),
     ):

@@ -60,6 +60,12 @@ def test_every_command_has_json_and_examples(path, command):
         command.make_context(path[-1], arguments[: arguments.index(">")] if ">" in arguments else arguments)
 
 
+def test_a_new_user_has_an_address():
+    """An id is none that could be given."""
+    [email] = [param for param in cli.commands["users"].commands["create"].params if param.name == "email"]
+    assert " id" not in email.help
+
+
 # ---- what is printed
 
 

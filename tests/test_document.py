@@ -71,6 +71,21 @@ async def test_every_operation_says_what_it_is(document):
             assert [status for status in operation["responses"] if status.startswith("2")], (path, method)
 
 
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("post", "/api/v1/llm/providers/{name}/enable"),
+        ("post", "/api/v1/admin/providers/{name}/enable"),
+        ("post", "/api/v1/keys"),
+        ("patch", "/api/v1/keys/{key_id}"),
+        ("post", "/me/password"),
+    ],
+)
+async def test_what_may_contradict_what_is_there_says_so(document, method, path):
+    """What a provider lacks, too many keys, a revoked one, a password that was changed meanwhile."""
+    assert "409" in document["paths"][path][method]["responses"]
+
+
 async def test_who_may_call_what(document):
     """By a key or a token, but for what is public; who may not is told 401."""
     assert {scheme["scheme"] for scheme in document["components"]["securitySchemes"].values()} == {"bearer"}

@@ -542,6 +542,7 @@ def test_an_admins_price_takes_the_place_of_the_lists(served, key, admin):
         price = {"input": dollars, "output": "0", "max_output_tokens": 100}
         made = admin.put("/api/v1/admin/prices", json={"target": target, "price": price})
         assert made.status_code == 200, made.text
+        assert (made.json()["source"], made.json()["entry"]["price"]["input"]) == ("admin", int(dollars) * 10**9)
         charge = charge_of(served, key, call(served, key, target))
         assert Decimal(charge["provider_cost"]) == Decimal(dollars) * charge["usage"]["input"] / 10**6
     assert admin.delete("/api/v1/admin/prices", params={"target": target}).status_code == 204

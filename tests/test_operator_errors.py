@@ -117,8 +117,8 @@ def test_a_grant_on_a_locked_database_ends_and_says_how_to_repeat_it(operator, t
     done = operator.run("credits", "grant", "--email", "a@example.com", "--amount", "1")
     assert time.monotonic() - begun < 50
     blocking.close()
-    one_line(done, "--idempotency-key idem_")
-    words = done.stderr.strip().splitlines()[-1].split("--idempotency-key ")[1].split()
+    one_line(done, "the idempotency key idem_")
+    words = done.stderr.strip().splitlines()[-1].split("the idempotency key ")[1].split()
     granted = operator.command(
         "credits", "grant", "--email", "a@example.com", "--amount", "1", "--idempotency-key", words[0]
     )

@@ -7,11 +7,14 @@ import msgspec
 import pytest
 
 from proxy import reports
+from proxy.edge.credits import wallet_stats
 from proxy.errors import BadRequest
 from proxy.ledger.decide import Credit, CreditType, Receipt, Release
+from proxy.ledger.rollup import date_of_day, day_of_date
 from proxy.reports import DayRange, Group, GroupBy, Sums
+from proxy.storage import database
 from proxy.units import MICROS_PER_DAY, now_micros
-from tests.books import Books, Person, reserve_of, settle_of
+from tests.books import Books, Person, release_of, reserve_of, settle_of
 
 TODAY = now_micros() // MICROS_PER_DAY
 NOON = TODAY * MICROS_PER_DAY + MICROS_PER_DAY // 2
@@ -38,6 +41,16 @@ async def call(books: Books, person: Person, tokens: int, *, days_ago: int = 0, 
     return reserve.id
 
 
+async def totals(books: Books, days: DayRange, **whose) -> Sums:
+    async with database.reading(books.engine) as connection:
+        return await reports.read_totals(connection, days, **whose)
+
+
+async def groups(books: Books, days: DayRange, by: GroupBy, **which) -> reports.Groups:
+    async with database.reading(books.engine) as connection:
+        return await reports.read_groups(connection, days, by, **which)
+
+
 def charged(groups: list[Group]) -> dict[str, int]:
     return {group.group: group.sums.charged for group in groups}
 
@@ -49,8 +62,8 @@ async def test_calls_are_added_up_by_whatever_is_asked(books):
     await call(books, one, 30, original_model="b", key_id=None, days_ago=1)
     await call(books, other, 5, original_model="a", provider="second", days_ago=1)
     days = DayRange(TODAY - 50, TODAY)
-    found = {by: (await reports.groups(books.engine, days, by)).items for by in GroupBy}
-    before, yesterday = (reports.date_of_day(TODAY - ago).isoformat() for ago in (40, 1))
+    found = {by: (await groups(books, days, by)).items for by in GroupBy}
+    before, yesterday = (date_of_day(TODAY - ago).isoformat() for ago in (40, 1))
     assert charged(found[GroupBy.DAY]) == {before: 100, yesterday: 35}
     assert charged(found[GroupBy.MONTH]) == (
         {before[:7]: 100, yesterday[:7]: 35} if before[:7] != yesterday[:7] else {before[:7]: 135}
@@ -63,7 +76,7 @@ async def test_calls_are_added_up_by_whatever_is_asked(books):
     ]
     assert list(charged(found[GroupBy.KEY]).items()) == [(one.key_id, 100), ("", 30), (other.key_id, 5)]
     assert [group.name for group in found[GroupBy.KEY]] == ["", None, ""]
-    assert (await reports.totals(books.engine, days)).calls == 3
+    assert (await totals(books, days)).calls == 3
 
 
 async def test_a_range_has_whole_days_with_its_first_and_its_last(books):
@@ -71,9 +84,9 @@ async def test_a_range_has_whole_days_with_its_first_and_its_last(books):
     person = await books.person(10_000)
     for days_ago in (3, 2, 1):
         await call(books, person, days_ago, days_ago=days_ago)
-    assert (await reports.totals(books.engine, DayRange(TODAY - 3, TODAY - 2))).charged == 5
-    assert (await reports.totals(books.engine, DayRange(TODAY - 1, TODAY))).charged == 1
-    assert await reports.totals(books.engine, DayRange(TODAY + 1, TODAY + 2)) == Sums()
+    assert (await totals(books, DayRange(TODAY - 3, TODAY - 2))).charged == 5
+    assert (await totals(books, DayRange(TODAY - 1, TODAY))).charged == 1
+    assert await totals(books, DayRange(TODAY + 1, TODAY + 2)) == Sums()
 
 
 async def test_whole_months_and_the_days_around_them_are_the_days(books):
@@ -88,11 +101,11 @@ async def test_whole_months_and_the_days_around_them_are_the_days(books):
             continue
         days = DayRange(first, last)
         expected = sum(2**number for number, day in enumerate(ended) if first <= day <= last)
-        assert (await reports.totals(books.engine, days)).charged == expected
-        months = (await reports.groups(books.engine, days, GroupBy.MONTH)).items
+        assert (await totals(books, days)).charged == expected
+        months = (await groups(books, days, GroupBy.MONTH)).items
         assert sum(charged(months).values()) == expected
         assert {group.group for group in months} == {
-            reports.date_of_day(day).isoformat()[:7] for day in ended if first <= day <= last
+            date_of_day(day).isoformat()[:7] for day in ended if first <= day <= last
         }
 
 
@@ -102,9 +115,22 @@ async def test_a_wallet_sees_its_own(books):
     await call(books, one, 7)
     await call(books, other, 9)
     days = DayRange(TODAY - 1, TODAY + 1)
-    assert (await reports.totals(books.engine, days, wallet_id=one.wallet_id)).charged == 7
-    by_key = await reports.groups(books.engine, days, GroupBy.KEY, wallet_id=one.wallet_id)
+    assert (await totals(books, days, wallet_id=one.wallet_id)).charged == 7
+    by_key = await groups(books, days, GroupBy.KEY, wallet_id=one.wallet_id)
     assert charged(by_key.items) == {one.key_id: 7}
+
+
+async def test_what_a_wallet_spent_leaves_out_what_was_not_charged(books):
+    """A day, a model and a key with nothing but a released call."""
+    person = await books.person(10_000)
+    reserve = reserve_of(person, 40)
+    await books.ledger.reserve(reserve)
+    await books.ledger.release(release_of(reserve))
+    stats = await wallet_stats(books.engine, person.wallet_id, None, None)
+    assert (stats.total.calls, stats.by_day, stats.by_model, stats.by_key) == (0, [], [], [])
+    await call(books, person, 7)
+    stats = await wallet_stats(books.engine, person.wallet_id, None, None)
+    assert [one.charged for one in (*stats.by_day, *stats.by_model, *stats.by_key)] == ["0.000000007"] * 3
 
 
 @pytest.mark.parametrize("by", [GroupBy.DAY, GroupBy.MODEL])
@@ -116,7 +142,7 @@ async def test_groups_are_paged(books, by):
     days = DayRange(TODAY - 50, TODAY)
     seen, offset = [], 0
     while offset is not None:
-        page = await reports.groups(books.engine, days, by, limit=2, offset=offset)
+        page = await groups(books, days, by, limit=2, offset=offset)
         seen.append([group.sums.charged for group in page.items])
         offset = page.next_offset
     assert seen == [[10, 9], [8, 7], [6]]
@@ -141,7 +167,7 @@ async def test_the_margin_is_what_is_left(books):
         await books.ledger.reserve(reserve)
         receipt = Receipt(outcome=outcome, provider="fake")
         await books.ledger.release(Release(id=reserve.id, wallet_id=person.wallet_id, receipt=receipt))
-    sums = await reports.totals(books.engine, DayRange(TODAY - 1, TODAY + 1))
+    sums = await totals(books, DayRange(TODAY - 1, TODAY + 1))
     assert (sums.calls, sums.charged, sums.shortfall, sums.provider_cost) == (2, 106, 4, 90)
     assert (sums.markup, sums.refunded, sums.margin) == (20, 6, 10)
     assert (sums.released, sums.perhaps_billed, sums.average) == (2, 1, 53)
@@ -155,7 +181,7 @@ def test_an_average_is_rounded_and_that_of_nothing_is_nothing():
 
 
 def day(text: str) -> int:
-    return reports.day_of_date(date.fromisoformat(text))
+    return day_of_date(date.fromisoformat(text))
 
 
 NOW = day("2026-11-24") * MICROS_PER_DAY + 5

@@ -3,8 +3,7 @@
 Each change is one transaction that also writes who changed what into `admin_events`, and lets every process know.
 """
 
-from collections.abc import Mapping
-from decimal import Decimal
+from collections.abc import Container, Mapping
 from typing import Any
 
 import msgspec
@@ -14,14 +13,13 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from proxy import pricebook
-from proxy.catalog import MARKUP_DESCRIPTION, ProviderState, put_config, touch
+from proxy.catalog import ProviderState, touch
 from proxy.errors import BadRequest, Conflict, NotFound
-from proxy.policy import MARKUP_PERCENT
 from proxy.pricebook import ADMIN, LIST, Change, Entry, PriceList, Row, entry_of, is_payable
 from proxy.pricing import MarkupKind
 from proxy.settings import PriceSettings, check_price
 from proxy.storage.database import database_now, reading, writing
-from proxy.storage.tables import admin_events, markup_rules, prices, providers, system_config
+from proxy.storage.tables import admin_events, markup_rules, prices, providers
 from proxy.units import AmountError, Micros, format_percent, is_id, new_id, now_micros, parse_decimal, parse_percent
 
 COMMAND_LINE = "command line"
@@ -29,6 +27,9 @@ COMMAND_LINE = "command line"
 
 BY_HAND = "by hand"
 """The version of prices that no list says."""
+
+
+NAME_CHARACTERS_MAX = 300
 
 
 class Rule(msgspec.Struct, frozen=True):
@@ -46,6 +47,27 @@ def bps_of(percent: Any) -> int:
         return parse_percent(parse_decimal(percent))
     except AmountError as exc:
         raise BadRequest(f"percent: {exc}", param="percent", code="invalid_value") from exc
+
+
+def check_name(text: str, param: str) -> str:
+    """`text`, if it can be the name of anything. Raises `BadRequest` about `param`."""
+    if len(text) > NAME_CHARACTERS_MAX or not text.strip() or not text.isprintable():
+        message = f"{param}: a name has at most {NAME_CHARACTERS_MAX} printable characters."
+        raise BadRequest(message, param=param, code="invalid_value")
+    return text
+
+
+def parts_of(target: str) -> tuple[str, str]:
+    """The provider and the model of `provider/model`. Raises `BadRequest`."""
+    provider, _, model = target.partition("/")
+    if not provider or not model:
+        raise BadRequest("A target is of the form provider/model.", param="target", code="invalid_value")
+    return check_name(provider, "target"), check_name(model, "target")
+
+
+def _check_provider(known: Container[str], name: str) -> None:
+    if name not in known:
+        raise NotFound(f"There is no provider {name!r} in the configuration.")
 
 
 async def record(  # noqa: PLR0913, PLR0917 - the columns of one row
@@ -68,23 +90,6 @@ async def record(  # noqa: PLR0913, PLR0917 - the columns of one row
 # ---- markup
 
 
-async def default_percent(connection: AsyncConnection) -> str | None:
-    """The default rule, as it is stored."""
-    value = await connection.scalar(sa.select(system_config.c.value).where(system_config.c.key == MARKUP_PERCENT))
-    return None if value is None else format_percent(parse_percent(Decimal(str(value))))
-
-
-async def set_default_markup(engine: AsyncEngine, actor: str, percent: Any) -> str:
-    """Make `percent` the default rule; returns it as it is stored. Raises `BadRequest`."""
-    after = format_percent(bps_of(percent))
-    async with writing(engine) as connection:
-        await touch(connection)  # first, as whoever sets this as one of the settings does
-        before = await default_percent(connection)
-        await put_config(connection, MARKUP_PERCENT, after, MARKUP_DESCRIPTION)
-        await record(connection, actor, "markup.set", MarkupKind.DEFAULT, before, after)
-    return after
-
-
 async def rules(engine: AsyncEngine) -> list[Rule]:
     """All rules but the default one, the most specific kind first."""
     order = [MarkupKind.USER, MarkupKind.MODEL, MarkupKind.PROVIDER]
@@ -93,8 +98,17 @@ async def rules(engine: AsyncEngine) -> list[Rule]:
     return sorted(found, key=lambda rule: (order.index(MarkupKind(rule.kind)), rule.subject))
 
 
-async def add_rule(engine: AsyncEngine, actor: str, kind: MarkupKind, subject: str, percent: Any) -> Rule:
-    """Add a rule. Raises `BadRequest`, and `Conflict` when there is one for this subject."""
+async def add_rule(  # noqa: PLR0913, PLR0917 - who adds what, where which providers are known
+    engine: AsyncEngine, actor: str, known: Container[str], kind: MarkupKind, subject: str, percent: Any
+) -> Rule:
+    """Add a rule; `known` are the providers that the configuration has.
+
+    Raises `BadRequest`, `NotFound` for a provider that is none of them, and `Conflict` when there is one for this
+    subject.
+    """
+    check_name(subject, "subject")
+    if kind is MarkupKind.PROVIDER:
+        _check_provider(known, subject)
     bps, now = bps_of(percent), now_micros()
     rule = Rule(new_id("rule"), kind, subject, format_percent(bps))
     try:
@@ -163,9 +177,8 @@ async def set_provider(
 
     Raises `NotFound` for one that the configuration does not have, `Conflict` for enabling one that lacks something.
     """
-    state = known.get(name)
-    if state is None:
-        raise NotFound(f"There is no provider {name!r} in the configuration.")
+    _check_provider(known, name)
+    state = known[name]
     if is_enabled and not state.is_ready:
         raise Conflict(
             f"The provider {name!r} lacks its address or a variable of the environment.", code="provider_not_ready"
@@ -203,21 +216,39 @@ def entry_from(price: Mapping[str, Any]) -> Entry:
     return entry
 
 
-async def set_price(engine: AsyncEngine, actor: str, provider: str, model: str, entry: Entry | None) -> None:
-    """Put a price of the operator's own before that of the list, or with None take it back.
+class PriceRecord(msgspec.Struct, frozen=True):
+    """One row of the book's history; `entry` is None where a price was taken back."""
 
-    Raises `NotFound` when there is none to be taken back.
+    target: str
+    source: str
+    version: str
+    valid_from: Micros
+    entry: dict[str, Any] | None
+
+
+async def set_price(
+    engine: AsyncEngine, actor: str, known: Container[str], target: tuple[str, str], entry: Entry | None
+) -> PriceRecord:
+    """Put a price of the operator's own before that of the list, or with None take it back; returns what it wrote.
+
+    `target` are a provider, which for a price must be one of those `known`, and a model. Raises `NotFound` when it is
+    not, and when there is none to be taken back.
     """
+    provider, model = target
+    if entry is not None:
+        _check_provider(known, provider)
     async with writing(engine) as connection:
         now = await database_now(connection)
-        before = (await pricebook.current(connection, now, (provider,)))[ADMIN].get((provider, model))
+        before = (await pricebook.current(connection, now, (provider,)))[ADMIN].get(target)
         if entry is None and before is None:
             raise NotFound(f"There is no price of your own for {provider}/{model}.")
         row = Row(provider=provider, model=model, entry=entry)
         await pricebook.add(connection, [row], source=ADMIN, version=BY_HAND, now=now)
         action = "price.set" if entry is not None else "price.remove"
-        await record(connection, actor, action, row.target, _shown(before), _shown(entry))
+        after = _shown(entry)
+        await record(connection, actor, action, row.target, _shown(before), after)
         await touch(connection)
+    return PriceRecord(row.target, ADMIN, BY_HAND, now, after)
 
 
 async def sync_prices(engine: AsyncEngine, actor: str, listed: PriceList) -> list[Change]:
@@ -234,18 +265,9 @@ async def sync_prices(engine: AsyncEngine, actor: str, listed: PriceList) -> lis
     return found
 
 
-class PriceRecord(msgspec.Struct, frozen=True):
-    """One row of the book's history; `entry` is None where a price was taken back."""
-
-    target: str
-    source: str
-    version: str
-    valid_from: Micros
-    entry: dict[str, Any] | None
-
-
-async def price_history(engine: AsyncEngine, provider: str, model: str) -> list[PriceRecord]:
-    """All that the book ever said of a model, the newest first."""
+async def price_history(engine: AsyncEngine, target: tuple[str, str]) -> list[PriceRecord]:
+    """All that the book ever said of a provider's model, the newest first."""
+    provider, model = target
     async with reading(engine) as connection:
         rows = await connection.execute(
             sa.select(prices)

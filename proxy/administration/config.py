@@ -6,14 +6,14 @@ import msgspec
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from proxy.administration import record
+from proxy.administration import bps_of, record
 from proxy.catalog import put_config, touch
 from proxy.errors import BadRequest, Conflict, NotFound
-from proxy.policy import SETTINGS, STRANGERS, Setting, Value, configured, policy_of
+from proxy.policy import MARKUP_PERCENT, SETTINGS, STRANGERS, Setting, Value, configured, policy_of
 from proxy.settings import Settings
 from proxy.storage.database import reading, writing
 from proxy.storage.tables import system_config
-from proxy.units import AmountError, Micros
+from proxy.units import AmountError, Micros, format_percent
 
 
 class Known(msgspec.Struct, frozen=True):
@@ -62,6 +62,13 @@ async def set_value(engine: AsyncEngine, settings: Settings, actor: str, name: s
         await put_config(connection, name, after, setting.description)
         await record(connection, actor, "config.set", name, before, after)
         return _known(setting, settings, await _rows(connection))
+
+
+async def set_default_markup(engine: AsyncEngine, settings: Settings, actor: str, percent: Any) -> str:
+    """Likewise `markup_percent`, as somebody typed it; returns it as it is stored. Raises `BadRequest`."""
+    after = format_percent(bps_of(percent))
+    await set_value(engine, settings, actor, MARKUP_PERCENT, after)
+    return after
 
 
 async def _rows(connection: AsyncConnection) -> dict[str, Any]:

@@ -1,18 +1,20 @@
 """Credits that an operator books by hand."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import msgspec
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from proxy.errors import BadRequest, NotFound
+from proxy.errors import BadRequest, NotFound, Unavailable
 from proxy.identity.accounts import STARTING_CREDITS_KEY
 from proxy.identity.users import read_user
 from proxy.journal import Entry, Filter, Span, read_page
 from proxy.ledger.decide import Credit, CreditType
 from proxy.ledger.ledger import Ledger
 from proxy.storage.database import reading
-from proxy.units import Nanos, is_id
+from proxy.units import Nanos, is_id, new_id
 
 DESCRIPTION_CHARACTERS_MAX = 500
 IDEMPOTENCY_KEY_CHARACTERS_MAX = 255
@@ -47,30 +49,42 @@ class Booked(msgspec.Struct, frozen=True):
 
 
 async def book(engine: AsyncEngine, ledger: Ledger, actor: str, user_id: str, order: Order) -> Booked:
-    """Book `order` into the wallet of a user, once for each idempotency key.
+    """Book `order` into the wallet of a user, once for each idempotency key; without one it is given one.
 
     Raises `NotFound` for a user or charge that is not there, `BadRequest` for what cannot be booked, `Conflict` when
-    the key was used for something else, `Unavailable` when the outcome is not known: then the same key may be sent
-    again.
+    the key was used for something else, `Unavailable` when the outcome is not known: then it names the key with which
+    the order may be repeated.
     """
     _check(order)
+    idempotency_key = order.idempotency_key or new_id("idem")
     async with reading(engine) as connection:
         user = await read_user(connection, user_id)
-    credited = await ledger.credit(
-        Credit(
-            wallet_id=user.wallet_id,
-            type=order.type,
-            amount=order.amount,
-            description=order.description,
-            idempotency_key=order.idempotency_key,
-            reservation_id=order.request_id,
-            actor=actor,
+    with _naming(idempotency_key):
+        credited = await ledger.credit(
+            Credit(
+                wallet_id=user.wallet_id,
+                type=order.type,
+                amount=order.amount,
+                description=order.description,
+                idempotency_key=idempotency_key,
+                reservation_id=order.request_id,
+                actor=actor,
+            )
         )
-    )
-    seq = credited.transaction.seq
-    async with reading(engine) as connection:
-        page = await read_page(connection, user.wallet_id, Filter(), Span(seq, seq + 1), limit=1)
-    return Booked(page.entries[0], credited.is_replay)
+        seq = credited.transaction.seq
+        async with reading(engine) as connection:
+            page = await read_page(connection, user.wallet_id, Filter(), Span(seq, seq + 1), limit=1)
+        return Booked(page.entries[0], credited.is_replay)
+
+
+@contextmanager
+def _naming(idempotency_key: str) -> Iterator[None]:
+    """Say, when the outcome is not known, with which key sending the order again is safe."""
+    try:
+        yield
+    except Unavailable as exc:
+        message = f"{exc} It may yet be booked: repeat it with the idempotency key {idempotency_key}"
+        raise Unavailable(message, retry_after_s=exc.retry_after_s) from exc
 
 
 def _check(order: Order) -> None:

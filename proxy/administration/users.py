@@ -11,6 +11,7 @@ from proxy.errors import Conflict
 from proxy.identity.keys import check_limits
 from proxy.identity.passwords import Passwords, check_password
 from proxy.identity.users import (
+    Standing,
     User,
     add_identity,
     change_user,
@@ -18,6 +19,7 @@ from proxy.identity.users import (
     create_user,
     has_other_admin,
     normalise_email,
+    read_standing,
     read_user,
     replace_password,
 )
@@ -48,7 +50,7 @@ async def create(  # noqa: PLR0913 - what is known of a person
     *,
     password: str | None = None,
     identity: Identity | None = None,
-) -> User:
+) -> Standing:
     """Add a user with an empty wallet; `wanted` are fields of `CHANGEABLE`, the e-mail address among them.
 
     Raises `BadRequest` for what is not acceptable, `Conflict` for an address or identity that is somebody's.
@@ -68,10 +70,10 @@ async def create(  # noqa: PLR0913 - what is known of a person
             "identity": None if identity is None else list(identity),
         }
         await record(connection, actor, "user.create", user.id, None, after)
-    return user
+        return await read_standing(connection, user.id)
 
 
-async def change(engine: AsyncEngine, actor: str, user_id: str, changes: Mapping[str, Any]) -> User:
+async def change(engine: AsyncEngine, actor: str, user_id: str, changes: Mapping[str, Any]) -> Standing:
     """Give a user other values of `CHANGEABLE`; they hold from its very next call on.
 
     Who is deactivated or demoted has to log in anew. An address that is changed is not verified any more, unless that
@@ -87,7 +89,7 @@ async def change(engine: AsyncEngine, actor: str, user_id: str, changes: Mapping
             values.setdefault("email_verified", False)
         values = {name: value for name, value in values.items() if value != getattr(before, name)}
         if not values:
-            return before
+            return await read_standing(connection, user_id)
         after = msgspec.structs.replace(before, **values)
         if (before.is_active and not after.is_active) or (before.is_admin and not after.is_admin):
             if before.is_active and before.is_admin and not has_other:
@@ -96,7 +98,7 @@ async def change(engine: AsyncEngine, actor: str, user_id: str, changes: Mapping
         await change_user(connection, user_id, values)
         changed = [name for name in CHANGEABLE if name in values]
         await record(connection, actor, "user.change", user_id, _shown(before, changed), _shown(after, changed))
-        return await read_user(connection, user_id)
+        return await read_standing(connection, user_id)
 
 
 async def set_password(engine: AsyncEngine, passwords: Passwords, actor: str, user: User, password: str) -> None:

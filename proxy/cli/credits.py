@@ -1,7 +1,5 @@
 """`tollgate credits`: what users have, what they spent, and what an operator books by hand."""
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -9,7 +7,6 @@ import click
 from proxy.cli.books import Books, with_books
 from proxy.cli.options import AMOUNT, DAY, Command, day_options, email_option, examples, json_option, page_options
 from proxy.cli.output import Column, block, numbers, page_text, plain, show, table, words
-from proxy.errors import Unavailable
 
 if TYPE_CHECKING:
     from proxy.administration.credits import Order
@@ -107,14 +104,13 @@ def _book(  # noqa: PLR0913 - what is booked, and how it is shown
     from proxy.administration.credits import Order  # noqa: PLC0415 - commands start fast
     from proxy.edge.credits import read_call  # noqa: PLC0415
     from proxy.ledger.decide import CreditType  # noqa: PLC0415
-    from proxy.units import new_id  # noqa: PLC0415
 
     order = Order(
         type=CreditType(type_),
         amount=amount,
         description=description,
         request_id=request_id,
-        idempotency_key=idempotency_key or new_id("idem"),
+        idempotency_key=idempotency_key,
     )
 
     async def work(books: Books) -> None:
@@ -132,7 +128,7 @@ async def _booked(books: Books, email: str, order: "Order") -> tuple[dict[str, A
     from proxy.edge.credits import item_of  # noqa: PLC0415
 
     user = await books.user(email)
-    async with books.ledger() as ledger, _naming(str(order.idempotency_key)):
+    async with books.ledger() as ledger:
         booked = await book(books.engine, ledger, COMMAND_LINE, user.id, order)
     transaction = plain(item_of(booked.entry))
     shown = {
@@ -143,15 +139,6 @@ async def _booked(books: Books, email: str, order: "Order") -> tuple[dict[str, A
         "transaction": transaction,
     }
     return shown, booked.is_replay
-
-
-@asynccontextmanager
-async def _naming(idempotency_key: str) -> AsyncIterator[None]:
-    """Tell the operator, when the outcome is not known, with which key sending it again is safe."""
-    try:
-        yield
-    except Unavailable as exc:
-        raise Unavailable(f"{exc} It may yet be booked: repeat it with --idempotency-key {idempotency_key}") from exc
 
 
 # ---- reading

@@ -28,12 +28,11 @@ def markup_show(*, as_json: bool) -> None:
 
     The most specific kind first: of users, of models, of providers.
     """
-    from proxy.administration import default_percent, rules  # noqa: PLC0415
-    from proxy.storage.database import reading  # noqa: PLC0415
+    from proxy.administration import rules  # noqa: PLC0415
+    from proxy.units import format_percent  # noqa: PLC0415
 
     async def work(books: Books) -> None:
-        async with reading(books.engine) as connection:
-            default = await default_percent(connection)
+        default = format_percent((await books.catalog()).rules.default_bps)
         others = await rules(books.engine)
         items = [plain(rule) for rule in others]
         rows = [{"kind": "default", "percent": default}, *items]
@@ -105,23 +104,19 @@ def markup_set(percent: str, user: str | None, model: str | None, provider: str 
     With an option it is the one for a user, a model or a provider. The most specific rule counts: that of the user,
     else of the model, else of the provider, else the default one.
     """
-    from proxy.administration import (  # noqa: PLC0415
-        COMMAND_LINE,
-        add_rule,
-        change_rule,
-        find_rule,
-        set_default_markup,
-    )
+    from proxy.administration import COMMAND_LINE, add_rule, change_rule, find_rule  # noqa: PLC0415
+    from proxy.administration.config import set_default_markup  # noqa: PLC0415
 
     async def work(books: Books) -> None:
         subject = await _subject(books, user, model, provider)
         if subject is None:
-            after = await set_default_markup(books.engine, COMMAND_LINE, percent)
+            after = await set_default_markup(books.engine, books.configuration.settings, COMMAND_LINE, percent)
             show({"percent": after}, f"The default markup is {after} %.", as_json=as_json)
             return
         found = await find_rule(books.engine, *subject)
         if found is None:
-            rule = await add_rule(books.engine, COMMAND_LINE, *subject, percent)
+            known = books.configuration.settings.providers
+            rule = await add_rule(books.engine, COMMAND_LINE, known, *subject, percent)
         else:
             rule = await change_rule(books.engine, COMMAND_LINE, found.id, percent)
         show(plain(rule), f"The markup of {_rule_text(rule)}.", as_json=as_json)

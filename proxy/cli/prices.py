@@ -10,6 +10,7 @@ import click
 from proxy.cli.books import Books, with_books
 from proxy.cli.options import examples, json_option
 from proxy.cli.output import numbers, plain, progress, show, table, words
+from proxy.errors import SettingsError
 
 if TYPE_CHECKING:
     from proxy.pricelist import Converted
@@ -41,7 +42,7 @@ def prices_sync(file: str | None, *, verbose: bool, as_json: bool) -> None:
         if file is None:
             written = with_books(work)
         else:
-            Path(file).write_bytes(as_file(converted.prices))
+            _write(Path(file), as_file(converted.prices))
             written = len(converted.prices.rows)
         advance(1)
     show(*_synced(converted, written, is_verbose=verbose), as_json=as_json)
@@ -109,15 +110,11 @@ def prices_set(target: str, fields: tuple[str, ...], *, as_json: bool) -> None:
     least `input` and `output`. Those that hold others are JSON.
     """
     from proxy.administration import COMMAND_LINE, entry_from, set_price  # noqa: PLC0415
-    from proxy.errors import NotFound  # noqa: PLC0415
 
-    entry = entry_from(_price_fields(fields))
-    provider, model = _target(target)
+    entry, parts = entry_from(_price_fields(fields)), _parts(target)
 
     async def work(books: Books) -> None:
-        if provider not in books.configuration.settings.providers:
-            raise NotFound(f"There is no provider {provider!r} in the configuration.")
-        await set_price(books.engine, COMMAND_LINE, provider, model, entry)
+        await set_price(books.engine, COMMAND_LINE, books.configuration.settings.providers, parts, entry)
         text = f"{target} has a price of your own."
         if target in books.configuration.settings.prices:
             text += " The configuration has one too, which goes before it."
@@ -139,11 +136,14 @@ def _price_fields(fields: tuple[str, ...]) -> dict[str, Any]:
     return price
 
 
-def _target(target: str) -> tuple[str, str]:
-    provider, _, model = target.partition("/")
-    if not provider or not model:
-        raise click.BadParameter(f"{target!r} is not of the form provider/model", param_hint="PROVIDER/MODEL")
-    return provider, model
+def _parts(target: str) -> tuple[str, str]:
+    from proxy.administration import parts_of  # noqa: PLC0415
+    from proxy.errors import BadRequest  # noqa: PLC0415
+
+    try:
+        return parts_of(target)
+    except BadRequest as exc:
+        raise click.BadParameter(str(exc), param_hint="PROVIDER/MODEL") from exc
 
 
 @group.command("remove", epilog=examples("tollgate prices remove openai/gpt-4o-mini"))
@@ -153,10 +153,10 @@ def prices_remove(target: str, *, as_json: bool) -> None:
     """Take a price of your own back: that of the list counts again."""
     from proxy.administration import COMMAND_LINE, set_price  # noqa: PLC0415
 
-    provider, model = _target(target)
+    parts = _parts(target)
 
     async def work(books: Books) -> None:
-        await set_price(books.engine, COMMAND_LINE, provider, model, None)
+        await set_price(books.engine, COMMAND_LINE, books.configuration.settings.providers, parts, None)
         show({"target": target, "entry": None}, f"{target} has no price of your own any more.", as_json=as_json)
 
     with_books(work)
@@ -173,10 +173,10 @@ def prices_history(target: str, *, as_json: bool) -> None:
     from proxy.administration import price_history  # noqa: PLC0415
     from proxy.edge.admin import past_of  # noqa: PLC0415
 
-    provider, model = _target(target)
+    parts = _parts(target)
 
     async def work(books: Books) -> None:
-        items = [plain(past_of(row)) for row in await price_history(books.engine, provider, model)]
+        items = [plain(past_of(row)) for row in await price_history(books.engine, parts)]
         columns = words("valid_from", "source", "version", "entry")
         said = table(items, columns, nothing=f"The book says nothing of {target}.")
         show({"target": target, "items": items}, said, as_json=as_json)
@@ -185,6 +185,14 @@ def prices_history(target: str, *, as_json: bool) -> None:
 
 
 # ---- the price list
+
+
+def _write(file: Path, content: bytes) -> None:
+    """Raises `SettingsError` when it cannot be."""
+    try:
+        file.write_bytes(content)
+    except OSError as exc:
+        raise SettingsError(f"{file} cannot be written: {exc.strerror}") from exc
 
 
 def _price_list() -> "Converted":

@@ -87,7 +87,7 @@ def backup(file: Path, *, as_json: bool) -> None:
     epilog=examples(
         "tollgate events --limit 20",
         "tollgate events --actor 'command line' --since 2026-11-01",
-        "tollgate events --action markup.set --json",
+        "tollgate events --action config.set --json",
     ),
 )
 @click.option("--actor", help="Only those of this user, by id, or of 'command line'.")

@@ -10,7 +10,7 @@ from proxy.cli.options import email_option, examples, given, json_option, models
 from proxy.cli.output import block, numbers, page_text, plain, show, words
 
 if TYPE_CHECKING:
-    from proxy.identity.users import User
+    from proxy.identity.users import Standing
 
 
 @click.group("users")
@@ -43,9 +43,13 @@ def users_list(email: str | None, search: str | None, limit: int, cursor: str | 
 @json_option
 def users_show(email: str, *, as_json: bool) -> None:
     """Show a user with its wallet and its limits."""
+    from proxy.identity.users import read_standing  # noqa: PLC0415
+    from proxy.storage.database import reading  # noqa: PLC0415
 
     async def work(books: Books) -> None:
-        shown = await _shown(books, await books.user(email))
+        user = await books.user(email)
+        async with reading(books.engine) as connection:
+            shown = _shown(await read_standing(connection, user.id))
         show(shown, block(shown), as_json=as_json)
 
     with_books(work)
@@ -59,7 +63,7 @@ def users_show(email: str, *, as_json: bool) -> None:
         "tollgate users create --email ann@example.com --issuer https://login.example.com/ --subject 1234",
     ),
 )
-@email_option
+@click.option("--email", required=True, help="The user's e-mail address.")
 @click.option("--password", help="Needed only to log in; API keys work without.")
 @click.option("--full-name", help="What the person is called.")
 @click.option("is_admin", "--admin", is_flag=True, help="May use the admin endpoints.")
@@ -81,11 +85,10 @@ def users_create(
     identity = (issuer, subject) if issuer is not None and subject is not None else None
 
     async def work(books: Books) -> None:
-        user = await create(
+        made = await create(
             books.engine, Passwords(), COMMAND_LINE, given(wanted), password=password, identity=identity
         )
-        shown = await _shown(books, user)
-        show(shown, f"Created {user.email} ({user.id}).", as_json=as_json)
+        show(_shown(made), f"Created {made.user.email} ({made.user.id}).", as_json=as_json)
 
     with_books(work)
 
@@ -195,16 +198,13 @@ def _change(email: str, changes: dict[str, Any], said: str, *, as_json: bool) ->
     async def work(books: Books) -> None:
         user = await books.user(email)
         after = await change(books.engine, COMMAND_LINE, user.id, changes)
-        show(await _shown(books, after), said.format(after.shown_name), as_json=as_json)
+        show(_shown(after), said.format(after.user.shown_name), as_json=as_json)
 
     with_books(work)
 
 
-async def _shown(books: Books, user: "User") -> dict[str, Any]:
+def _shown(standing: "Standing") -> dict[str, Any]:
     from proxy.edge.admin_users import user_item  # noqa: PLC0415
-    from proxy.identity.users import read_standing  # noqa: PLC0415
-    from proxy.storage.database import reading  # noqa: PLC0415
 
-    async with reading(books.engine) as connection:
-        shown: dict[str, Any] = plain(user_item(await read_standing(connection, user.id)))
+    shown: dict[str, Any] = plain(user_item(standing))
     return shown

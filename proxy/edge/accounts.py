@@ -114,7 +114,7 @@ async def me(request: CallerRequest, engine: NamedDependency[AsyncEngine]) -> Ac
     opt=needs(KeyScope.MANAGE),
     summary="Change your password",
     request_max_body_size=BODY_BYTES_MAX,
-    responses=documented(400, 413, 429),
+    responses=documented(400, 409, 413, 429),
 )
 async def change_password(
     request: CallerRequest,

@@ -13,7 +13,8 @@ from msgspec import Meta
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from proxy import administration
-from proxy.administration import PriceRecord, Rule
+from proxy.administration import NAME_CHARACTERS_MAX, PriceRecord, Rule, parts_of
+from proxy.administration.config import set_default_markup
 from proxy.catalog import Catalog
 from proxy.edge.authentication import needs
 from proxy.edge.errors import documented
@@ -26,10 +27,9 @@ from proxy.identity.keys import Caller, Scope
 from proxy.identity.users import find_user
 from proxy.pricing import TOOL_CLASSES, TOOL_USES_MAX, MarkupKind, cost, provider_cost
 from proxy.routing import Candidate, candidates
+from proxy.settings import Settings
 from proxy.storage.database import reading
 from proxy.units import Usage, format_credits, format_instant, format_percent
-
-NAME_CHARACTERS_MAX = 300
 
 AdminRequest = Request[Caller, Any, Any]
 Percent = str | int | float
@@ -140,7 +140,7 @@ class PriceItems(msgspec.Struct):
 
 
 class PricePast(msgspec.Struct):
-    """One row of the price book: from `valid_from` on; `prices` null where a price was taken back."""
+    """One row of the price book: from `valid_from` on; `entry` is null where a price was taken back."""
 
     target: str
     source: str
@@ -172,11 +172,12 @@ async def markup(catalog: NamedDependency[Catalog]) -> Markup:
 async def set_markup(
     request: AdminRequest,
     engine: NamedDependency[AsyncEngine],
+    settings: NamedDependency[Settings],
     refresh: NamedDependency[Refresh],
     data: JSONBody[MarkupChange],
 ) -> Markup:
-    """Set the percentage where no rule says otherwise."""
-    percent = await administration.set_default_markup(engine, request.user.user_id, data.percent)
+    """Set the percentage where no rule says otherwise: the setting `markup_percent`."""
+    percent = await set_default_markup(engine, settings, request.user.user_id, data.percent)
     await refresh()
     return Markup(percent)
 
@@ -191,6 +192,7 @@ async def rules(engine: NamedDependency[AsyncEngine]) -> RuleList:
 async def add_rule(
     request: AdminRequest,
     engine: NamedDependency[AsyncEngine],
+    catalog: NamedDependency[Catalog],
     refresh: NamedDependency[Refresh],
     data: JSONBody[NewRule],
 ) -> Rule:
@@ -198,8 +200,8 @@ async def add_rule(
     admin = request.user
     if data.kind is MarkupKind.DEFAULT:
         raise BadRequest("The default rule is set at /api/v1/admin/markup.", param="kind", code="invalid_value")
-    subject = await _user_id(engine, data.subject) if data.kind is MarkupKind.USER else _name(data.subject, "subject")
-    rule = await administration.add_rule(engine, admin.user_id, data.kind, subject, data.percent)
+    subject = await _user_id(engine, data.subject) if data.kind is MarkupKind.USER else data.subject
+    rule = await administration.add_rule(engine, admin.user_id, catalog.providers, data.kind, subject, data.percent)
     await refresh()
     return rule
 
@@ -293,14 +295,6 @@ async def _user_id(engine: AsyncEngine, user: str) -> str:
         return (await find_user(connection, user)).id
 
 
-def _name(text: str, param: str) -> str:
-    """`text`, if it can be the name of anything. Raises `BadRequest` about `param`."""
-    if len(text) > NAME_CHARACTERS_MAX or not text.strip() or not text.isprintable():
-        message = f"{param}: a name has at most {NAME_CHARACTERS_MAX} printable characters."
-        raise BadRequest(message, param=param, code="invalid_value")
-    return text
-
-
 # ---- providers
 
 
@@ -354,8 +348,7 @@ def price_list(catalog: Catalog, provider: str | None, model: str | None) -> Pri
 @get("/prices/history", summary="The history of a price", responses=_ERRORS)
 async def price_history(engine: NamedDependency[AsyncEngine], target: FromQuery[str]) -> PricePasts:
     """All that the price book ever said of `provider/model`."""
-    provider, model = _parts(target)
-    return PricePasts([past_of(row) for row in await administration.price_history(engine, provider, model)])
+    return PricePasts([past_of(row) for row in await administration.price_history(engine, parts_of(target))])
 
 
 @put("/prices", summary="Set a price", responses=_ERRORS)
@@ -367,34 +360,23 @@ async def set_price(
     data: JSONBody[PriceChange],
 ) -> PricePast:
     """Put a price of your own before that of the list; what the configuration says goes before both."""
-    admin = request.user
-    provider, model = _parts(data.target)
-    if provider not in catalog.providers:
-        raise NotFound(f"There is no provider {provider!r} in the configuration.")
-    entry = administration.entry_from(data.price)
-    await administration.set_price(engine, admin.user_id, provider, model, entry)
+    target, entry = parts_of(data.target), administration.entry_from(data.price)
+    written = await administration.set_price(engine, request.user.user_id, catalog.providers, target, entry)
     await refresh()
-    return past_of((await administration.price_history(engine, provider, model))[0])
+    return past_of(written)
 
 
 @delete("/prices", summary="Take a price back", responses=_ERRORS)
 async def remove_price(
     request: AdminRequest,
     engine: NamedDependency[AsyncEngine],
+    catalog: NamedDependency[Catalog],
     refresh: NamedDependency[Refresh],
     target: FromQuery[str],
 ) -> None:
     """Take a price of your own back: that of the list counts again."""
-    provider, model = _parts(target)
-    await administration.set_price(engine, request.user.user_id, provider, model, None)
+    await administration.set_price(engine, request.user.user_id, catalog.providers, parts_of(target), None)
     await refresh()
-
-
-def _parts(target: str) -> tuple[str, str]:
-    provider, _, model = target.partition("/")
-    if not provider or not model:
-        raise BadRequest("A target is of the form provider/model.", param="target", code="invalid_value")
-    return _name(provider, "target"), _name(model, "target")
 
 
 def past_of(row: PriceRecord) -> PricePast:

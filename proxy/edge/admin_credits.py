@@ -84,8 +84,9 @@ async def book_credits(  # noqa: PLR0913, PLR0917 - what the framework hands to 
 ) -> CreditBooked:
     """Top up a wallet, give a charge back, or adjust a balance.
 
-    With an `Idempotency-Key` it is booked once, however often it is sent; the same key with other values is a 409. What
-    open calls hold cannot be adjusted away.
+    With an `Idempotency-Key` it is booked once, however often it is sent; the same key with other values is a 409. A
+    503 that says that it may yet be booked names the key to repeat it with. What open calls hold cannot be adjusted
+    away.
     """
     if sum(name == IDEMPOTENCY_KEY for name, _ in request.scope["headers"]) > 1:
         raise BadRequest(

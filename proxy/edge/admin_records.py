@@ -100,7 +100,8 @@ def _item(event: Event) -> EventItem:
 
 def _text(text: str | None, param: str) -> str | None:
     if text is not None and (len(text) > SUBJECT_CHARACTERS_MAX or not text.isprintable()):
-        raise BadRequest(f"{param}: at most {SUBJECT_CHARACTERS_MAX} printable characters.", param=param)
+        message = f"{param}: at most {SUBJECT_CHARACTERS_MAX} printable characters."
+        raise BadRequest(message, param=param, code="invalid_value")
     return text
 
 

@@ -152,14 +152,15 @@ async def make_user(
     await _check_booleans(request)
     wanted = msgspec.structs.asdict(data)
     password = wanted.pop("password")
-    user = await users_by_admins.create(engine, accounts.passwords, request.user.user_id, wanted, password=password)
-    return await _read(engine, user.id)
+    admin = request.user
+    return user_item(await users_by_admins.create(engine, accounts.passwords, admin.user_id, wanted, password=password))
 
 
 @get("/{user_id:str}", summary="One user", responses=documented(400, 404))
 async def user(engine: NamedDependency[AsyncEngine], user_id: FromPath[str]) -> UserItem:
     """One user, by id."""
-    return await _read(engine, user_id)
+    async with reading(engine) as connection:
+        return user_item(await read_standing(connection, user_id))
 
 
 @patch("/{user_id:str}", summary="Change a user", request_max_body_size=BODY_BYTES_MAX, responses=_ERRORS)
@@ -171,8 +172,7 @@ async def alter_user(
     Who is deactivated or demoted has to log in anew. The last active admin can be neither.
     """
     await _check_booleans(request)
-    await users_by_admins.change(engine, request.user.user_id, user_id, given(data))
-    return await _read(engine, user_id)
+    return user_item(await users_by_admins.change(engine, request.user.user_id, user_id, given(data)))
 
 
 @delete("/{user_id:str}", summary="Deactivate a user", responses=documented(400, 404, 409))
@@ -207,11 +207,6 @@ async def _check_booleans(request: AdminRequest) -> None:
     for name in _BOOLEANS & body.keys():
         if not isinstance(body[name], bool):
             raise BadRequest(f"{name}: true or false is expected.", param=name, code="invalid_value")
-
-
-async def _read(engine: AsyncEngine, user_id: str) -> UserItem:
-    async with reading(engine) as connection:
-        return user_item(await read_standing(connection, user_id))
 
 
 def user_item(standing: Standing) -> UserItem:

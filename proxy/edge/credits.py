@@ -21,14 +21,25 @@ from proxy import journal, reports
 from proxy.edge.authentication import needs
 from proxy.edge.errors import documented
 from proxy.edge.prices import shown_price
-from proxy.edge.reports import Range, shown_range
+from proxy.edge.reports import Range, Spending, shown_range, shown_spending
 from proxy.errors import BadRequest, NotFound
 from proxy.identity.keys import Caller
 from proxy.identity.keys import Scope as KeyScope
-from proxy.journal import PAGE_DEFAULT, Entry, Filter, Page, Span, check_limit, cursor_at, number_of, place_of
+from proxy.journal import (
+    PAGE_DEFAULT,
+    Entry,
+    Filter,
+    Page,
+    Span,
+    check_limit,
+    cursor_at,
+    number_of,
+    place_of,
+    unknown_cursor,
+)
 from proxy.ledger.decide import CreditType
 from proxy.pricing import Price
-from proxy.reports import DayRange, Group, GroupBy, Sums
+from proxy.reports import DayRange, Group, GroupBy
 from proxy.routing import Terms
 from proxy.storage.database import reading
 from proxy.storage.tables import reservations, wallets
@@ -148,22 +159,6 @@ class ChargePage(msgspec.Struct):
     next_cursor: str | None
 
 
-class Spending(msgspec.Struct, kw_only=True):
-    """Sums over calls that were charged; amounts in credits, as decimal strings.
-
-    `input_tokens` are all that went in, `cached_input_tokens` those of them that a cache had. `average_charged` is the
-    mean charge of a call, refunds not counted.
-    """
-
-    calls: int
-    input_tokens: int
-    cached_input_tokens: int
-    output_tokens: int
-    charged: str
-    refunded: str
-    average_charged: str
-
-
 class DaySpending(Spending, kw_only=True):
     """The sums of one UTC day."""
 
@@ -184,7 +179,7 @@ class KeySpending(Spending, kw_only=True):
 
 
 class Stats(Range, kw_only=True):
-    """What was spent in these days: days without a call are left out, models and keys begin with the dearest."""
+    """What was spent in these days: those without a charge are left out, models and keys begin with the dearest."""
 
     total: Spending
     by_day: list[DaySpending]
@@ -199,7 +194,7 @@ def check_page(limit: int, cursor: str | None, prefix: str) -> None:
     """Raises `BadRequest` unless a page may have `limit` items, and `cursor` is an id with this prefix or None."""
     check_limit(limit)
     if cursor is not None and not is_id(cursor, prefix):
-        raise BadRequest("This cursor was not given out here.", param="cursor", code="invalid_cursor")
+        raise unknown_cursor()
 
 
 async def read_balance(connection: AsyncConnection, wallet_id: str) -> Balance:
@@ -375,27 +370,15 @@ async def wallet_stats(engine: AsyncEngine, wallet_id: str, first: str | None, l
         ]
     return Stats(
         **shown_range(days),
-        total=Spending(**_spent(total)),
-        by_day=[DaySpending(day=one.group, **_spent(one.sums)) for one in by_day],
-        by_model=[ModelSpending(model=one.group, **_spent(one.sums)) for one in by_model if one.sums.calls],
+        total=Spending(**shown_spending(total)),
+        by_day=[DaySpending(day=one.group, **shown_spending(one.sums)) for one in by_day if one.sums.calls],
+        by_model=[ModelSpending(model=one.group, **shown_spending(one.sums)) for one in by_model if one.sums.calls],
         by_key=[_key_spending(one) for one in by_key if one.sums.calls],
     )
 
 
 def _key_spending(one: Group) -> KeySpending:
-    return KeySpending(key_id=one.group or None, name=one.name, **_spent(one.sums))
-
-
-def _spent(sums: Sums) -> dict[str, Any]:
-    return {
-        "calls": sums.calls,
-        "input_tokens": sums.input_tokens,
-        "cached_input_tokens": sums.cached_input_tokens,
-        "output_tokens": sums.output_tokens,
-        "charged": format_credits(sums.charged),
-        "refunded": format_credits(sums.refunded),
-        "average_charged": format_credits(sums.average),
-    }
+    return KeySpending(key_id=one.group or None, name=one.name, **shown_spending(one.sums))
 
 
 # ---- charges
@@ -417,7 +400,7 @@ async def charge_page(engine: AsyncEngine, wallet_id: str, limit: int, cursor: s
     check_limit(limit)
     before = None if cursor is None else place_of(cursor)
     if before is not None and not is_id(before, "req"):
-        raise BadRequest("This cursor was not given out here.", param="cursor", code="invalid_cursor")
+        raise unknown_cursor()
     async with reading(engine) as connection:
         rows = await journal.read_calls(connection, wallet_id, limit=limit + 1, before=before)
     next_cursor = cursor_at(rows[limit - 1].id) if len(rows) > limit else None

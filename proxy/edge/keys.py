@@ -114,7 +114,7 @@ async def keys(
     opt=needs(KeyScope.MANAGE),
     summary="Make a key",
     request_max_body_size=BODY_BYTES_MAX,
-    responses=documented(400, 404, 413),
+    responses=documented(400, 404, 409, 413),
 )
 async def make_key(request: CallerRequest, engine: NamedDependency[AsyncEngine], data: JSONBody[Wanted]) -> KeyMade:
     """Make a key and answer it, this once. A key that asks gives no more than it has."""
@@ -131,7 +131,7 @@ async def make_key(request: CallerRequest, engine: NamedDependency[AsyncEngine],
     opt=needs(KeyScope.MANAGE),
     summary="Change a key",
     request_max_body_size=BODY_BYTES_MAX,
-    responses=documented(400, 404, 413),
+    responses=documented(400, 404, 409, 413),
 )
 async def alter_key(
     request: CallerRequest, engine: NamedDependency[AsyncEngine], key_id: FromPath[str], data: JSONBody[Changed]

@@ -82,7 +82,7 @@ def providers(catalog: NamedDependency[Catalog]) -> ProviderList:
     status_code=200,
     opt=needs(Scope.ADMIN),
     summary="Let a provider serve",
-    responses=documented(400, 404),
+    responses=documented(400, 404, 409),
 )
 async def enable(
     request: CallerRequest,

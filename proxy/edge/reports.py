@@ -13,6 +13,7 @@ from proxy.edge.authentication import needs
 from proxy.edge.errors import documented
 from proxy.identity.keys import Scope
 from proxy.journal import check_limit, cursor_at, number_of
+from proxy.ledger.rollup import date_of_day
 from proxy.reports import GROUPS_MAX, DayRange, Group, GroupBy, Sums
 from proxy.storage.database import reading
 from proxy.units import format_credits
@@ -37,8 +38,8 @@ class Range(msgspec.Struct, kw_only=True):
     time_zone: str
 
 
-class UsageSums(msgspec.Struct, kw_only=True):
-    """Sums over settled calls, and the number of released ones; amounts in credits, as decimal strings.
+class Spending(msgspec.Struct, kw_only=True):
+    """Sums over calls that were charged; amounts in credits, as decimal strings.
 
     `input_tokens` are all that went in, `cached_input_tokens` those of them that a cache had. `average_charged` is the
     mean charge of a call, refunds not counted.
@@ -51,6 +52,11 @@ class UsageSums(msgspec.Struct, kw_only=True):
     charged: str
     refunded: str
     average_charged: str
+
+
+class UsageSums(Spending, kw_only=True):
+    """Likewise, with what the provider took, what wallets could not bear, and the number of released calls."""
+
     provider_cost: str
     shortfall: str
     released: int
@@ -215,14 +221,14 @@ def _next(groups: reports.Groups) -> str | None:
 def shown_range(days: DayRange) -> dict[str, Any]:
     """The fields of a `Range`."""
     return {
-        "from_": reports.date_of_day(days.first).isoformat(),
-        "to": reports.date_of_day(days.last).isoformat(),
+        "from_": date_of_day(days.first).isoformat(),
+        "to": date_of_day(days.last).isoformat(),
         "time_zone": reports.TIME_ZONE,
     }
 
 
-def shown_usage(sums: Sums) -> dict[str, Any]:
-    """The fields of `UsageSums`."""
+def shown_spending(sums: Sums) -> dict[str, Any]:
+    """The fields of a `Spending`."""
     return {
         "calls": sums.calls,
         "input_tokens": sums.input_tokens,
@@ -231,6 +237,13 @@ def shown_usage(sums: Sums) -> dict[str, Any]:
         "charged": format_credits(sums.charged),
         "refunded": format_credits(sums.refunded),
         "average_charged": format_credits(sums.average),
+    }
+
+
+def shown_usage(sums: Sums) -> dict[str, Any]:
+    """The fields of `UsageSums`."""
+    return {
+        **shown_spending(sums),
         "provider_cost": format_credits(sums.provider_cost),
         "shortfall": format_credits(sums.shortfall),
         "released": sums.released,

@@ -195,10 +195,11 @@ async def list_users(
 
 
 def _has_email(email: str) -> sa.ColumnElement[bool]:
+    begins = users.c.email.startswith(email.lower(), autoescape=True)
     try:
-        return users.c.email == normalise_email(email)
+        return sa.or_(users.c.email == normalise_email(email), begins)
     except BadRequest:
-        return users.c.email.startswith(email.lower(), autoescape=True)
+        return begins
 
 
 def _searchable(text: str, param: str) -> str:

@@ -72,10 +72,20 @@ def day_of(instant: Micros) -> int:
     return instant // MICROS_PER_DAY
 
 
+def day_of_date(day: date) -> int:
+    """Likewise, of a date."""
+    return (day - _EPOCH).days
+
+
+def date_of_day(day: int) -> date:
+    """The date of a day since the epoch."""
+    return _EPOCH + timedelta(days=day)
+
+
 @lru_cache(maxsize=64)
 def month_of(day: int) -> int:
     """The first day of the month that holds `day`, in days since the epoch too."""
-    return (_EPOCH + timedelta(days=day)).replace(day=1).toordinal() - _EPOCH.toordinal()
+    return day_of_date(date_of_day(day).replace(day=1))
 
 
 def by_month(days: Iterable[UsageDay]) -> list[UsageDay]:

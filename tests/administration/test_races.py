@@ -53,7 +53,7 @@ async def test_admins_who_take_each_others_rank(books, loss):
                 change(books.engine, one, two, loss),
                 change(rival.engine, two, one, loss),
             )
-            assert kinds(answers) == ["Conflict", "User"]
+            assert kinds(answers) == ["Conflict", "Standing"]
             (left,) = await admins(books)
             answers = await outcomes(*(change(engine, left, left, loss) for engine in (books.engine, rival.engine)))
             assert kinds(answers) == ["Conflict", "Conflict"]

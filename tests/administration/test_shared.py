@@ -2,10 +2,12 @@
 
 import asyncio
 
+import msgspec
 import pytest
 import sqlalchemy as sa
 
 from proxy.administration import COMMAND_LINE, config
+from proxy.administration.credits import Order, book
 from proxy.administration.keys import change as change_key_of
 from proxy.administration.keys import create as create_key_for
 from proxy.administration.users import change, create, set_password
@@ -15,9 +17,12 @@ from proxy.errors import BadRequest, Conflict, Unavailable
 from proxy.identity.keys import KeyTerms
 from proxy.identity.passwords import Passwords
 from proxy.identity.users import find_identity, read_password, read_user
+from proxy.ledger.decide import CreditType
+from proxy.ledger.ledger import Ledger
 from proxy.settings import Settings
 from proxy.storage import database
 from proxy.storage.tables import admin_events
+from tests.books import second_store
 
 PASSWORD = "a password of some length"
 
@@ -34,9 +39,10 @@ async def events(books) -> list:
 async def test_a_user_with_an_identity_and_a_password(books):
     """Both are on record as facts, the password not at all; an identity is one user's, and nothing is half made."""
     wanted = {"email": "Ann@Example.com", "full_name": "Ann"}
-    user = await create(
+    made = await create(
         books.engine, Passwords(), COMMAND_LINE, wanted, password=PASSWORD, identity=("https://issuer/", "ann")
     )
+    user = made.user
     async with database.reading(books.engine) as connection:
         assert await find_identity(connection, "https://issuer/", "ann") == user
         _, password_hash = await read_password(connection, user.id)
@@ -121,3 +127,51 @@ async def test_an_audit_is_for_everybody_who_asks_meanwhile_and_takes_its_time_a
     monkeypatch.setattr(admin_records, "AUDIT_S_MAX", 0)
     with pytest.raises(Unavailable, match="tollgate audit"):
         await auditor.report()
+
+
+@on_sqlite
+@pytest.mark.parametrize("stored", ['"x"', "true", '"-1"', "null", '{"a": 1}'])
+async def test_a_markup_that_is_none_can_be_set_anew(books, stored):
+    """What somebody wrote there by hand counts for nothing: what the configuration says was the one before."""
+    await books.execute(
+        "INSERT INTO system_config (key, value, description, updated_at) VALUES ('markup_percent', :stored, '', 1)",
+        stored=stored,
+    )
+    assert await config.set_default_markup(books.engine, Settings(), "x", 20.5) == "20.5"
+    (event,) = await events(books)
+    assert (event.action, event.before, event.after) == ("config.set", "15", "20.5")
+
+
+# ---- credits
+
+
+def lose(engine, statement_of: str) -> None:
+    """Break the connection at every statement about this table from now on."""
+
+    def broken(_connection, _cursor, statement, *_more) -> None:
+        if statement_of in statement:
+            raise ConnectionResetError
+
+    sa.event.listen(engine.sync_engine, "before_cursor_execute", broken)
+
+
+@on_sqlite
+@pytest.mark.parametrize("is_booked", [False, True])
+async def test_an_order_whose_outcome_is_not_known(books, is_booked):
+    """It names the idempotency key that it was given, by which it is booked once, whether it had been or not."""
+    person = await books.person()
+    order = Order(type=CreditType.TOPUP, amount=7)
+    engine = database.connect(books.url, pooled=False)
+    lose(engine, "credit_transactions")
+    ledger = Ledger(second_store(books.url, engine), lambda: books.lease.id)
+    ledger.start()
+    if not is_booked:
+        await ledger.aclose()
+    with pytest.raises(Unavailable, match="It may yet be booked") as caught:
+        await book(engine, ledger, "boss", person.user_id, order)
+    if is_booked:
+        await ledger.aclose()
+    await engine.dispose()
+    order = msgspec.structs.replace(order, idempotency_key=str(caught.value).split()[-1])
+    booked = await book(books.engine, books.ledger, "boss", person.user_id, order)
+    assert (booked.entry.balance_after, booked.is_replay) == (7, is_booked)
