@@ -179,6 +179,34 @@ def test_thinking_stands_where_it_stood():
     assert kinds == ["thinking", "redacted_thinking", "text", "tool_use"]
 
 
+def test_thinking_that_says_the_same_position_twice_keeps_its_order():
+    """What a client has made up is bounded by what there is, and nothing is lost."""
+    thoughts = [
+        {"type": "redacted_thinking", "data": data, "position": at} for data, at in (("c", 9), ("a", 0), ("b", 0))
+    ]
+    said = json.loads(messages_request(body(messages=[HELLO, calling("x", thinking_blocks=thoughts)]), 64_000))
+    assert [block.get("data") for block in said["messages"][1]["content"]] == ["a", "b", None, "c"]
+
+
+@pytest.mark.parametrize("position", [-1, 20_001, 2**64, "0"])
+def test_a_position_is_one_that_a_message_can_have(position):
+    """Any other number would be more than a list can hold."""
+    thought = {"type": "redacted_thinking", "data": "d", "position": position}
+    assert refusal(messages=[HELLO, calling("a", thinking_blocks=[thought])]).param == "messages"
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"thinking_blocks": [{"type": "redacted_thinking", "data": "", "position": 0}] * 10_001},
+        {"tool_calls": calling("a")["tool_calls"] * 10_001},
+    ],
+)
+def test_what_an_assistant_says_is_counted(extra):
+    """Each block costs time: those of all messages together are bounded."""
+    assert refusal(messages=[HELLO, *[{"role": "assistant", **extra}] * 2]).code == "too_many_items"
+
+
 @pytest.mark.parametrize(
     ("url", "source"),
     [
