@@ -629,8 +629,12 @@ class Exchange:
         )
 
     async def _metered_stream(self, opened: _Open, meter: StreamMeter, failure: TollgateError | None) -> Metered:
-        if meter.is_implausible:
+        metered = await self._metered_events(opened, meter, failure)
+        if meter.is_implausible or metered.is_implausible:
             self._note_implausible(opened)
+        return metered
+
+    async def _metered_events(self, opened: _Open, meter: StreamMeter, failure: TollgateError | None) -> Metered:
         is_over = isinstance(failure, UpstreamTimeout) and not opened.is_stopped and not opened.is_ended
         is_silent = is_over and opened.is_client_gone
         is_spoken = opened.request.wants_audio and meter.holds(_AUDIO)

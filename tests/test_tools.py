@@ -101,6 +101,13 @@ def charge_of(client, answer) -> dict:
     return charge
 
 
+def implausible(served) -> int:
+    """How often a provider has reported what cannot be."""
+    with served.client(None) as anybody:
+        lines = anybody.get("/metrics").text.splitlines()
+    return sum(int(float(line.split()[-1])) for line in lines if line.startswith("tollgate_implausible_usage_total{"))
+
+
 def tool_dollars(charge) -> Decimal:
     """What the tools cost the operator: all that is not tokens."""
     usage = charge["usage"]
@@ -139,12 +146,27 @@ def test_the_maximum_reaches_the_provider_and_bounds_what_is_held(client, upstre
     assert Decimal(charge["reserved"]) == held * MARKUP
 
 
-def test_a_provider_that_goes_on_is_paid_by_whoever_let_it(client):
-    """What it reports is charged as far as the wallet goes, even above the reservation: the operator has to pay it."""
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_provider_that_goes_on_is_paid_by_the_operator(served, client, stream):
+    """What it reports beyond the maximum that it was sent cannot be: the maximum is charged, and there is an alarm."""
+    alarms = implausible(served)
     wish = {"hosted_tools": ["web_search_call"] * 8, "ignore_max": True}
-    answer = respond(client, SEARCH, wish=wish, max_tool_calls=2, max_output_tokens=10)
-    charge = client.get(f"/api/v1/credits/charges/{answer.headers['x-request-id']}").json()
-    assert (charge["usage"]["web_search"], charge["shortfall"]) == (8, "0")
+    charge = charge_of(
+        client, respond(client, SEARCH, wish=wish, max_tool_calls=2, max_output_tokens=10, stream=stream)
+    )
+    assert (charge["usage"]["web_search"], charge["shortfall"]) == (2, "0")
+    assert implausible(served) == alarms + 1
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("searches", [6, 100_000, 2**63 - 1])
+def test_a_chat_is_never_billed_for_more_searches_than_the_operator_said(served, client, stream, searches):
+    """Nothing bounds them at the provider, so what a call may cost is bounded here: with an alarm, and no error."""
+    alarms = implausible(served)
+    usage = {"prompt_tokens": 50, "completion_tokens": 10, "server_tool_use": {"web_search_requests": searches}}
+    charge = charge_of(client, chat(client, wish={"usage": usage}, stream=stream))
+    assert (charge["usage"]["web_search"], charge["usage_source"]) == (5, "reported")
+    assert implausible(served) == alarms + 1
 
 
 def test_a_tier_has_the_prices_of_tools_of_the_standard_one(client):
