@@ -36,6 +36,15 @@ web_search = "0.01"
 max_output_tokens = 100
 context_tokens = 10000
 
+[prices."fake/stepped"]
+input = "1"
+output = "2"
+web_search = "0.01"
+tool_calls_max = 5
+max_output_tokens = 100
+context_tokens = 10000
+long_context = [{{ above_tokens = 50000, input = "2", output = "4" }}]
+
 [prices."fake/plain"]
 input = "1"
 output = "2"
@@ -101,6 +110,28 @@ def charge_of(client, answer) -> dict:
     return charge
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("model", [MODEL, "fake/stepped"])
+@pytest.mark.parametrize("called", [respond, chat])
+def test_a_provider_that_adds_up_all_that_was_read_is_covered(client, called, model, stream):
+    """The whole context, once for the prompt and once after each of the searches, all at the price of its length."""
+    usage = (
+        {"input_tokens": 60_000, "output_tokens": 10}
+        if called is respond
+        else {
+            "prompt_tokens": 60_000,
+            "completion_tokens": 10,
+            "num_search_queries": 5,
+        }
+    )
+    wish = {"hosted_tools": ["web_search_call"] * 5, "usage": usage}
+    tools = [SEARCH] if called is respond else []
+    maximum = {"max_output_tokens" if called is respond else "max_tokens": 10}
+    charge = charge_of(client, called(client, *tools, model=model, wish=wish, stream=stream, **maximum))
+    assert (charge["usage"]["input"], charge["usage_source"]) == (60_000, "reported")
+    assert charge["charged"] == charge["reserved"]
+
+
 def implausible(served) -> int:
     """How often a provider has reported what cannot be."""
     with served.client(None) as anybody:
@@ -128,11 +159,11 @@ def test_uses_are_billed_as_the_answer_has_them(client, stream):
 
 
 def test_what_is_not_used_costs_nothing(client):
-    """What was held for it is free again: for the whole context too, since what is found is no part of the body."""
+    """What was held for it is free again: for the whole context too, which is read again after each search."""
     charge = charge_of(client, respond(client, SEARCH, max_output_tokens=10))
     assert "web_search" not in charge["usage"]
-    # The dearest tier, the whole context, ten tokens, and five searches.
-    assert Decimal(charge["reserved"]) == (Decimal("0.01") + Decimal(20) / 10**6 + Decimal("0.05")) * MARKUP
+    # The dearest tier, the whole context six times, ten tokens, and five searches.
+    assert Decimal(charge["reserved"]) == (Decimal("0.06") + Decimal(20) / 10**6 + Decimal("0.05")) * MARKUP
 
 
 @pytest.mark.parametrize(("fields", "sent"), [({}, 5), ({"max_tool_calls": 2}, 2), ({"max_tool_calls": 9}, 9)])
@@ -142,7 +173,7 @@ def test_the_maximum_reaches_the_provider_and_bounds_what_is_held(client, upstre
     charge = charge_of(client, answer)
     assert upstream.journal[-1].parsed["max_tool_calls"] == sent
     assert charge["usage"]["web_search"] == sent
-    held = Decimal("0.01") + Decimal(20) / 10**6 + Decimal("0.01") * sent
+    held = Decimal("0.01") * (1 + sent) + Decimal(20) / 10**6 + Decimal("0.01") * sent
     assert Decimal(charge["reserved"]) == held * MARKUP
 
 
