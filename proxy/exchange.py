@@ -75,6 +75,7 @@ from proxy.relay import Head, StreamRelay
 from proxy.routing import Candidate, Health, Offer, candidates, offers, retry_after_s, terms
 from proxy.units import Usage, format_credits
 from proxy.upstream import Headers, Provider, ProviderCall, UpstreamResponse
+from proxy.upstream.encodings import decoded, decoded_whole
 from proxy.upstream.media import check_media
 from proxy.upstream.openai import relayed_headers
 from proxy.wire.endpoints import decode
@@ -513,8 +514,7 @@ class Exchange:
 
     def _content(self, response: UpstreamResponse, body: bytes) -> bytes:
         """What `body` says, should it be encoded in spite of our request."""
-        encoding = relay.content_encoding(response.headers)
-        return body if encoding is None else relay.inflate(body, encoding, self._limits.answer_bytes_max)
+        return decoded_whole(body, response.headers, self._limits.answer_bytes_max)
 
     async def _metered_plain(self, opened: _Open, content: bytes) -> Metered:
         tokens_max = _plausible_max(opened)
@@ -568,10 +568,7 @@ class Exchange:
             keeps_events=opened.request.wants_audio,
         )
         relayed = self._stream_relay(opened, response, answer, meter)
-        encoding = relay.content_encoding(response.headers)
-        chunks = response.chunks()
-        if encoding is not None:
-            chunks = relay.inflated(chunks, encoding, opened.candidate.provider)
+        chunks = decoded(response.chunks(), response.headers, opened.candidate.provider)
         failure: TollgateError | None = None
         try:
             with _AtProvider(opened):

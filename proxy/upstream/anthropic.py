@@ -12,6 +12,7 @@ from proxy import __version__
 from proxy.errors import BadRequest, UpstreamBroken
 from proxy.upstream import Headers, ProviderCall, UpstreamResponse
 from proxy.upstream.client import HttpClient, Timeouts
+from proxy.upstream.encodings import decoded
 from proxy.upstream.openai import checked_base_url, checked_headers, checked_key
 from proxy.wire.anthropic_answers import Chunks, NotAMessage, completion, failure
 from proxy.wire.anthropic_requests import messages_request
@@ -166,10 +167,7 @@ class _Translated:
             raise self._broken("The provider's stream ended before its message did.")
 
     def _pieces(self) -> AsyncIterator[bytes]:
-        encoded = [value for name, value in self._response.headers if name == b"content-encoding"]
-        if any(value.strip().lower() != b"identity" for value in encoded):
-            raise self._broken("The provider's answer is encoded in a way that was not asked for.")
-        return self._response.chunks()
+        return decoded(self._response.chunks(), self._response.headers, self._provider)
 
     def _broken(self, message: str) -> UpstreamBroken:
         return UpstreamBroken(message, provider=self._provider)
