@@ -395,21 +395,31 @@ class Exchange:
     # ---- one candidate after the other
 
     async def _try_each(self, opened: _Open, answer: Answer) -> None:
-        """Let the first candidate that takes the call serve it. Raises the failure of the last one that was tried."""
+        """Let the first candidate that takes the call serve it.
+
+        Raises the failure of the last one that was sent it, or, where none was, what the last one has no words for.
+        """
         ordered = opened.offered
         if len(ordered) > 1:
             ordered = self._health.ordered(ordered, _now(), self._draw)
+        failure: UpstreamFailed | None = None
         for offer in ordered:
             opened.offer = offer
             opened.candidate = offer.candidate
             was_perhaps_billed, opened.is_perhaps_billed = opened.is_perhaps_billed, True
-            self._health.trying(offer.candidate.target, _now())
+            is_probe = self._health.trying(offer.candidate.target, _now())
             try:
                 await self._attempt(opened, answer)
             except BadRequest:  # this candidate has no words for the call, so nothing was sent
                 opened.is_perhaps_billed = was_perhaps_billed
-                raise
+                if is_probe:
+                    self._health.not_tried(offer.candidate.target)
+                if offer is ordered[-1]:
+                    if failure is None:
+                        raise
+                    raise failure from None
             except UpstreamFailed as exc:
+                failure = exc
                 opened.is_perhaps_billed = was_perhaps_billed or not isinstance(exc, _UNBILLED)
                 self._judge(opened, exc)
                 if offer is ordered[-1] or answer.is_started or not self._may_fall_back(opened, exc):
