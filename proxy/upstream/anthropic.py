@@ -15,7 +15,7 @@ from proxy.upstream.client import HttpClient, Timeouts
 from proxy.upstream.encodings import decoded
 from proxy.upstream.openai import checked_base_url, checked_headers, checked_key
 from proxy.wire.anthropic_answers import Chunks, NotAMessage, completion, failure
-from proxy.wire.anthropic_requests import messages_request
+from proxy.wire.anthropic_requests import caches_for_an_hour, messages_request
 from proxy.wire.requests import Endpoint
 from proxy.wire.sse import EventSplitter, EventTooLong
 
@@ -25,9 +25,6 @@ API_VERSION: Final = b"2023-06-01"
 """The version whose requests take `temperature` and `top_p`; an operator's `anthropic-version` goes before it."""
 
 _FAILED_STATUS: Final = 300
-
-_HOUR: Final = b'"1h"'
-"""What a request has in it that asks for a cache of an hour; others may have it too."""
 
 _KEPT: Final = frozenset({b"retry-after", b"x-should-retry"})
 _LIMITS: Final = b"anthropic-ratelimit-"
@@ -74,12 +71,13 @@ class AnthropicProvider:
         if call.path != Endpoint.CHAT:
             message = f"Models of this provider serve /v1/{Endpoint.CHAT} only."
             raise BadRequest(message, param="model", code="unsupported_endpoint")
+        body = messages_request(call.body, call.output_tokens_max)
         response = await self._client.send(
             provider=self.name,
             method="POST",
             url=self._url,
             headers=self._headers(call),
-            body=messages_request(call.body, call.output_tokens_max),
+            body=body,
             timeouts=self._timeouts,
         )
         return _Translated(
@@ -87,7 +85,7 @@ class AnthropicProvider:
             self.name,
             answer_bytes_max=self._answer_bytes_max,
             event_bytes_max=self._event_bytes_max,
-            caches_for_an_hour=_HOUR in call.body,
+            caches_for_an_hour=caches_for_an_hour(body),
         )
 
     async def aclose(self) -> None:

@@ -62,6 +62,9 @@ _DATA_URL = re.compile(r"data:([\w.+/-]+);base64,(.*)", re.DOTALL | re.IGNORECAS
 _TOOL_ID = re.compile(r"[a-zA-Z0-9_-]{1,128}")
 _NO_PARAMETERS: Final = Raw(b'{"type":"object","properties":{}}')
 
+_SHORT: Final = (None, "5m")
+"""How long caches last by default."""
+
 _Block = dict[str, Any]
 
 
@@ -432,6 +435,37 @@ def _cached(block: _Block, control: Raw) -> _Block:
 def _cached_last(blocks: list[_Block], message: _Message) -> list[_Block]:
     """`blocks` with what the whole message says about caches at its last one."""
     return [*blocks[:-1], _cached(blocks[-1], message.cache_control)] if blocks else blocks
+
+
+class _Cacheable(msgspec.Struct, frozen=True):
+    """A block, a message or a request as it is sent, as far as it says what is cached."""
+
+    cache_control: Any = None
+    content: str | list["_Cacheable"] | None = None
+    system: list["_Cacheable"] = []
+    messages: list["_Cacheable"] = []
+    tools: list["_Cacheable"] = []
+
+
+_decode_cacheable = msgspec.json.Decoder(_Cacheable).decode
+
+
+def caches_for_an_hour(request: bytes) -> bool:
+    """Whether something in a Messages request may be cached for longer than the usual five minutes."""
+    if b'"cache_control"' not in request:
+        return False
+    try:
+        return _is_cached_long(_decode_cacheable(request))
+    except UNREADABLE:  # what controls a cache is the client's own, and may hold what only the provider can read
+        return True
+
+
+def _is_cached_long(block: _Cacheable) -> bool:
+    control = block.cache_control
+    if isinstance(control, dict) and control.get("ttl") not in _SHORT:
+        return True
+    inside = block.content if isinstance(block.content, list) else []
+    return any(map(_is_cached_long, (*inside, *block.system, *block.messages, *block.tools)))
 
 
 # ---- tools
