@@ -14,16 +14,16 @@ What is counted is never more than what was reserved for.
 """
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from enum import StrEnum
-from typing import Annotated, Any, Protocol, TypeVar
+from typing import Annotated, Any, Protocol
 
 import msgspec
 from msgspec import Meta, Raw
 
 from proxy.pricing import TOOL_CLASSES
 from proxy.units import Usage
-from proxy.wire.objects import NULL, UNREADABLE
+from proxy.wire.objects import NULL, UNREADABLE, reader
 from proxy.wire.requests import Endpoint
 from proxy.wire.sse import event_data
 
@@ -349,33 +349,6 @@ class _ResponseEvent(msgspec.Struct):
 _WHOLE_FLOAT = re.compile(rb"(?<=[0-9])\.0+(?=[\s,}])")
 """The end of a whole number as JavaScript and Lua need not tell it from others."""
 
-_HALF = re.compile(rb"\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
-"""The escape of half a character."""
-
-_NO_NUMBER = re.compile(rb"(?<=[\s,:\[])-?(?:NaN|Infinity)(?=[\s,\]}])")
-"""What Python writes for numbers that JSON does not have, such as the log probability of what cannot be."""
-
-_Shape = TypeVar("_Shape")
-
-
-def _reader(shape: type[_Shape]) -> Callable[[bytes], _Shape]:
-    """A decoder of `shape` that takes halves of characters for U+FFFD, and what is no number for null.
-
-    Providers send the former where a token ends inside of a character, and msgspec refuses all of what holds one.
-    """
-    decode = msgspec.json.Decoder(shape).decode
-
-    def read(data: bytes) -> _Shape:
-        try:
-            return decode(data)
-        except UNREADABLE:
-            mended = _NO_NUMBER.sub(b"null", _HALF.sub(rb"\\ufffd", data))
-            if mended == data:
-                raise
-            return decode(mended)
-
-    return read
-
 
 def _decode_usage(reported: bytes | Raw) -> _Reported:
     """The numbers of a usage object. Raises what msgspec raises."""
@@ -389,14 +362,14 @@ _decode_reported = msgspec.json.Decoder(_Reported).decode
 _decode_searches = msgspec.json.Decoder(_Searches).decode
 _decode_uses = msgspec.json.Decoder(list[_Use] | None).decode
 _decode_groq = msgspec.json.Decoder(_Groq).decode
-_decode_written = _reader(_Written)
-_decode_chunk = _reader(_Chunk)
-_decode_response = _reader(_Response)
-_decode_item = _reader(_Item)
-_decode_ended = _reader(_Ended)
-_decode_end_event = _reader(_EndEvent)
-_decode_whole_event = _reader(_WholeEvent)
-_decode_response_event = _reader(_ResponseEvent)
+_decode_written = reader(_Written)
+_decode_chunk = reader(_Chunk)
+_decode_response = reader(_Response)
+_decode_item = reader(_Item)
+_decode_ended = reader(_Ended)
+_decode_end_event = reader(_EndEvent)
+_decode_whole_event = reader(_WholeEvent)
+_decode_response_event = reader(_ResponseEvent)
 
 _NO_PROMPT_DETAILS = _PromptDetails()
 _NO_COMPLETION_DETAILS = _CompletionDetails()
