@@ -27,12 +27,14 @@ class Estimate(msgspec.Struct, frozen=True):
     """The bound of one call over all of its candidates, in tokens and in nano-credits.
 
     `input_tokens` and `output_tokens` are of the largest candidate, `output_tokens` for all `choices` together,
-    `input_tokens` for all `prompts`. `prediction_tokens` of them come on top of the maximum of each choice. `images`
-    are billed beside the tokens where they have a price, and so is each use of `tools`, of which the client allows
+    `input_tokens` for all `prompts` and for all that is read again after each use of a tool; `prompt_tokens` of them
+    are what is read first. `prediction_tokens` of them come on top of the maximum of each choice. `images` are billed
+    beside the tokens where they have a price, and so is each use of `tools`, of which the client allows
     `tool_calls_max` unless it leaves that to us.
     """
 
     input_tokens: int
+    prompt_tokens: int
     output_tokens: int
     prompts: int
     choices: int
@@ -47,7 +49,7 @@ class Estimate(msgspec.Struct, frozen=True):
     @property
     def window_tokens(self) -> int:
         """What counts against tokens a minute until the usage is known: a guess, as the bound would starve callers."""
-        return self.input_tokens // 4 + min(self.output_tokens, USEFUL_OUTPUT_TOKENS)
+        return self.prompt_tokens // 4 + min(self.output_tokens, USEFUL_OUTPUT_TOKENS)
 
 
 def estimate(request: PaidRequest, prompt_tokens: int, offered: Sequence[Offer]) -> Estimate:
@@ -59,10 +61,11 @@ def estimate(request: PaidRequest, prompt_tokens: int, offered: Sequence[Offer])
     """
     if request.maxima:
         prompt_tokens = max(0, prompt_tokens - request.maxima_bytes)
-    at_least = at_most = input_most = output_most = 0
+    at_least = at_most = input_most = prompt_most = output_most = 0
     for offer in offered:
         candidate = offer.candidate
-        inputs = _input_tokens(request, prompt_tokens, candidate)
+        prompt = _prompt_tokens(request, prompt_tokens, candidate)
+        inputs = prompt + tool_uses_max(request, candidate) * (candidate.context_tokens or 0)
         maximum = output_tokens_max(request, candidate)
         outputs = (maximum + request.prediction_tokens) * request.choices
         useful = (_useful_output_tokens(request, candidate, maximum) + request.prediction_tokens) * request.choices
@@ -72,9 +75,11 @@ def estimate(request: PaidRequest, prompt_tokens: int, offered: Sequence[Offer])
         at_most = max(at_most, most)
         at_least = max(at_least, least)
         input_most = max(input_most, inputs)
+        prompt_most = max(prompt_most, prompt)
         output_most = max(output_most, outputs)
     return Estimate(
         input_tokens=input_most,
+        prompt_tokens=prompt_most,
         output_tokens=output_most,
         prompts=request.prompts,
         choices=request.choices,
@@ -105,7 +110,7 @@ def input_bound(estimated: Estimate, candidate: Candidate) -> int:
     """The most input that this candidate can bill: what the largest one can, within its own context."""
     if candidate.context_tokens is None:
         return estimated.input_tokens
-    return min(estimated.input_tokens, candidate.context_tokens * estimated.prompts)
+    return min(estimated.input_tokens, candidate.context_tokens * _readings(estimated, candidate))
 
 
 def maximum_bought(estimated: Estimate, offer: Offer, amount: Nanos) -> int | None:
@@ -127,6 +132,14 @@ def tool_uses_max(asked: PaidRequest | Estimate, candidate: Candidate) -> int:
     if not asked.tools:
         return 0
     return (asked.tool_calls_max or candidate.tool_calls_max or 0) * asked.choices
+
+
+def _readings(asked: PaidRequest | Estimate, candidate: Candidate) -> int:
+    """How often the model may read as much as its context holds.
+
+    After each use of a tool it reads everything once more, and providers add that up.
+    """
+    return asked.prompts + tool_uses_max(asked, candidate)
 
 
 def maximum_taken(estimated: Estimate, candidate: Candidate, bought: int) -> int:
@@ -153,18 +166,15 @@ def maximum_affordable(estimated: Estimate, offered: Sequence[Offer], amount: Na
 
 
 def plausible_tokens_max(request: PaidRequest, candidate: Candidate) -> int | None:
-    """The most tokens that this candidate can have used, even if it ignores maxima; None where nobody knows.
-
-    After each use of a tool the model reads everything once more, and some providers add that up.
-    """
+    """The most tokens that this candidate can have used, even if it ignores maxima; None where nobody knows."""
     if candidate.context_tokens is None:
         return None
     maximum = max(output_tokens_max(request, candidate), candidate.output_tokens_max or candidate.context_tokens)
-    readings = request.prompts + tool_uses_max(request, candidate)
-    return candidate.context_tokens * readings + (maximum + request.prediction_tokens) * request.choices
+    outputs = (maximum + request.prediction_tokens) * request.choices
+    return candidate.context_tokens * _readings(request, candidate) + outputs
 
 
-def _input_tokens(request: PaidRequest, prompt_tokens: int, candidate: Candidate) -> int:
+def _prompt_tokens(request: PaidRequest, prompt_tokens: int, candidate: Candidate) -> int:
     is_unsized = request.is_unsized and not (request.has_only_images and candidate.image_tokens_max is not None)
     if candidate.context_tokens is None:
         if is_unsized:

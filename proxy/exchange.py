@@ -75,6 +75,7 @@ from proxy.relay import Head, StreamRelay
 from proxy.routing import Candidate, Health, Offer, candidates, offers, retry_after_s, terms
 from proxy.units import Usage, format_credits
 from proxy.upstream import Headers, Provider, ProviderCall, UpstreamResponse
+from proxy.upstream.encodings import decoded, decoded_whole
 from proxy.upstream.media import check_media
 from proxy.upstream.openai import relayed_headers
 from proxy.wire.endpoints import decode
@@ -394,21 +395,31 @@ class Exchange:
     # ---- one candidate after the other
 
     async def _try_each(self, opened: _Open, answer: Answer) -> None:
-        """Let the first candidate that takes the call serve it. Raises the failure of the last one that was tried."""
+        """Let the first candidate that takes the call serve it.
+
+        Raises the failure of the last one that was sent it, or, where none was, what the last one has no words for.
+        """
         ordered = opened.offered
         if len(ordered) > 1:
             ordered = self._health.ordered(ordered, _now(), self._draw)
+        failure: UpstreamFailed | None = None
         for offer in ordered:
             opened.offer = offer
             opened.candidate = offer.candidate
             was_perhaps_billed, opened.is_perhaps_billed = opened.is_perhaps_billed, True
-            self._health.trying(offer.candidate.target, _now())
+            is_probe = self._health.trying(offer.candidate.target, _now())
             try:
                 await self._attempt(opened, answer)
             except BadRequest:  # this candidate has no words for the call, so nothing was sent
                 opened.is_perhaps_billed = was_perhaps_billed
-                raise
+                if is_probe:
+                    self._health.not_tried(offer.candidate.target)
+                if offer is ordered[-1]:
+                    if failure is None:
+                        raise
+                    raise failure from None
             except UpstreamFailed as exc:
+                failure = exc
                 opened.is_perhaps_billed = was_perhaps_billed or not isinstance(exc, _UNBILLED)
                 self._judge(opened, exc)
                 if offer is ordered[-1] or answer.is_started or not self._may_fall_back(opened, exc):
@@ -513,8 +524,7 @@ class Exchange:
 
     def _content(self, response: UpstreamResponse, body: bytes) -> bytes:
         """What `body` says, should it be encoded in spite of our request."""
-        encoding = relay.content_encoding(response.headers)
-        return body if encoding is None else relay.inflate(body, encoding, self._limits.answer_bytes_max)
+        return decoded_whole(body, response.headers, self._limits.answer_bytes_max)
 
     async def _metered_plain(self, opened: _Open, content: bytes) -> Metered:
         tokens_max = _plausible_max(opened)
@@ -568,10 +578,7 @@ class Exchange:
             keeps_events=opened.request.wants_audio,
         )
         relayed = self._stream_relay(opened, response, answer, meter)
-        encoding = relay.content_encoding(response.headers)
-        chunks = response.chunks()
-        if encoding is not None:
-            chunks = relay.inflated(chunks, encoding, opened.candidate.provider)
+        chunks = decoded(response.chunks(), response.headers, opened.candidate.provider)
         failure: TollgateError | None = None
         try:
             with _AtProvider(opened):
@@ -629,8 +636,12 @@ class Exchange:
         )
 
     async def _metered_stream(self, opened: _Open, meter: StreamMeter, failure: TollgateError | None) -> Metered:
-        if meter.is_implausible:
+        metered = await self._metered_events(opened, meter, failure)
+        if meter.is_implausible or metered.is_implausible:
             self._note_implausible(opened)
+        return metered
+
+    async def _metered_events(self, opened: _Open, meter: StreamMeter, failure: TollgateError | None) -> Metered:
         is_over = isinstance(failure, UpstreamTimeout) and not opened.is_stopped and not opened.is_ended
         is_silent = is_over and opened.is_client_gone
         is_spoken = opened.request.wants_audio and meter.holds(_AUDIO)

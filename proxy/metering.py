@@ -14,16 +14,16 @@ What is counted is never more than what was reserved for.
 """
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from enum import StrEnum
-from typing import Annotated, Any, Protocol, TypeVar
+from typing import Annotated, Any, Protocol
 
 import msgspec
 from msgspec import Meta, Raw
 
 from proxy.pricing import TOOL_CLASSES
 from proxy.units import Usage
-from proxy.wire.objects import NULL, UNREADABLE
+from proxy.wire.objects import NULL, UNREADABLE, reader
 from proxy.wire.requests import Endpoint
 from proxy.wire.sse import event_data
 
@@ -349,33 +349,6 @@ class _ResponseEvent(msgspec.Struct):
 _WHOLE_FLOAT = re.compile(rb"(?<=[0-9])\.0+(?=[\s,}])")
 """The end of a whole number as JavaScript and Lua need not tell it from others."""
 
-_HALF = re.compile(rb"\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
-"""The escape of half a character."""
-
-_NO_NUMBER = re.compile(rb"(?<=[\s,:\[])-?(?:NaN|Infinity)(?=[\s,\]}])")
-"""What Python writes for numbers that JSON does not have, such as the log probability of what cannot be."""
-
-_Shape = TypeVar("_Shape")
-
-
-def _reader(shape: type[_Shape]) -> Callable[[bytes], _Shape]:
-    """A decoder of `shape` that takes halves of characters for U+FFFD, and what is no number for null.
-
-    Providers send the former where a token ends inside of a character, and msgspec refuses all of what holds one.
-    """
-    decode = msgspec.json.Decoder(shape).decode
-
-    def read(data: bytes) -> _Shape:
-        try:
-            return decode(data)
-        except UNREADABLE:
-            mended = _NO_NUMBER.sub(b"null", _HALF.sub(rb"\\ufffd", data))
-            if mended == data:
-                raise
-            return decode(mended)
-
-    return read
-
 
 def _decode_usage(reported: bytes | Raw) -> _Reported:
     """The numbers of a usage object. Raises what msgspec raises."""
@@ -389,14 +362,14 @@ _decode_reported = msgspec.json.Decoder(_Reported).decode
 _decode_searches = msgspec.json.Decoder(_Searches).decode
 _decode_uses = msgspec.json.Decoder(list[_Use] | None).decode
 _decode_groq = msgspec.json.Decoder(_Groq).decode
-_decode_written = _reader(_Written)
-_decode_chunk = _reader(_Chunk)
-_decode_response = _reader(_Response)
-_decode_item = _reader(_Item)
-_decode_ended = _reader(_Ended)
-_decode_end_event = _reader(_EndEvent)
-_decode_whole_event = _reader(_WholeEvent)
-_decode_response_event = _reader(_ResponseEvent)
+_decode_written = reader(_Written)
+_decode_chunk = reader(_Chunk)
+_decode_response = reader(_Response)
+_decode_item = reader(_Item)
+_decode_ended = reader(_Ended)
+_decode_end_event = reader(_EndEvent)
+_decode_whole_event = reader(_WholeEvent)
+_decode_response_event = reader(_ResponseEvent)
 
 _NO_PROMPT_DETAILS = _PromptDetails()
 _NO_COMPLETION_DETAILS = _CompletionDetails()
@@ -531,6 +504,13 @@ def _uses(items: Iterable[_Use]) -> dict[str, int]:
     return uses
 
 
+def _most(told: dict[str, int] | None, seen: dict[str, int] | None) -> dict[str, int] | None:
+    """The uses that are `told` at the end of a response, or of which more were `seen` before; None if none are told."""
+    if told is None or seen is None:
+        return told
+    return {name: max(told.get(name, 0), seen.get(name, 0)) for name in (*told, *seen)}
+
+
 def _searches(reported: Raw) -> dict[str, int] | None:
     """How often the web was searched for a chat, as its usage object says; None where it does not."""
     try:
@@ -543,11 +523,16 @@ def _searches(reported: Raw) -> dict[str, int] | None:
     return {"web_search": max(known)} if known else None
 
 
+def _is_beyond(uses: dict[str, int] | None, bound: Usage) -> bool:
+    """Whether more `uses` of tools are told than the call may have had."""
+    return bound.tool_uses > 0 and uses is not None and sum(uses.values()) > bound.tool_uses
+
+
 def _with_uses(usage: Usage, uses: dict[str, int] | None, bound: Usage) -> Usage:
-    """`usage` with the `uses` of tools: with those of `bound` where nobody knows."""
+    """`usage` with the `uses` of tools: with those of `bound` where nobody knows, and never with more."""
     if not bound.tool_uses:
         return usage
-    if uses is None:
+    if uses is None or _is_beyond(uses, bound):
         uses = {name: getattr(bound, name) for name in TOOL_CLASSES}
     return msgspec.structs.replace(usage, **uses)
 
@@ -590,22 +575,23 @@ def meter_plain(  # noqa: PLR0913 - what it depends on
     answer = _decoded(endpoint, body)
     usage = _plausible(answer.usage, tokens_max, has_output=endpoint is not Endpoint.EMBEDDINGS)
     uses = _answer_uses(answer) if bound.tool_uses else None
+    is_beyond = _is_beyond(uses, bound)
     reported = None if usage is None else _with_uses(usage, uses, bound)
     if reported is not None and (reported.output_tokens or endpoint is Endpoint.EMBEDDINGS):
-        return Metered(reported, UsageSource.REPORTED, _model(answer), service_tier=_tier(answer))
+        return Metered(reported, UsageSource.REPORTED, _model(answer), is_beyond, service_tier=_tier(answer))
     texts = _whole_texts(body) if is_response else _chat_texts(body)[1]
     if reported is not None and not texts:
-        return Metered(reported, UsageSource.REPORTED, _model(answer), service_tier=_tier(answer))
+        return Metered(reported, UsageSource.REPORTED, _model(answer), is_beyond, service_tier=_tier(answer))
     # Text beside a usage without output was not reported; the prompt was.
     prompt_tokens = 0 if usage is not None else counter.prompt(prompt)
     counted = _counted(usage, prompt_tokens, counter.texts(texts.values()), bound, uses)
     if counted == reported:
-        return Metered(counted, UsageSource.REPORTED, _model(answer), service_tier=_tier(answer))
+        return Metered(counted, UsageSource.REPORTED, _model(answer), is_beyond, service_tier=_tier(answer))
     return Metered(
         counted,
         UsageSource.COUNTED,
         _model(answer),
-        is_implausible=bytes(answer.usage) != b"null",
+        is_implausible=is_beyond or bytes(answer.usage) != b"null",
         is_empty=not texts and not (endpoint is Endpoint.EMBEDDINGS and b'"data"' in body),
         service_tier=_tier(answer),
     )
@@ -644,10 +630,10 @@ class _Read(msgspec.Struct, frozen=True):
 class StreamMeter:
     """Meters a stream of chunks, as chat completions and completions have it, while it is relayed.
 
-    The price is two searches in each event: only events that may report usage, or an error, are decoded. The others
-    are kept, up to `kept_bytes_max` bytes, to be counted if it comes to that; of those beyond it only the bytes are
-    known, and their share of text is taken to be that of those that were kept. Of a long stream only the text is kept,
-    unless `keeps_events`.
+    The price is two searches in each event: at once only events that may report usage, or an error, are decoded. The
+    others are kept, up to `kept_bytes_max` bytes, to be counted if it comes to that; of those beyond it only the bytes
+    are known, and their share of text is taken to be that of those that were kept. Those of a stream of more than
+    `FOLDED_BYTES` are decoded after all, so that only their text is kept, unless `keeps_events`.
 
     Usage that is followed by more text (some providers report at the start, or with every chunk, and may break in
     between) is charged with that text on top. So events are forgotten once there is usage for them.
@@ -719,7 +705,7 @@ class StreamMeter:
                 _with_uses(self._usage, self._uses, bound),
                 UsageSource.REPORTED,
                 self._model,
-                self._is_implausible,
+                self._is_implausible or _is_beyond(self._uses, bound),
                 service_tier=self._service_tier,
             )
         is_empty = self._usage is None and not tokens
@@ -732,7 +718,7 @@ class StreamMeter:
             if self._usage is None or usage != _with_uses(self._usage, uses, bound)
             else UsageSource.REPORTED,
             self._model,
-            self._is_implausible,
+            self._is_implausible or _is_beyond(uses, bound),
             is_empty=is_empty,
             service_tier=self._service_tier,
         )
@@ -780,7 +766,8 @@ class StreamMeter:
             self._kept_bytes = self._dropped_bytes = self._unfolded_bytes = 0
             return read.kind
         if usage is not None and (self._usage is None or not self._usage.output_tokens):
-            self._usage = usage  # the prompt is known; what was written is counted on top
+            # The prompt is known, and what tools did; what was written is counted on top.
+            self._usage, self._uses = usage, read.uses
         self._is_implausible = self._is_implausible or _is_object(read.usage)
         if read.has_text:
             self._keep(data)
@@ -852,7 +839,7 @@ class ResponseMeter(StreamMeter):
             kind = EventKind.ERROR
         else:
             kind = EventKind.DONE if event.type in _RESPONSE_ENDS else EventKind.CONTENT
-        uses = _answer_uses(response) if self._counts_tools else None
+        uses = _most(_answer_uses(response), self._unreported_uses()) if self._counts_tools else None
         return _Read(kind, response.usage, _model(response), kind is EventKind.CONTENT, _tier(response), uses)
 
     def _take(self, data: bytes) -> EventKind:
@@ -930,8 +917,7 @@ def _counted(
     else:
         room = max(0, bound.output_tokens - reported.output_tokens)
         usage = msgspec.structs.replace(reported, output=reported.output + min(output_tokens, room))
-    is_bounded = uses is not None and sum(uses.values()) <= bound.tool_uses
-    return _with_uses(usage, uses if is_bounded else None, bound)
+    return _with_uses(usage, uses, bound)
 
 
 def _chat_texts(data: bytes) -> tuple[str | None, _Texts]:

@@ -5,7 +5,6 @@ charge is durable, and not before.
 """
 
 import asyncio
-import zlib
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from typing import Any, Protocol
@@ -21,13 +20,6 @@ from proxy.wire.objects import UNREADABLE, decode_fields, patch
 from proxy.wire.sse import EventSplitter, EventTooLong, event_data, with_data
 
 _KEEP_ALIVE = b": keep-alive\n\n"
-
-_ENCODINGS = {b"gzip": zlib.MAX_WBITS | 16, b"x-gzip": zlib.MAX_WBITS | 16, b"deflate": zlib.MAX_WBITS}
-_NOT_ENCODED = frozenset({b"identity", b"none", b""})
-"""Only the first is a name; servers send the others for what they leave as it is."""
-
-_INFLATED_BYTES = 65_536
-"""At most so much comes out of one step, however well it was compressed."""
 
 
 class Answer(Protocol):
@@ -294,53 +286,3 @@ class StreamRelay:
         if now >= due_at and self._may_comment and (self._commenting is None or self._commenting.done()):
             self._commenting = self._loop.create_task(self._write(_KEEP_ALIVE))
         self._timer = self._loop.call_at(max(due_at, now + self._keep_alive_s / 2), self._on_idle)
-
-
-def content_encoding(headers: Headers) -> bytes | None:
-    """How a body is encoded against our request for identity; None when it is not."""
-    for name, value in headers:
-        if name == b"content-encoding" and value.strip().lower() not in _NOT_ENCODED:
-            return value.strip().lower()
-    return None
-
-
-async def inflated(chunks: AsyncIterator[bytes], encoding: bytes, provider: str) -> AsyncIterator[bytes]:
-    """The bytes that `chunks` encode, in bounded pieces: of all members of gzip, one after the other.
-
-    Raises `UpstreamBroken` when they do not, or not to their end, or not known how.
-    """
-    if encoding not in _ENCODINGS:
-        raise UpstreamBroken("The provider's answer is encoded in a way that was not asked for.", provider=provider)
-    inflater = zlib.decompressobj(_ENCODINGS[encoding])
-    has_begun = False
-    try:
-        async for chunk in chunks:
-            waiting = chunk
-            while waiting:
-                if inflater.eof:
-                    inflater = zlib.decompressobj(_ENCODINGS[encoding])
-                has_begun = True
-                piece = inflater.decompress(waiting, _INFLATED_BYTES)
-                waiting = inflater.unconsumed_tail or inflater.unused_data
-                if piece:
-                    yield piece
-    except zlib.error as exc:
-        raise UpstreamBroken("The provider's answer is not encoded as it says.", provider=provider) from exc
-    if has_begun and not inflater.eof:
-        raise UpstreamBroken("The provider's answer ends inside of its encoding.", provider=provider)
-
-
-def inflate(body: bytes, encoding: bytes, bytes_max: int) -> bytes:
-    """What `body` encodes, up to `bytes_max` bytes; `body` itself when that cannot be said."""
-    if encoding not in _ENCODINGS:
-        return body
-    inflated = bytearray()
-    waiting = body
-    try:
-        while waiting and len(inflated) < bytes_max:
-            inflater = zlib.decompressobj(_ENCODINGS[encoding])
-            inflated += inflater.decompress(waiting, bytes_max - len(inflated))
-            waiting = inflater.unused_data
-    except zlib.error:
-        return body
-    return bytes(inflated)

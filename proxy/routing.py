@@ -220,11 +220,19 @@ class Health:
             return tuple(preferred)
         return tuple(sorted(preferred, key=lambda offer: self._is_left_alone(offer.candidate.target, now)))
 
-    def trying(self, target: str, now: float) -> None:
-        """A call goes to `target`: if it was cooling down, this one finds out whether it is well again."""
+    def trying(self, target: str, now: float) -> bool:
+        """A call goes to `target`; returns whether it is the one that finds out if `target` is well again."""
         state = self._states.get(target)
-        if state is not None and state.cooling_until:
-            state.probed_until = now + PROBE_S
+        if state is None or not state.cooling_until or now < state.probed_until:
+            return False
+        state.probed_until = now + PROBE_S
+        return True
+
+    def not_tried(self, target: str) -> None:
+        """The call that was to find out was not sent: the next one may."""
+        state = self._states.get(target)
+        if state is not None:
+            state.probed_until = 0.0
 
     def succeeded(self, target: str) -> None:
         """`target` has answered."""

@@ -27,6 +27,20 @@ idle_s = 1
 [providers.demo]
 kind = "demo"
 
+[providers.fake]
+kind = "openai"
+base_url = "{base_url}"
+api_key_env = "UPSTREAM_KEY"
+
+[models.other]
+candidates = ["fake/fake-model", "claude/claude-opus-5"]
+
+[prices."fake/fake-model"]
+input = "1"
+output = "2"
+max_output_tokens = 1000
+context_tokens = 10000
+
 [models.either]
 candidates = ["claude/claude-opus-5", "demo/demo-chat"]
 
@@ -306,6 +320,27 @@ def test_another_candidate(client, upstream, behaviour):
     chunks = list(client.chat.completions.create(model="either", messages=wish(**behaviour), stream=True))
     assert chunks[-1].model == "demo-chat"
     assert len(upstream.journal) == calls + 1
+
+
+@once
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_call_that_one_candidate_has_no_words_for_is_the_next_ones(served, funded, stream):
+    """Whichever would have been the first."""
+    with served.client(funded) as http:
+        body = {"model": "either", "messages": wish(), "seed": 1, "max_tokens": 5, "stream": stream}
+        answer = http.post("/v1/chat/completions", json=body)
+    assert (answer.status_code, answer.headers["x-tollgate-provider"]) == (200, "demo")
+    charge = served.charge(funded, answer.headers["x-request-id"])
+    assert (charge["provider"], charge["outcome"]) == ("demo", "completed")
+
+
+@once
+def test_a_failure_says_more_than_a_candidate_without_words(client):
+    """It may be gone the next time, while another candidate's lack of words is nothing that the client did wrong."""
+    failed = failure(client, model="other", messages=wish(status=503), n=2)
+    assert failed.status_code == 503
+    failed = failure(client, model="other", messages=wish(status=400), n=2)
+    assert failed.code != "unsupported_parameter", "a refusal is final"
 
 
 # ---- endings of streams

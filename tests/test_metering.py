@@ -211,6 +211,46 @@ def test_a_response_that_breaks_and_cannot_be_read_has_used_all_its_tools():
     assert meter.result(prompt=b"", bound=TOOLS_BOUND).usage.web_search == 4
 
 
+@pytest.mark.parametrize(("seen", "told", "uses"), [(2, 0, 2), (1, 3, 3), (0, 0, 0), (2, None, 4)])
+def test_uses_that_were_streamed_count_though_the_end_does_not_repeat_them(seen, told, uses):
+    """The larger of the two numbers; where the end has no items at all, the bound."""
+    meter = stream_meter(Endpoint.RESPONSES, 10_000, counts_tools=True)
+    for index in range(seen):
+        meter.feed(response_event("response.output_item.done", output_index=index, item=SEARCHED))
+    ended = {"usage": {"input_tokens": 10, "output_tokens": 5}}
+    ended |= {} if told is None else {"output": [SEARCHED] * told}
+    meter.feed(response_event("response.completed", response=ended))
+    metered = meter.result(prompt=b"", bound=TOOLS_BOUND)
+    assert (metered.source, metered.usage.web_search) == (UsageSource.REPORTED, uses)
+
+
+def test_searches_beside_text_that_was_not_reported_are_known():
+    """Usage without output tells of the prompt and of the tools."""
+    meter = stream_meter(Endpoint.CHAT, 10_000, counts_tools=True)
+    usage = {"prompt_tokens": 10, "completion_tokens": 0, "num_search_queries": 1}
+    meter.feed(b'data: {"choices":[{"delta":{"content":"word"}}]}\n\n')
+    meter.feed(b'data: {"choices":[],"usage":' + json.dumps(usage).encode() + b"}\n\n")
+    metered = meter.result(prompt=b"", bound=TOOLS_BOUND)
+    assert (metered.source, metered.usage.web_search, metered.usage.input) == (UsageSource.COUNTED, 1, 10)
+
+
+def test_more_uses_than_a_call_may_have_cannot_be():
+    """The bound counts, in a stream as in a whole answer; a call that asked for no tools has used none."""
+    body = (
+        b'{"choices":[{"message":{"content":"x"}}],"usage":'
+        + json.dumps(REPORTED | {"num_search_queries": 2**63 - 1}).encode()
+        + b"}"
+    )
+    meter = stream_meter(Endpoint.CHAT, 10_000, counts_tools=True)
+    meter.feed(b"data: " + body + b"\n\n")
+    streamed = meter.result(prompt=b"", bound=TOOLS_BOUND)
+    plain = meter_plain(Endpoint.CHAT, body, prompt=b"", bound=TOOLS_BOUND)
+    for metered in (streamed, plain):
+        assert (metered.usage.web_search, metered.is_implausible, metered.source) == (4, True, UsageSource.REPORTED)
+    unasked = meter_plain(Endpoint.CHAT, body, prompt=b"", bound=Usage(input=1000, output=1000))
+    assert (unasked.usage.web_search, unasked.is_implausible) == (0, False)
+
+
 @pytest.mark.parametrize("usage", ['{"num_search_queries":-1}', "null", "7"])
 def test_searches_that_cannot_be_are_no_report(usage):
     """The bound counts."""

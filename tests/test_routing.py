@@ -195,6 +195,19 @@ def test_one_call_at_a_time_finds_out_whether_it_is_well_again():
     assert names(health.ordered(PAIR, COOL_DOWN_S + 1, first)) == ["a", "b"]
 
 
+def test_a_probe_that_was_not_sent_is_given_back():
+    """The next call finds out instead, and nobody takes it from the one that does."""
+    health = Health()
+    assert not health.trying("a/m", 0), "it is well"
+    failed(health, FAILURES_MAX)
+    assert health.trying("a/m", COOL_DOWN_S)
+    assert not health.trying("a/m", COOL_DOWN_S + 1)
+    health.not_tried("a/m")
+    health.not_tried("b/m")
+    assert names(health.ordered(PAIR, COOL_DOWN_S + 1, first)) == ["a", "b"]
+    assert health.trying("a/m", COOL_DOWN_S + 1)
+
+
 def test_a_probe_that_fails_costs_a_longer_cool_down():
     """Twice as long each time, up to a limit, and a success forgets all of it."""
     health, now = Health(), 0.0

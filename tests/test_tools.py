@@ -36,6 +36,15 @@ web_search = "0.01"
 max_output_tokens = 100
 context_tokens = 10000
 
+[prices."fake/stepped"]
+input = "1"
+output = "2"
+web_search = "0.01"
+tool_calls_max = 5
+max_output_tokens = 100
+context_tokens = 10000
+long_context = [{{ above_tokens = 50000, input = "2", output = "4" }}]
+
 [prices."fake/plain"]
 input = "1"
 output = "2"
@@ -101,6 +110,35 @@ def charge_of(client, answer) -> dict:
     return charge
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("model", [MODEL, "fake/stepped"])
+@pytest.mark.parametrize("called", [respond, chat])
+def test_a_provider_that_adds_up_all_that_was_read_is_covered(client, called, model, stream):
+    """The whole context, once for the prompt and once after each of the searches, all at the price of its length."""
+    usage = (
+        {"input_tokens": 60_000, "output_tokens": 10}
+        if called is respond
+        else {
+            "prompt_tokens": 60_000,
+            "completion_tokens": 10,
+            "num_search_queries": 5,
+        }
+    )
+    wish = {"hosted_tools": ["web_search_call"] * 5, "usage": usage}
+    tools = [SEARCH] if called is respond else []
+    maximum = {"max_output_tokens" if called is respond else "max_tokens": 10}
+    charge = charge_of(client, called(client, *tools, model=model, wish=wish, stream=stream, **maximum))
+    assert (charge["usage"]["input"], charge["usage_source"]) == (60_000, "reported")
+    assert charge["charged"] == charge["reserved"]
+
+
+def implausible(served) -> int:
+    """How often a provider has reported what cannot be."""
+    with served.client(None) as anybody:
+        lines = anybody.get("/metrics").text.splitlines()
+    return sum(int(float(line.split()[-1])) for line in lines if line.startswith("tollgate_implausible_usage_total{"))
+
+
 def tool_dollars(charge) -> Decimal:
     """What the tools cost the operator: all that is not tokens."""
     usage = charge["usage"]
@@ -121,11 +159,11 @@ def test_uses_are_billed_as_the_answer_has_them(client, stream):
 
 
 def test_what_is_not_used_costs_nothing(client):
-    """What was held for it is free again: for the whole context too, since what is found is no part of the body."""
+    """What was held for it is free again: for the whole context too, which is read again after each search."""
     charge = charge_of(client, respond(client, SEARCH, max_output_tokens=10))
     assert "web_search" not in charge["usage"]
-    # The dearest tier, the whole context, ten tokens, and five searches.
-    assert Decimal(charge["reserved"]) == (Decimal("0.01") + Decimal(20) / 10**6 + Decimal("0.05")) * MARKUP
+    # The dearest tier, the whole context six times, ten tokens, and five searches.
+    assert Decimal(charge["reserved"]) == (Decimal("0.06") + Decimal(20) / 10**6 + Decimal("0.05")) * MARKUP
 
 
 @pytest.mark.parametrize(("fields", "sent"), [({}, 5), ({"max_tool_calls": 2}, 2), ({"max_tool_calls": 9}, 9)])
@@ -135,16 +173,31 @@ def test_the_maximum_reaches_the_provider_and_bounds_what_is_held(client, upstre
     charge = charge_of(client, answer)
     assert upstream.journal[-1].parsed["max_tool_calls"] == sent
     assert charge["usage"]["web_search"] == sent
-    held = Decimal("0.01") + Decimal(20) / 10**6 + Decimal("0.01") * sent
+    held = Decimal("0.01") * (1 + sent) + Decimal(20) / 10**6 + Decimal("0.01") * sent
     assert Decimal(charge["reserved"]) == held * MARKUP
 
 
-def test_a_provider_that_goes_on_is_paid_by_whoever_let_it(client):
-    """What it reports is charged as far as the wallet goes, even above the reservation: the operator has to pay it."""
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_provider_that_goes_on_is_paid_by_the_operator(served, client, stream):
+    """What it reports beyond the maximum that it was sent cannot be: the maximum is charged, and there is an alarm."""
+    alarms = implausible(served)
     wish = {"hosted_tools": ["web_search_call"] * 8, "ignore_max": True}
-    answer = respond(client, SEARCH, wish=wish, max_tool_calls=2, max_output_tokens=10)
-    charge = client.get(f"/api/v1/credits/charges/{answer.headers['x-request-id']}").json()
-    assert (charge["usage"]["web_search"], charge["shortfall"]) == (8, "0")
+    charge = charge_of(
+        client, respond(client, SEARCH, wish=wish, max_tool_calls=2, max_output_tokens=10, stream=stream)
+    )
+    assert (charge["usage"]["web_search"], charge["shortfall"]) == (2, "0")
+    assert implausible(served) == alarms + 1
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("searches", [6, 100_000, 2**63 - 1])
+def test_a_chat_is_never_billed_for_more_searches_than_the_operator_said(served, client, stream, searches):
+    """Nothing bounds them at the provider, so what a call may cost is bounded here: with an alarm, and no error."""
+    alarms = implausible(served)
+    usage = {"prompt_tokens": 50, "completion_tokens": 10, "server_tool_use": {"web_search_requests": searches}}
+    charge = charge_of(client, chat(client, wish={"usage": usage}, stream=stream))
+    assert (charge["usage"]["web_search"], charge["usage_source"]) == (5, "reported")
+    assert implausible(served) == alarms + 1
 
 
 def test_a_tier_has_the_prices_of_tools_of_the_standard_one(client):

@@ -17,7 +17,6 @@ from litestar.types import HTTPScope, Receive, Scope, Send
 from msgspec import UNSET, UnsetType
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from proxy import relay
 from proxy.catalog import Catalog
 from proxy.edge.answer import AsgiAnswer, BodyLimits, Headers, read_body
 from proxy.edge.authentication import CHECKED_BY_LEDGER, needs
@@ -32,6 +31,7 @@ from proxy.ledger.decide import Receipt, Settled
 from proxy.metrics import Metrics
 from proxy.storage.database import reading
 from proxy.units import Usage, format_credits
+from proxy.upstream.encodings import decoded_whole
 from proxy.wire.invoke import Invocation, Said, decode_invoke, read_chat
 from proxy.wire.objects import UNREADABLE, bad_request, unique_fields
 from proxy.wire.requests import Endpoint, ModelName
@@ -242,7 +242,7 @@ class SimpleAnswer:
     async def end(self, chunk: bytes = b"") -> None:
         """Send on the last of it. Raises `UpstreamBroken` for a plain answer that says nothing and costs nothing."""
         if _is_plain(self._headers):
-            await self._end_plain(_content(self._headers, chunk, self._answer_bytes_max))
+            await self._end_plain(decoded_whole(chunk, self._headers, self._answer_bytes_max))
             return
         await self.write(chunk)
         last = [] if self._is_finished else [*await self._translated(self._splitter.rest), *await self._finish()]
@@ -327,12 +327,6 @@ def _is_plain(headers: Headers) -> bool:
     return any(name == b"content-length" for name, _ in headers)
 
 
-def _content(headers: Headers, body: bytes, bytes_max: int) -> bytes:
-    """What `body` says, should it be encoded."""
-    encoding = relay.content_encoding(headers)
-    return body if encoding is None else relay.inflate(body, encoding, bytes_max)
-
-
 def _pieces(said: Said) -> list[bytes]:
     return [] if said.is_empty else [_event("delta", Delta(**msgspec.structs.asdict(said)))]
 
@@ -400,7 +394,10 @@ class Simple:
 
     def _fault(self, kept: _Kept, provider: str) -> UpstreamBroken | None:
         """What is wrong with an answer that came."""
-        if _is_plain(kept.headers) and read_chat(_content(kept.headers, kept.last, self._answer_bytes_max)) is None:
+        if (
+            _is_plain(kept.headers)
+            and read_chat(decoded_whole(kept.last, kept.headers, self._answer_bytes_max)) is None
+        ):
             return UpstreamBroken(_NO_CHAT, provider=provider)
         return None
 

@@ -12,9 +12,10 @@ from proxy import __version__
 from proxy.errors import BadRequest, UpstreamBroken
 from proxy.upstream import Headers, ProviderCall, UpstreamResponse
 from proxy.upstream.client import HttpClient, Timeouts
+from proxy.upstream.encodings import decoded
 from proxy.upstream.openai import checked_base_url, checked_headers, checked_key
 from proxy.wire.anthropic_answers import Chunks, NotAMessage, completion, failure
-from proxy.wire.anthropic_requests import messages_request
+from proxy.wire.anthropic_requests import caches_for_an_hour, messages_request
 from proxy.wire.requests import Endpoint
 from proxy.wire.sse import EventSplitter, EventTooLong
 
@@ -24,9 +25,6 @@ API_VERSION: Final = b"2023-06-01"
 """The version whose requests take `temperature` and `top_p`; an operator's `anthropic-version` goes before it."""
 
 _FAILED_STATUS: Final = 300
-
-_HOUR: Final = b'"1h"'
-"""What a request has in it that asks for a cache of an hour; others may have it too."""
 
 _KEPT: Final = frozenset({b"retry-after", b"x-should-retry"})
 _LIMITS: Final = b"anthropic-ratelimit-"
@@ -73,12 +71,13 @@ class AnthropicProvider:
         if call.path != Endpoint.CHAT:
             message = f"Models of this provider serve /v1/{Endpoint.CHAT} only."
             raise BadRequest(message, param="model", code="unsupported_endpoint")
+        body = messages_request(call.body, call.output_tokens_max)
         response = await self._client.send(
             provider=self.name,
             method="POST",
             url=self._url,
             headers=self._headers(call),
-            body=messages_request(call.body, call.output_tokens_max),
+            body=body,
             timeouts=self._timeouts,
         )
         return _Translated(
@@ -86,7 +85,7 @@ class AnthropicProvider:
             self.name,
             answer_bytes_max=self._answer_bytes_max,
             event_bytes_max=self._event_bytes_max,
-            caches_for_an_hour=_HOUR in call.body,
+            caches_for_an_hour=caches_for_an_hour(body),
         )
 
     async def aclose(self) -> None:
@@ -166,10 +165,7 @@ class _Translated:
             raise self._broken("The provider's stream ended before its message did.")
 
     def _pieces(self) -> AsyncIterator[bytes]:
-        encoded = [value for name, value in self._response.headers if name == b"content-encoding"]
-        if any(value.strip().lower() != b"identity" for value in encoded):
-            raise self._broken("The provider's answer is encoded in a way that was not asked for.")
-        return self._response.chunks()
+        return decoded(self._response.chunks(), self._response.headers, self._provider)
 
     def _broken(self, message: str) -> UpstreamBroken:
         return UpstreamBroken(message, provider=self._provider)

@@ -178,6 +178,20 @@ _decode_event = msgspec.json.Decoder(_Event).decode
 _decode_failure = msgspec.json.Decoder(_Failure).decode
 
 
+def _read_event(data: bytes) -> _Event:
+    """An event; nothing, where it is of a kind that is not known. Raises `NotAMessage`."""
+    try:
+        return _decode_event(data)
+    except UNREADABLE as exc:
+        try:
+            is_known = _decode_kind(data).type in _KNOWN
+        except UNREADABLE:
+            is_known = True
+        if is_known:
+            raise NotAMessage(str(exc)) from exc
+    return _NOTHING
+
+
 # ---- errors
 
 
@@ -331,11 +345,7 @@ class Chunks:
         data = event_data(event)
         if data is None or self.is_over:
             return b""
-        try:
-            read = _decode_event(data) if _decode_kind(data).type in _KNOWN else _NOTHING
-        except UNREADABLE as exc:
-            raise NotAMessage(str(exc)) from exc
-        return b"".join(b"data: " + chunk + b"\n\n" for chunk in self._chunks(read))
+        return b"".join(b"data: " + chunk + b"\n\n" for chunk in self._chunks(_read_event(data)))
 
     def _chunks(self, event: _Event) -> list[bytes]:
         match event:

@@ -15,14 +15,15 @@ Three things are told differently there:
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from itertools import islice
+from typing import Annotated, Any, Final
 
 import msgspec
-from msgspec import Raw
+from msgspec import Meta, Raw
 
 from proxy.errors import BadRequest
 from proxy.wire.objects import NULL, UNREADABLE, bad_request, decode_fields, patch
-from proxy.wire.requests import Tokens, is_set, unsupported
+from proxy.wire.requests import ITEMS_MAX, Tokens, check_number, is_set, unsupported
 
 OUTPUT_TOKENS_UNKNOWN: Final = 32_000
 """The maximum of a call that names none, at a model whose own nobody knows: all since Claude 4 take as much."""
@@ -60,6 +61,9 @@ _DETAILS: Final = frozenset({None, "auto", "high", "original"})
 _DATA_URL = re.compile(r"data:([\w.+/-]+);base64,(.*)", re.DOTALL | re.IGNORECASE)
 _TOOL_ID = re.compile(r"[a-zA-Z0-9_-]{1,128}")
 _NO_PARAMETERS: Final = Raw(b'{"type":"object","properties":{}}')
+
+_SHORT: Final = (None, "5m")
+"""How long caches last by default."""
 
 _Block = dict[str, Any]
 
@@ -117,7 +121,7 @@ class _Thought(_Strict, frozen=True):
     signature: str | None = None
     data: str | None = None
     index: int | None = None
-    position: int | None = None
+    position: Annotated[int, Meta(ge=0, le=ITEMS_MAX)] | None = None
     cache_control: Any = None
 
 
@@ -220,6 +224,8 @@ def messages_request(body: bytes, output_tokens_max: int | None) -> bytes:
         raise bad_request(exc) from exc
     if chat.stream_options is not None and chat.stream_options.include_obfuscation:
         raise _refused("stream_options", "'include_obfuscation'")
+    for items in ("tool_calls", "thinking_blocks"):
+        check_number(sum(len(getattr(message, items) or ()) for message in chat.messages), "messages")
     named = [maximum for maximum in (chat.max_completion_tokens, chat.max_tokens) if maximum is not None]
     max_tokens = min(named) if named else output_tokens_max or OUTPUT_TOKENS_UNKNOWN
     system, turns = _conversation(chat.messages)
@@ -356,10 +362,18 @@ def _said(message: _Message) -> list[_Block]:
     if message.refusal:
         blocks.append(_text(message.refusal))
     blocks += [_tool_use(call) for call in message.tool_calls or ()]
-    for place, thought in enumerate(message.thinking_blocks or ()):
-        position = place if thought.position is None else thought.position
-        blocks.insert(position, _thought(thought))
-    return blocks
+    return _with_thoughts(blocks, message.thinking_blocks) if message.thinking_blocks else blocks
+
+
+def _with_thoughts(blocks: list[_Block], thoughts: Sequence[_Thought]) -> list[_Block]:
+    """`blocks` with each of `thoughts` at its position, where nothing is said in the order they have."""
+    places = [place if thought.position is None else thought.position for place, thought in enumerate(thoughts)]
+    said: list[_Block] = []
+    others = iter(blocks)
+    for place, thought in sorted(zip(places, thoughts, strict=True), key=lambda placed: placed[0]):
+        said += islice(others, max(0, place - len(said)))
+        said.append(_thought(thought))
+    return [*said, *others]
 
 
 def _thought(thought: _Thought) -> _Block:
@@ -421,6 +435,37 @@ def _cached(block: _Block, control: Raw) -> _Block:
 def _cached_last(blocks: list[_Block], message: _Message) -> list[_Block]:
     """`blocks` with what the whole message says about caches at its last one."""
     return [*blocks[:-1], _cached(blocks[-1], message.cache_control)] if blocks else blocks
+
+
+class _Cacheable(msgspec.Struct, frozen=True):
+    """A block, a message or a request as it is sent, as far as it says what is cached."""
+
+    cache_control: Any = None
+    content: str | list["_Cacheable"] | None = None
+    system: list["_Cacheable"] = []
+    messages: list["_Cacheable"] = []
+    tools: list["_Cacheable"] = []
+
+
+_decode_cacheable = msgspec.json.Decoder(_Cacheable).decode
+
+
+def caches_for_an_hour(request: bytes) -> bool:
+    """Whether something in a Messages request may be cached for longer than the usual five minutes."""
+    if b'"cache_control"' not in request:
+        return False
+    try:
+        return _is_cached_long(_decode_cacheable(request))
+    except UNREADABLE:  # what controls a cache is the client's own, and may hold what only the provider can read
+        return True
+
+
+def _is_cached_long(block: _Cacheable) -> bool:
+    control = block.cache_control
+    if isinstance(control, dict) and control.get("ttl") not in _SHORT:
+        return True
+    inside = block.content if isinstance(block.content, list) else []
+    return any(map(_is_cached_long, (*inside, *block.system, *block.messages, *block.tools)))
 
 
 # ---- tools

@@ -1,7 +1,5 @@
 """The simple API's request and answer, as chat completions: one question in, one text out."""
 
-import re
-from collections.abc import Callable
 from typing import Any, Final
 
 import msgspec
@@ -16,6 +14,7 @@ from proxy.wire.objects import (
     bad_request,
     check_spelling,
     patch,
+    reader,
     unique_fields,
 )
 from proxy.wire.requests import ModelName, is_set, unsupported
@@ -101,7 +100,7 @@ class _Chat(msgspec.Struct, frozen=True):
 
 
 _decode_request = msgspec.json.Decoder(InvokeRequest).decode
-_decode_chat: Callable[[bytes], _Chat] = msgspec.json.Decoder(_Chat).decode
+_decode_chat = reader(_Chat)
 
 _TOP = Spelling(InvokeRequest.__struct_fields__)
 
@@ -111,9 +110,6 @@ _ONE_TEXT: Final = {
     "n": frozenset({b"null", b"1"}),
 }
 """What asks for more than one text, with the values that do not."""
-
-_HALF = re.compile(rb"\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
-"""The escape of half a character, which providers send where a token ends inside of one."""
 
 
 def decode_invoke(body: bytes) -> Invocation:
@@ -153,7 +149,7 @@ def _check_one_text(fields: Fields) -> None:
 def read_chat(data: bytes) -> Read | None:
     """What a chat completion, or a chunk of a streamed one, says; None when `data` is neither."""
     try:
-        chat = _decoded(data)
+        chat = _decode_chat(data)
     except UNREADABLE:
         return None
     if not chat.choices:
@@ -169,16 +165,6 @@ def _without_choices(chat: _Chat) -> Read | None:
     if chat.type == "error":
         return Read(Said(), error={"message": chat.message, "type": "error", "param": None, "code": chat.code})
     return None if chat.choices is None else Read(Said())
-
-
-def _decoded(data: bytes) -> _Chat:
-    try:
-        return _decode_chat(data)
-    except UNREADABLE:
-        mended = _HALF.sub(rb"\\ufffd", data)
-        if mended == data:
-            raise
-        return _decode_chat(mended)
 
 
 def _said(message: _Message) -> Said:

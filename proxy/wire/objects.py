@@ -14,9 +14,9 @@ once letter case, `_` and `-` are ignored. Names are compared as they are after 
 
 import json
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import chain
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 from msgspec import Raw
@@ -74,6 +74,36 @@ _FIRST_COMMA = re.compile(rb"\A(\s*),")
 
 UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 """What msgspec raises for bytes that are not what was expected."""
+
+_HALF = re.compile(rb"\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
+"""The escape of half a character."""
+
+_NO_NUMBER = re.compile(rb'("[^"\\]*(?:\\.[^"\\]*)*")|-?(?:NaN|Infinity)', re.DOTALL)
+"""What Python writes for numbers that JSON does not have, such as the log probability of what cannot be; or a string,
+which may hold the same words.
+"""
+
+_Shape = TypeVar("_Shape")
+
+
+def reader(shape: type[_Shape]) -> Callable[[bytes], _Shape]:
+    """A decoder of `shape`, for answers, that takes halves of characters for U+FFFD, and what is no number for null.
+
+    Providers send the former where a token ends inside of a character, and msgspec refuses all of what holds one.
+    """
+    decode = msgspec.json.Decoder(shape).decode
+
+    def read(data: bytes) -> _Shape:
+        try:
+            return decode(data)
+        except UNREADABLE:
+            mended = _NO_NUMBER.sub(lambda found: found[1] or b"null", _HALF.sub(rb"\\ufffd", data))
+            if mended == data:
+                raise
+            return decode(mended)
+
+    return read
+
 
 _WHERE = re.compile(r"(?P<what>.*?)(?: - at `\$\.?(?P<path>.*)`)?", re.DOTALL)
 _MISSING = re.compile(r"Object missing required field `(?P<field>\w+)`")

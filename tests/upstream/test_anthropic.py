@@ -1,4 +1,5 @@
 import asyncio
+import gzip
 import json
 
 import pytest
@@ -168,6 +169,23 @@ async def test_a_stream_that_ends_in_an_error(line):
     assert b"overloaded_error" in body.rpartition(b"data: ")[2]
 
 
+@pytest.mark.parametrize("encoding", ["identity", "none", "", "gzip", "GZIP"])
+async def test_an_answer_that_is_encoded_against_our_request(line, encoding):
+    """It was paid for, so it is read: whole, streamed or an error."""
+
+    def packed(octets):
+        return gzip.compress(octets) if encoding.lower() == "gzip" else octets
+
+    header = f"content-encoding: {encoding}\r\n"
+    line.octets = plain(packed(json.dumps(MESSAGE).encode()), headers=header)
+    assert json.loads(await body_of(await line.provider().send(call())))["object"] == "chat.completion"
+    line.octets = streamed(packed(STREAM)).replace(b"\r\n", f"\r\n{header}".encode(), 1)
+    assert (await body_of(await line.provider().send(call(stream=True)))).endswith(b"data: [DONE]\n\n")
+    error = {"type": "error", "error": {"type": "overloaded_error", "message": "Overloaded"}}
+    line.octets = plain(packed(json.dumps(error).encode()), status="529 Overloaded", headers=header)
+    assert b"overloaded_error" in await body_of(await line.provider().send(call()))
+
+
 BROKEN = {
     "a stream without its end": streamed(STREAM.partition(b"event: message_stop")[0]),
     "a stream of something else": streamed(b"data: <html>\n\n"),
@@ -177,7 +195,9 @@ BROKEN = {
     "no message": plain(b"{}"),
     "no JSON": plain(b"<html>"),
     "a body over the limit": plain(b" " * 20_000),
-    "a body that was compressed": plain(b"{}", headers="content-encoding: gzip\r\n"),
+    "a body that was not compressed": plain(b"{}", headers="content-encoding: gzip\r\n"),
+    "a body that is encoded somehow": plain(b"{}", headers="content-encoding: br\r\n"),
+    "a compressed body over the limit": plain(gzip.compress(b" " * 20_000), headers="content-encoding: gzip\r\n"),
 }
 
 

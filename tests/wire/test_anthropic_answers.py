@@ -136,6 +136,12 @@ def test_events_that_are_none(data):
         Chunks(1).feed(b"data: " + data + b"\n\n")
 
 
+@pytest.mark.parametrize("data", [b'{"type": "ping"}', b'{"type": "new", "delta": 7, "message": []}'])
+def test_events_of_a_kind_that_is_not_known(data):
+    """They are passed over, whatever they have by the names of others."""
+    assert Chunks(1).feed(b"data: " + data + b"\n\n") == b""
+
+
 ANY_JSON = st.recursive(
     st.one_of(st.none(), st.booleans(), st.integers(), st.text(max_size=5)),
     lambda inner: st.one_of(st.lists(inner, max_size=2), st.dictionaries(st.text(max_size=5), inner, max_size=2)),

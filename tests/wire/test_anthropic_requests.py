@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from proxy.errors import BadRequest
-from proxy.wire.anthropic_requests import is_adaptive, messages_request
+from proxy.wire.anthropic_requests import caches_for_an_hour, is_adaptive, messages_request
 from proxy.wire.chat import decode_chat
 from tests.fakes.provider.messages import fault_of, signed
 
@@ -177,6 +177,34 @@ def test_thinking_stands_where_it_stood():
     del first["position"], second["position"]
     kinds = [block["type"] for block in turns(HELLO, answer, result("a"), tools=[TOOL])[1]["content"]]
     assert kinds == ["thinking", "redacted_thinking", "text", "tool_use"]
+
+
+def test_thinking_that_says_the_same_position_twice_keeps_its_order():
+    """What a client has made up is bounded by what there is, and nothing is lost."""
+    thoughts = [
+        {"type": "redacted_thinking", "data": data, "position": at} for data, at in (("c", 9), ("a", 0), ("b", 0))
+    ]
+    said = json.loads(messages_request(body(messages=[HELLO, calling("x", thinking_blocks=thoughts)]), 64_000))
+    assert [block.get("data") for block in said["messages"][1]["content"]] == ["a", "b", None, "c"]
+
+
+@pytest.mark.parametrize("position", [-1, 20_001, 2**64, "0"])
+def test_a_position_is_one_that_a_message_can_have(position):
+    """Any other number would be more than a list can hold."""
+    thought = {"type": "redacted_thinking", "data": "d", "position": position}
+    assert refusal(messages=[HELLO, calling("a", thinking_blocks=[thought])]).param == "messages"
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"thinking_blocks": [{"type": "redacted_thinking", "data": "", "position": 0}] * 10_001},
+        {"tool_calls": calling("a")["tool_calls"] * 10_001},
+    ],
+)
+def test_what_an_assistant_says_is_counted(extra):
+    """Each block costs time: those of all messages together are bounded."""
+    assert refusal(messages=[HELLO, *[{"role": "assistant", **extra}] * 2]).code == "too_many_items"
 
 
 @pytest.mark.parametrize(
@@ -504,6 +532,48 @@ def conversations(draw):
         if not names or draw(st.booleans()):
             messages.append({"role": "user", "content": draw(TEXTS.filter(bool))})
     return messages
+
+
+LONG = {"type": "ephemeral", "ttl": "1h"}
+CONTROLLED = {"cache_control": LONG}
+WEATHER = TOOL["function"]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        CONTROLLED,
+        {"messages": [{**HELLO, **CONTROLLED}]},
+        {"messages": [{"role": "user", "content": [text("Hello", **CONTROLLED)]}]},
+        {"messages": [{"role": "system", "content": "Be brief.", **CONTROLLED}, HELLO]},
+        {"messages": [HELLO, calling("a"), {**result("a"), **CONTROLLED}]},
+        {"messages": [HELLO, calling("a"), result("a", [text("sun", **CONTROLLED)])]},
+        {"tools": [{**TOOL, **CONTROLLED}]},
+        {"tools": [{**TOOL, "function": {**WEATHER, **CONTROLLED}}]},
+    ],
+)
+def test_caches_of_an_hour(fields):
+    """They are found wherever one can be asked for, however it is written, and nowhere else."""
+    asked = body(**fields)
+    unasked = asked.replace(b'"1h"', b'"5m"'), asked.replace(b', "ttl": "1h"', b"")
+    escaped = asked.replace(b'"1h"', b'"\\u0031h"').replace(b"cache_control", b"cache\\u005fcontrol")
+    found = [caches_for_an_hour(messages_request(each, 64_000)) for each in (asked, escaped, *unasked)]
+    assert found == [True, True, False, False]
+
+
+@pytest.mark.parametrize("ttl", [b"1e999", b'"2h"', b"[]", b"{}"])
+def test_what_nobody_here_can_read_may_ask_for_an_hour(ttl):
+    """It counts as dear as it can be, and is no error of ours."""
+    asked = body(**CONTROLLED).replace(b'"1h"', ttl)
+    assert caches_for_an_hour(messages_request(asked, 64_000))
+
+
+def test_texts_ask_for_no_cache():
+    """A text may say anything, and so may the arguments of a call."""
+    said = json.dumps(CONTROLLED)
+    call = {"id": "call_a", "type": "function", "function": {"name": "a", "arguments": said}}
+    messages = [{"role": "user", "content": said}, {**calling("a"), "tool_calls": [call]}, result("a", said)]
+    assert not caches_for_an_hour(messages_request(body(messages=messages), 64_000))
 
 
 @settings(deadline=None, max_examples=150)

@@ -105,6 +105,12 @@ def test_half_a_character_is_a_sign_that_stands_for_it():
     assert read_chat(b'{"choices":[{"delta":{"content":"a\\ud83d"}}]}').said.content == "a�"
 
 
+def test_what_is_no_number_is_nothing():
+    """Python writes `NaN` where JSON has no word; the text beside it is read all the same, and stays as it is."""
+    read = read_chat(b'{"choices":[{"delta":{"content":"a, NaN "},"logprobs":[NaN,-Infinity]}]}')
+    assert read.said.content == "a, NaN "
+
+
 @pytest.mark.parametrize("data", [b"", b"hello", b"[]", b"{}", b'{"choices": null}', b'{"choices": 1}', b"\xff"])
 def test_what_is_no_chat_completion(data):
     """Whatever else it may be."""
