@@ -11,7 +11,7 @@ import asyncio
 import random
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -72,7 +72,7 @@ from proxy.metrics import (
 )
 from proxy.pricing import TOOL_CLASSES, Price, billed, costs, dearest_usage
 from proxy.relay import Head, StreamRelay
-from proxy.routing import Candidate, Health, Offer, candidates, offers, retry_after_s, terms
+from proxy.routing import Candidate, Health, Offer, Offers, candidates, offers, retry_after_s
 from proxy.units import Usage, format_credits
 from proxy.upstream import Headers, Provider, ProviderCall, UpstreamResponse
 from proxy.upstream.encodings import decoded, decoded_whole
@@ -83,6 +83,9 @@ from proxy.wire.objects import check_nesting, error_body, error_code, patch
 from proxy.wire.requests import Endpoint, PaidRequest, asking_for_usage
 
 log = structlog.get_logger(__name__)
+
+_now = time.monotonic
+"""The clock of event loops; asking for the running one takes several times as long."""
 
 DRAIN_S_MAX = 0.5
 """How long to wait for a provider to end its stream after its end marker, for the sake of its connection."""
@@ -163,7 +166,7 @@ class _Open(msgspec.Struct):
     call: Call
     request: PaidRequest
     estimated: Estimate
-    offered: tuple[Offer, ...]
+    offered: Offers
     reserved: int
     started: float
     deadline: float
@@ -239,7 +242,7 @@ class Exchange:
         self._health = Health()
         self._draw = random.Random().random  # noqa: S311 - it spreads calls, and guards nothing
         self._offers_of: Catalog | None = None
-        self._offers: dict[tuple[str, str | None, str | None, int | None, bool], tuple[Offer, ...]] = {}
+        self._offers: dict[tuple[str, str | None, str | None, int | None, bool], Offers] = {}
         """Those of the catalogue `_offers_of`, by what they depend on."""
 
     async def serve(self, call: Call, answer: Answer) -> None:
@@ -297,12 +300,12 @@ class Exchange:
         try:
             return await self._hold(call, request, offered, started)
         except ModelNotAllowed as exc:
-            allowed = tuple(offer for offer in offered if offer.candidate.target in exc.allowed)
+            allowed = Offers(offer for offer in offered if offer.candidate.target in exc.allowed)
             if not allowed:
                 raise
             return await self._hold(call, request, allowed, started)
 
-    async def _hold(self, call: Call, request: PaidRequest, offered: tuple[Offer, ...], started: float) -> _Open:
+    async def _hold(self, call: Call, request: PaidRequest, offered: Offers, started: float) -> _Open:
         """Estimate and reserve, for whoever of `offered` will serve. Raises what `Ledger.reserve` does."""
         local = [offer.candidate for offer in offered if offer.candidate.is_local] if request.is_unsized else ()
         if local:
@@ -331,7 +334,7 @@ class Exchange:
             candidate=offered[0].candidate,
         )
 
-    def _offered(self, call: Call, request: PaidRequest) -> tuple[Offer, ...]:
+    def _offered(self, call: Call, request: PaidRequest) -> Offers:
         """Who may serve the call, and at what price. Raises what `candidates` and `offers` do."""
         catalog = self._catalog()
         if catalog is not self._offers_of:
@@ -353,7 +356,7 @@ class Exchange:
                 self._offers[key] = offered
         return offered
 
-    async def _reserve(self, call: Call, request: PaidRequest, estimated: Estimate, offered: tuple[Offer, ...]) -> int:
+    async def _reserve(self, call: Call, request: PaidRequest, estimated: Estimate, offered: Offers) -> int:
         """Hold what `estimated` says; returns the amount. Raises what `Ledger.reserve` does."""
         reserved = await self._ledger.reserve(
             Reserve(
@@ -364,19 +367,17 @@ class Exchange:
                 at_least=estimated.at_least,
                 at_most=estimated.at_most,
                 window_tokens=estimated.window_tokens,
-                models=tuple([offer.candidate.target for offer in offered]),
+                models=offered.targets,
                 original_model=request.model,
                 is_stream=request.is_stream,
                 token_version=call.caller.token_version,
                 client_request_id=call.client_request_id,
-                offers=msgspec.json.encode(terms(offered)).decode(),
+                offers=offered.terms,
             )
         )
         return reserved.amount
 
-    async def _counted(
-        self, call: Call, request: PaidRequest, offered: tuple[Offer, ...], refused: NotCovered
-    ) -> Estimate | None:
+    async def _counted(self, call: Call, request: PaidRequest, offered: Offers, refused: NotCovered) -> Estimate | None:
         """An estimate by counted tokens where bytes are too coarse; None where counting cannot help."""
         tokenizers = {offer.candidate.tokenizer for offer in offered}
         if request.is_unsized or len(call.body) > COUNTED_BYTES_MAX or not all(map(tokens.is_known, tokenizers)):
@@ -399,7 +400,7 @@ class Exchange:
 
         Raises the failure of the last one that was sent it, or, where none was, what the last one has no words for.
         """
-        ordered = opened.offered
+        ordered: Sequence[Offer] = opened.offered
         if len(ordered) > 1:
             ordered = self._health.ordered(ordered, _now(), self._draw)
         failure: UpstreamFailed | None = None
@@ -769,7 +770,7 @@ class Exchange:
         )
 
 
-def _with_affordable(refused: NotCovered, estimated: Estimate, offered: tuple[Offer, ...]) -> NotCovered:
+def _with_affordable(refused: NotCovered, estimated: Estimate, offered: Offers) -> NotCovered:
     """The refusal with the maximum that would have been covered."""
     if isinstance(refused, InsufficientCredits):
         refused.tokens_affordable = maximum_affordable(estimated, offered, refused.available)
@@ -1006,10 +1007,6 @@ def _content_type(headers: Headers) -> bytes:
 
 def _is_passing(status: int) -> bool:
     return status in _PASSING_STATUSES or status >= 500
-
-
-def _now() -> float:
-    return asyncio.get_running_loop().time()
 
 
 def _milliseconds(seconds: float) -> int:

@@ -286,6 +286,18 @@ class Charge(msgspec.Struct, frozen=True):
     shortfall: int
 
 
+class _EndPlaces(msgspec.Struct):
+    """Where what calls of one kind count is: the kind's labels, and the places of its series; -1 for none."""
+
+    kind: Labels
+    calls: int
+    duration: int
+    overhead: int
+    charged: int = -1
+    cost: int = -1
+    usage: int = -1
+
+
 class Metrics:
     """What one process counts, each method in a few microseconds."""
 
@@ -295,6 +307,7 @@ class Metrics:
         self._region = self.shared.region(number)
         self._values = self._region.values
         self._places: dict[tuple[str, Labels], int] = {}
+        self._ends: dict[tuple[object, ...], _EndPlaces] = {}
         self._measured: dict[str, frozenset[Labels]] = {}
         """The labels with which each gauge was set last."""
         for series, first in self._region.places.items():
@@ -314,7 +327,10 @@ class Metrics:
 
     def observe(self, family: Family, labels: Labels, value: int) -> None:
         """Note one value in a histogram."""
-        first, values, bounds = self._place(family, labels), self._values, family.bounds
+        self._note(self._place(family, labels), family.bounds, value)
+
+    def _note(self, first: int, bounds: tuple[int, ...], value: int) -> None:
+        values = self._values
         values[first + bisect_left(bounds, value)] += 1
         values[first + len(bounds) + 1] += value
 
@@ -328,24 +344,44 @@ class Metrics:
 
     def ended(self, call: CallEnd, charge: Charge | None) -> None:
         """A call that held a reservation has ended, with a charge or without."""
-        self.add(CALLS, (call.endpoint, call.provider, call.model, call.outcome))
-        kind = (call.endpoint, "true" if call.is_stream else "false")
-        self.observe(DURATION, kind, int(call.duration_s * MICROS))
-        self.observe(OVERHEAD, kind, int(call.overhead_s * MICROS))
+        source = None if charge is None else charge.source
+        key = (call.endpoint, call.provider, call.model, call.outcome, call.is_stream, source)
+        places = self._ends.get(key)
+        if places is None:
+            places = self._ends[key] = self._end_places(call, source)
+        values = self._values
+        values[places.calls] += 1
+        self._note(places.duration, DURATION.bounds, int(call.duration_s * MICROS))
+        self._note(places.overhead, OVERHEAD.bounds, int(call.overhead_s * MICROS))
         if call.first_byte_s is not None:
-            self.observe(FIRST_BYTE, kind, int(call.first_byte_s * MICROS))
+            self.observe(FIRST_BYTE, places.kind, int(call.first_byte_s * MICROS))
         if charge is None:
             return
+        values[places.charged] += charge.charged
+        values[places.cost] += charge.provider_cost
+        values[places.usage] += 1
         place = (call.provider, call.model)
-        self.add(CHARGED, place, charge.charged)
-        self.add(COST, place, charge.provider_cost)
         if charge.shortfall:
             self.add(SHORTFALL, place, charge.shortfall)
-        self.add(USAGE, (charge.source,))
         for name in _TOKENS:
             tokens = getattr(charge.usage, name)
             if tokens:
                 self.add(TOKENS, (*place, name), tokens)
+
+    def _end_places(self, call: CallEnd, source: str | None) -> "_EndPlaces":
+        kind = (call.endpoint, "true" if call.is_stream else "false")
+        place = (call.provider, call.model)
+        places = _EndPlaces(
+            kind,
+            self._place(CALLS, (call.endpoint, *place, call.outcome)),
+            self._place(DURATION, kind),
+            self._place(OVERHEAD, kind),
+        )
+        if source is not None:
+            places.charged = self._place(CHARGED, place)
+            places.cost = self._place(COST, place)
+            places.usage = self._place(USAGE, (source,))
+        return places
 
     def batch(self, operations: int, duration_s: float) -> None:
         """The ledger has written one transaction."""

@@ -4,15 +4,19 @@ Never a secret, a prompt or an answer: `_redact` is the last line of defence for
 a message.
 """
 
+import asyncio
+import atexit
 import json
 import logging
+import os
 import re
 import sys
 import time
 from collections.abc import Callable, MutableMapping
 from datetime import UTC, datetime
 from functools import lru_cache
-from typing import Any, Literal
+from threading import Lock
+from typing import Any, Literal, TextIO
 
 import msgspec
 import structlog
@@ -42,10 +46,13 @@ def configure_logs(format_: Literal["auto", "json", "console"] = "auto", level: 
         if is_console
         else structlog.processors.JSONRenderer(serializer=_as_json)
     )
+    lines = _Lines(sys.stderr)
+    atexit.register(lines.write)
+    os.register_at_fork(before=lines.write)
     structlog.configure(
         processors=[*processors, renderer] if is_console else [_line],
         wrapper_class=structlog.make_filtering_bound_logger(level),
-        logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
+        logger_factory=lambda *_: lines,
         cache_logger_on_first_use=True,
     )
     handler = logging.StreamHandler(sys.stderr)
@@ -58,6 +65,47 @@ def configure_logs(format_: Literal["auto", "json", "console"] = "auto", level: 
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
     for name in _LIBRARIES:
         logging.getLogger(name).setLevel(logging.WARNING)
+
+
+class _Lines:
+    """Where lines go: those of one tick of an event loop are written together, since each write is a system call.
+
+    What is worse than news is written at once, with all that came before it.
+    """
+
+    def __init__(self, file: TextIO) -> None:
+        self._file = file
+        self._lock = Lock()
+        self._held: list[str] = []
+
+    def info(self, line: str) -> None:
+        """Write `line` at the end of this tick; at once where no loop runs."""
+        with self._lock:
+            self._held.append(line)
+            is_first = len(self._held) == 1
+        if is_first:
+            try:
+                asyncio.get_running_loop().call_soon(self.write)
+            except RuntimeError:
+                self.write()
+
+    debug = info
+
+    def warning(self, line: str) -> None:
+        """Write `line` at once."""
+        with self._lock:
+            self._held.append(line)
+        self.write()
+
+    error = critical = warning
+
+    def write(self) -> None:
+        """Write what is held."""
+        with self._lock:
+            held, self._held = self._held, []
+        if held:
+            self._file.write("\n".join((*held, "")))
+            self._file.flush()
 
 
 _format_exception = structlog.processors.format_exc_info

@@ -119,9 +119,19 @@ class Terms(msgspec.Struct, frozen=True):
     markup_bps: int
 
 
-def terms(offered: Sequence[Offer]) -> list[Terms]:
-    """The terms of each of `offered`."""
-    return [Terms(offer.candidate.provider, offer.candidate.model, offer.price, offer.markup_bps) for offer in offered]
+class Offers(tuple[Offer, ...]):  # noqa: SLOT001 - cached properties need a dict
+    """Who may serve a call, and at what. Most calls get the same ones: what follows from them is found once."""
+
+    @cached_property
+    def targets(self) -> tuple[str, ...]:
+        """The candidates, as `provider/model`."""
+        return tuple(offer.candidate.target for offer in self)
+
+    @cached_property
+    def terms(self) -> str:
+        """The `Terms` of each, as a JSON list."""
+        terms = [Terms(each.candidate.provider, each.candidate.model, each.price, each.markup_bps) for each in self]
+        return msgspec.json.encode(terms).decode()
 
 
 Models = Mapping[str, tuple[Candidate, ...]]
@@ -146,7 +156,7 @@ def offers(  # noqa: PLR0913 - what a request may ask for
     wants_audio: bool = False,
     tools: Mapping[str, str] = NO_TOOLS,
     tool_calls_max: int | None = None,
-) -> tuple[Offer, ...]:
+) -> Offers:
     """Those of `found` where `service_tier` has a price, at the caller's own `markup_bps` or everybody's.
 
     With `wants_audio` those where spoken output has a price of its own, which is never that of text; with `tools` those
@@ -168,7 +178,7 @@ def offers(  # noqa: PLR0913 - what a request may ask for
             param="service_tier",
             code="unsupported_parameter",
         )
-    return tuple(offered)
+    return Offers(offered)
 
 
 def _with_tools(found: Sequence[Candidate], tools: Mapping[str, str], named: int | None) -> list[Candidate]:

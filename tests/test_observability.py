@@ -75,3 +75,79 @@ def test_secrets_in_messages_are_cut_out(secret):
         event = _redact(None, "error", {"event": text, "exception": f"E: {text!r}", "status": 500})
         assert secret[-12:] not in str(event)
         assert event["status"] == 500
+
+
+LOOPED = """
+import asyncio, os, sys
+import structlog
+from proxy.observability import configure_logs
+configure_logs()
+log = structlog.get_logger("a")
+
+async def main():
+    log.info("one")
+    log.info("two")
+    if {is_forking}:
+        child = os.fork()
+        if not child:
+            log.info("child")
+            log.warning("child's end")
+            os._exit(0)
+        os.waitpid(child, 0)
+    log.warning("three")
+    log.info("four")
+    await asyncio.sleep(0)
+    log.info("five")
+    await asyncio.to_thread(log.info, "six")
+    log.info("seven")
+    {end}
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("end", ["pass", "sys.exit(0)", "raise ValueError"])
+def test_lines_of_one_tick_are_written_together_and_none_is_lost(end):
+    """In their order, however the program ends."""
+    program = LOOPED.format(end=end, is_forking=False)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=30)
+    events = [json.loads(line)["event"] for line in done.stderr.splitlines() if line.startswith("{")]
+    assert events == ["one", "two", "three", "four", "five", "six", "seven"]
+
+
+def test_a_forked_process_does_not_write_its_parents_lines_again():
+    """What was held is written before the fork."""
+    program = LOOPED.format(end="pass", is_forking=True)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=30)
+    events = [json.loads(line)["event"] for line in done.stderr.splitlines()]
+    expected = ["one", "two", "child", "child's end", "three", "four", "five", "six", "seven"]
+    assert events == expected
+
+
+def test_lines_of_a_tick_take_one_write():
+    """Each is a system call otherwise."""
+    program = """
+import asyncio, sys
+import structlog
+from proxy.observability import configure_logs
+
+class Counting:
+    writes = 0
+    def isatty(self): return False
+    def write(self, text): Counting.writes += 1
+    def flush(self): pass
+
+real, sys.stderr = sys.stderr, Counting()
+configure_logs()
+
+async def main():
+    log = structlog.get_logger("a")
+    for _ in range(50):
+        log.info("call")
+    await asyncio.sleep(0)
+    print(Counting.writes)
+
+asyncio.run(main())
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=30)
+    assert done.stdout.strip() == "1"

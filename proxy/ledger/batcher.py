@@ -67,6 +67,7 @@ class Batcher:
         self._reserves_waiting = 0
         self._work = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
+        self._loop: asyncio.AbstractEventLoop
         self._is_closing = False
         self._close_by = 0.0
         self._is_lost = False
@@ -80,7 +81,7 @@ class Batcher:
     @property
     def busy_s(self) -> float:
         """For how long the transaction under way has been, in seconds; 0 without one."""
-        return 0.0 if self._busy_since is None else asyncio.get_running_loop().time() - self._busy_since
+        return 0.0 if self._busy_since is None else self._loop.time() - self._busy_since
 
     @property
     def is_lost(self) -> bool:
@@ -89,7 +90,8 @@ class Batcher:
 
     def start(self) -> None:
         """Begin to empty the queue, in a task of its own on the running loop."""
-        self._task = asyncio.get_running_loop().create_task(self._run(), name="ledger-batcher")
+        self._loop = asyncio.get_running_loop()
+        self._task = self._loop.create_task(self._run(), name="ledger-batcher")
 
     async def aclose(self, wait_s: float = CLOSE_WAIT_S_MAX) -> None:
         """Write what is queued, then stop. Waits for a database that is out of reach for at most about `wait_s`."""
@@ -112,7 +114,7 @@ class Batcher:
             self._reserves_waiting += 1
         elif isinstance(operation, Credit) and operation.idempotency_key is None:
             operation = msgspec.structs.replace(operation, idempotency_key=new_id("idem"))
-        future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[Outcome] = self._loop.create_future()
         self._queue.append((operation, future))
         self._work.set()
         return future
@@ -171,7 +173,7 @@ class Batcher:
         """What the database answers in the end; None when it is not waited for any longer."""
         attempt = 0
         while True:
-            begun = self._busy_since = asyncio.get_running_loop().time()
+            begun = self._busy_since = self._loop.time()
             try:
                 outcomes = await self._store.transact(operations, owner_id=self._owner_id())
             except StoreLostError as exc:
@@ -184,7 +186,7 @@ class Batcher:
                 attempt += 1
             else:
                 self._is_lost = False
-                self._metrics.batch(len(operations), asyncio.get_running_loop().time() - begun)
+                self._metrics.batch(len(operations), self._loop.time() - begun)
                 return outcomes
             finally:
                 self._busy_since = None
