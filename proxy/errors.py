@@ -37,6 +37,20 @@ class TollgateError(Exception):
     """The root of the tree above. `str(error)` is fit to be shown to the caller."""
 
 
+def forget_frames(error: BaseException) -> None:
+    """Let go of the frames through which `error`, and what caused it, has come; for whoever does not pass it on.
+
+    A frame that keeps an error which came through it is a cycle with all that its callers hold, such as a call's body
+    and what was read of its answer. It would wait for the garbage collector, which counts objects and not bytes.
+    """
+    chain: list[BaseException | None] = [error]
+    while chain:
+        each = chain.pop()
+        if each is not None and each.__traceback__ is not None:
+            each.__traceback__ = None
+            chain += (each.__cause__, each.__context__)
+
+
 class BadRequest(TollgateError):
     """The request cannot be served as it stands.
 

@@ -35,6 +35,7 @@ from proxy.errors import (
     UpstreamRejected,
     UpstreamTimeout,
     UpstreamUnreachable,
+    forget_frames,
 )
 from proxy.estimate import (
     Estimate,
@@ -425,6 +426,7 @@ class Exchange:
                 self._judge(opened, exc)
                 if offer is ordered[-1] or answer.is_started or not self._may_fall_back(opened, exc):
                     raise
+                forget_frames(exc)
             else:
                 return
 
@@ -588,6 +590,7 @@ class Exchange:
             if not answer.is_started and not opened.is_stopped:
                 raise
             failure = exc
+            forget_frames(exc)
             if isinstance(exc, UpstreamTimeout) and answer.is_waiting:
                 opened.is_client_gone = True  # it is the client that has taken all the time there was
         except BaseException:
@@ -611,6 +614,7 @@ class Exchange:
             settled = await self._settle_stream(opened, metered, is_whole=failure is None and not relayed.has_failed)
         except Unavailable as exc:
             failure = exc
+            forget_frames(exc)
         else:
             if settled is not None:
                 relayed.add_usage(metered.usage)
@@ -720,7 +724,8 @@ class Exchange:
         """Free what a call holds; what is not booked in time is booked later."""
         try:
             await self._ledger.release(operation)
-        except TimeoutError:
+        except TimeoutError as exc:
+            forget_frames(exc)
             self._metrics.add(DEFERRED)
             log.warning("release_deferred", request_id=operation.id)
 

@@ -23,7 +23,7 @@ from proxy.edge.authentication import CHECKED_BY_LEDGER, Authentication, needs
 from proxy.edge.errors import answer_to, documented
 from proxy.edge.prices import shown_price
 from proxy.edge.protocol import CONNECTION, DirectAnswer, DirectCycle, LimitedProtocol, Way
-from proxy.errors import BadRequest, ModelNotFound
+from proxy.errors import BadRequest, ModelNotFound, forget_frames
 from proxy.exchange import Answer, Call, Exchange
 from proxy.identity.keys import Caller, allowed_models
 from proxy.identity.keys import Scope as KeyScope
@@ -171,6 +171,7 @@ async def answered(
             log.exception("answer_cut_off", request_id=request_id)
             raise
         await _refuse(exc, answer, request_id, metrics)
+        forget_frames(exc)
     finally:
         answer.close()
 

@@ -24,7 +24,15 @@ from proxy.edge.credits import read_balance
 from proxy.edge.errors import answer_to
 from proxy.edge.inference import answered, client_request_id
 from proxy.edge.protocol import CONNECTION
-from proxy.errors import BadRequest, BodyTooLarge, ProviderNotFound, Unavailable, UpstreamBroken, UpstreamFailed
+from proxy.errors import (
+    BadRequest,
+    BodyTooLarge,
+    ProviderNotFound,
+    Unavailable,
+    UpstreamBroken,
+    UpstreamFailed,
+    forget_frames,
+)
 from proxy.exchange import Call, Exchange
 from proxy.identity.keys import Scope as KeyScope
 from proxy.ledger.decide import Receipt, Settled
@@ -384,6 +392,7 @@ class Simple:
             failure = self._fault(kept, request.provider)
         except UpstreamFailed as exc:
             failure = exc
+            forget_frames(exc)
         latency_ms = round((asyncio.get_running_loop().time() - begun) * 1000)
         error = None if failure is None else msgspec.json.decode(answer_to(failure, bill.request_id).body)["error"]
         tested = Tested(**await bill.charged(), ok=failure is None, latency_ms=latency_ms, error=error)

@@ -10,7 +10,7 @@ import asyncio
 import re
 from collections.abc import Awaitable, Callable, Mapping
 from itertools import chain
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import structlog
 import uvicorn
@@ -98,13 +98,17 @@ class DirectCycle:
         self.disconnected = False
         self.response_started = False
         self.response_complete = False
-        self.message_event = self
         self.is_begun = False
         self.is_body_wanted = False
         self.pieces: list[bytes] = []
         self.size_bytes = 0
         self._expects_continue = expects_continue
         self._waiter: asyncio.Future[None] | None = None
+
+    @property
+    def message_event(self) -> Self:
+        """What uvicorn sets: the cycle itself, which holds no reference to itself, or it would wait to be collected."""
+        return self
 
     def set(self) -> None:
         """Something has come, or nothing will any more."""
@@ -125,9 +129,10 @@ class DirectCycle:
             except TimeoutError as exc:
                 message = f"The body did not arrive within {limits.wait_s:g} seconds."
                 raise BadRequest(message, code="body_timeout") from exc
+        pieces, self.pieces = self.pieces, []
         if self.size_bytes > limits.bytes_max:
             raise BodyTooLarge(limits.bytes_max)
-        return self.pieces[0] if len(self.pieces) == 1 else b"".join(self.pieces)
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     async def _received(self, bytes_max: int) -> None:
         while self.more_body and self.size_bytes <= bytes_max:
@@ -291,7 +296,7 @@ class LimitedProtocol(HttpToolsProtocol):
     @property
     def has_request(self) -> bool:
         """Whether the whole request has come, so that receiving it does not wait."""
-        return not self.cycle.more_body
+        return self.cycle is None or not self.cycle.more_body
 
     @property
     def is_lost(self) -> bool:
@@ -334,6 +339,10 @@ class LimitedProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
         if self.on_lost is not None:
             self.on_lost()
+        # A request that takes ASGI's way knows its connection: both would wait for the garbage collector.
+        self.cycle = None
+        self.scope = None  # type: ignore[assignment]  # nobody asks for it any more
+        self._cycles = []
 
     def data_received(self, data: bytes) -> None:
         """Feed the parser, within the limits."""
@@ -453,6 +462,7 @@ class LimitedProtocol(HttpToolsProtocol):
     def answered(self, cycle: DirectCycle) -> None:
         """The whole answer is sent: wait for another request, unless nobody wants one."""
         cycle.response_complete = True
+        cycle.pieces = []  # of a body that nobody has read; the connection keeps the cycle until the next one
         if not cycle.keep_alive:
             self.transport.close()
         self.on_response_complete()

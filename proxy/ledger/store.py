@@ -18,7 +18,7 @@ import msgspec
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from proxy.deadline import within
-from proxy.errors import SettingsError, Unavailable
+from proxy.errors import SettingsError, Unavailable, forget_frames
 from proxy.ledger import statements as sql
 from proxy.ledger.decide import (
     Changes,
@@ -249,6 +249,7 @@ class PostgresStore:
             if refused or isinstance(exc, asyncpg.exceptions.DataError | OverflowError | ValueError):
                 raise StoreRefusedError(str(exc)) from exc
             if isinstance(exc, OSError | asyncpg.PostgresError | asyncpg.InterfaceError | asyncpg.InternalClientError):
+                forget_frames(exc)
                 raise StoreLostError(str(exc) or type(exc).__name__) from exc
             raise
 
@@ -284,6 +285,7 @@ class PostgresStore:
             await self._driver.execute(_SESSION)
             self._reading = await self._driver.prepare(sql.READ_POSTGRESQL)
         except Exception as exc:
+            forget_frames(exc)
             raise StoreLostError(str(exc) or type(exc).__name__) from exc
 
     async def _transact(self, driver: Any, operations: Sequence[Operation], owner_id: str | None) -> list[Outcome]:

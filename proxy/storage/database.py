@@ -19,7 +19,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 from sqlalchemy.pool import NullPool
 
-from proxy.errors import SettingsError, Unavailable
+from proxy.errors import SettingsError, Unavailable, forget_frames
 from proxy.units import Micros, now_micros
 
 if TYPE_CHECKING:
@@ -117,15 +117,19 @@ async def _reachable() -> AsyncIterator[None]:
     try:
         yield
     except (OSError, PoolTimeoutError) as exc:
-        raise Unavailable(_OUT_OF_REACH, retry_after_s=2) from exc
+        raise _unavailable(exc) from exc
     except DBAPIError as exc:
         state = str(getattr(exc.orig, "sqlstate", None) or "")
         if isinstance(exc, OperationalError | InterfaceError) or exc.connection_invalidated or state[:2] in _PASSING:
-            raise Unavailable(_OUT_OF_REACH, retry_after_s=2) from exc
+            raise _unavailable(exc) from exc
         raise
 
 
-_OUT_OF_REACH = "The database is out of reach just now."
+def _unavailable(error: Exception) -> Unavailable:
+    """What a driver's `error` is to us. Its frames hold each other, and a TLS context for each try to connect."""
+    forget_frames(error)
+    return Unavailable("The database is out of reach just now.", retry_after_s=2)
+
 
 _PASSING = ("08", "40", "53", "55", "57")
 """Connection exception, rollback, insufficient resources, not in prerequisite state (a database that takes no

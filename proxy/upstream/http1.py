@@ -144,6 +144,11 @@ class AnswerParser:
         """Of the head; after it, of what came since the last piece of the body."""
         self._trailers_bytes = 0
 
+    def close(self) -> None:
+        """Read no more. This and llhttp's parser know each other, and would wait for the garbage collector."""
+        self._is_over = True
+        self._llhttp = _NOBODYS
+
     def feed(self, received: bytes) -> None:
         """Read the next bytes of the connection."""
         if self._is_over:
@@ -265,6 +270,9 @@ class AnswerParser:
             self._complete()
         else:
             self.headers.clear()
+
+
+_NOBODYS = httptools.HttpResponseParser(None)
 
 
 def _framing(headers: Headers) -> tuple[bool, list[bytes]]:

@@ -462,6 +462,7 @@ class _Connection(asyncio.Protocol):
         a cancellation.
         """
         self.close()
+        self._parser.close()
         self._pool.lost(self)
 
     def _release(self) -> "_Answer | None":
@@ -573,6 +574,7 @@ class _Connection(asyncio.Protocol):
             self._read_last_words()
             self._advance(0)
         self.stop(UpstreamBroken, BROKE, exc)
+        self._parser.close()
         self._pool.lost(self)
 
     def pause_writing(self) -> None:

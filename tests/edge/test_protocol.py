@@ -1,13 +1,17 @@
 """The limits on what may be sent before a request is known, on raw sockets."""
 
+import asyncio
+import gc
 import json
 import socket
 import time
+import weakref
 from urllib.parse import urlsplit
 
 import pytest
+from uvicorn.server import ServerState
 
-from proxy.edge.protocol import HEAD_BYTES_MAX, HEAD_S_MAX
+from proxy.edge.protocol import CONNECTION, HEAD_BYTES_MAX, HEAD_S_MAX, LimitedProtocol, server_config
 from tests.serving import serving
 
 BODY = b'{"model": "demo-chat", "messages": [{"role": "user", "content": "hi"}]}'
@@ -197,3 +201,36 @@ def test_chunks_of_an_old_client_end_its_connection(served, key):
     head = b"POST /v1/chat/completions HTTP/1.0\r\nAuthorization: Bearer %b\r\nTransfer-Encoding: chunked\r\n\r\n"
     client.sendall(head % key.encode() + CHUNKS + SMUGGLED)
     assert everything(client).count(b"HTTP/1.1 ") == 1
+
+
+@pytest.mark.parametrize("is_answered", [True, False])
+async def test_a_connection_that_is_lost_is_freed(is_answered):
+    """With its requests, and at once: none of them waits for the collector, whether it was answered by then or not."""
+    known, begun, left = [], asyncio.Event(), asyncio.Event()
+
+    async def app(scope, receive, send):
+        known.append(weakref.ref(scope["state"][CONNECTION], lambda _: left.set()))
+        await receive()
+        begun.set()
+        if is_answered:
+            await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]})
+            await send({"type": "http.response.body", "body": b""})
+        await receive()
+
+    loop, state = asyncio.get_running_loop(), ServerState()
+    config = server_config(app, drain_s=1)
+    gc.disable()
+    try:
+        server = await loop.create_server(lambda: LimitedProtocol(config, state, {}), "127.0.0.1", 0)
+        reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+        writer.write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        await begun.wait()
+        if is_answered:
+            await reader.readuntil(b"\r\n\r\n")
+        writer.transport.abort()
+        async with asyncio.timeout(5):
+            await left.wait()
+        assert known[0]() is None
+        server.close()
+    finally:
+        gc.enable()

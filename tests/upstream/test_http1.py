@@ -1,4 +1,6 @@
+import gc
 import itertools
+import weakref
 from typing import NamedTuple
 
 import pytest
@@ -377,3 +379,20 @@ def test_any_bytes_inside_a_chunked_body(pieces):
         assert not was_over or b"".join(body) == before
     wire = CHUNKED + b"".join(pieces)
     assert read(wire, ends=False)[0] == read(wire, byte_by_byte(wire), ends=False)[0]
+
+
+def test_a_closed_parser_is_freed():
+    """At once, since it and llhttp's let go of each other; what still comes is not read."""
+    parser = AnswerParser()
+    parser.start([])
+    parser.feed(OK)
+    parser.close()
+    parser.feed(b"\r\n")
+    assert not parser.has_head
+    gc.disable()
+    try:
+        known = weakref.ref(parser)
+        del parser
+        assert known() is None
+    finally:
+        gc.enable()
