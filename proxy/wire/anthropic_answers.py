@@ -239,11 +239,17 @@ def _read_usage(reported: Raw) -> Usage:
 
 def failure(status: int, body: bytes) -> tuple[int, bytes]:
     """An error in OpenAI's shape, and its status: 402 for what is about the operator's account."""
-    try:
-        error = _decode_failure(body).error
-    except UNREADABLE:
+    error = _read_error(body)
+    if error is None:
         return status, error_body("The provider answered with an error.", "api_error", None, "provider_error")
     return 402 if _is_about_billing(error) else status, _openai_error(error)
+
+
+def _read_error(body: bytes) -> _Error | None:
+    try:
+        return _decode_failure(body).error
+    except UNREADABLE:
+        return None
 
 
 def _is_about_billing(error: _Error) -> bool:
@@ -252,20 +258,23 @@ def _is_about_billing(error: _Error) -> bool:
 
 
 def _openai_error(error: _Error) -> bytes:
-    return error_body(error.message, error.type, None, error.type)
+    """The error with a code that tells its status, wherever it comes from."""
+    return error_body(error.message, error.type, None, "billing_error" if _is_about_billing(error) else error.type)
 
 
 # ---- whole answers
 
 
 def completion(body: bytes, created: int, *, caches_for_an_hour: bool = False) -> bytes:
-    """A whole message as a chat completion of the second `created`. Raises `NotAMessage`.
+    """A whole message as a chat completion of the second `created`, or the error that came in its place.
 
-    `caches_for_an_hour` says that the request asked for caches that last so long.
+    `caches_for_an_hour` says that the request asked for caches that last so long. Raises `NotAMessage` for all else.
     """
     try:
         message = _decode_message(body)
     except UNREADABLE as exc:
+        if (error := _read_error(body)) is not None:
+            return _openai_error(error)
         raise NotAMessage(str(exc)) from exc
     written = _Written()
     text: list[str] = []

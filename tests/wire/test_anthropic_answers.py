@@ -461,8 +461,26 @@ def test_errors(status, kind, message, details, expected):
     """They have OpenAI's shape, and what is about the operator's account is told apart."""
     error = {"type": kind, "message": message} | ({} if details is None else {"details": details})
     seen, body = failure(status, json.dumps({"type": "error", "error": error, "request_id": "req_1"}).encode())
+    code = "billing_error" if expected == 402 else kind
     assert seen == expected
-    assert json.loads(body) == {"error": {"message": message, "type": kind, "param": None, "code": kind}}
+    assert json.loads(body) == {"error": {"message": message, "type": kind, "param": None, "code": code}}
+
+
+@pytest.mark.parametrize(
+    ("kind", "message", "expected"),
+    [
+        ("overloaded_error", "Overloaded", 529),
+        ("rate_limit_error", "You have reached your spend_limit.", 402),
+        ("request_too_large", "Too large.", 413),
+        ("something_new", "No.", 502),
+    ],
+)
+def test_errors_that_come_as_answers(kind, message, expected):
+    """A body with status 200 and an event of a stream say which error they are as well."""
+    error = json.dumps({"type": "error", "error": {"type": kind, "message": message}})
+    event = Chunks(1).feed(f"data: {error}\n\n".encode())
+    assert completion(error.encode(), 1) == event_data(event)
+    assert failure_status(event_data(event)) == expected
 
 
 @pytest.mark.parametrize("body", [b"", b"<html>no</html>", b'{"error": "no"}', b"[]"])
