@@ -27,8 +27,8 @@ _FINISH_REASONS: Final = {
     "refusal": "content_filter",
 }
 
-_BILLING: Final = ("billing_error", "spend_limit", "credit balance is too low")
-"""What errors say that are about the operator's account, whatever their status."""
+_BILLING: Final = ("Your credit balance is too low", "You have reached your specified ")
+"""How messages begin that are about the operator's account. Further on they may quote what a client wrote."""
 
 
 class NotAMessage(ValueError):
@@ -254,7 +254,7 @@ def _read_error(body: bytes) -> _Error | None:
 
 def _is_about_billing(error: _Error) -> bool:
     code = "" if error.details is None else error.details.error_code or ""
-    return any(words in text for words in _BILLING for text in (error.type, code, error.message))
+    return error.type == "billing_error" or "spend_limit" in code or error.message.startswith(_BILLING)
 
 
 def _openai_error(error: _Error) -> bytes:

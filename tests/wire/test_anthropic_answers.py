@@ -453,6 +453,14 @@ def test_bodies_that_are_no_messages(body):
         (529, "overloaded_error", "Overloaded", None, 529),
         (403, "permission_error", "No.", None, 403),
         (400, "invalid_request_error", "Your credit balance is too low to access the Anthropic API.", None, 402),
+        (400, "invalid_request_error", "You have reached your specified API usage limits.", None, 402),
+        (
+            400,
+            "invalid_request_error",
+            "tools: no 'billing_error', 'spend_limit' or credit balance is too low",
+            None,
+            400,
+        ),
         (403, "billing_error", "There is a problem with billing.", None, 402),
         (429, "rate_limit_error", "Enough.", {"error_code": "enforced_spend_limit_reached"}, 402),
     ],
@@ -470,7 +478,7 @@ def test_errors(status, kind, message, details, expected):
     ("kind", "message", "expected"),
     [
         ("overloaded_error", "Overloaded", 529),
-        ("rate_limit_error", "You have reached your spend_limit.", 402),
+        ("invalid_request_error", "Your credit balance is too low to access the API.", 402),
         ("request_too_large", "Too large.", 413),
         ("something_new", "No.", 502),
     ],
