@@ -24,6 +24,9 @@ ITEMS_MAX = 20_000
 TOOL_CALLS_MAX = 10_000
 """Uses of the provider's tools in one call."""
 
+THINKING_TOKENS_MIN = 1_024
+"""The least that can be thought by a model whose thinking has a budget."""
+
 FIELDS_MAX = 1_000
 """Fields at the top of a request."""
 
