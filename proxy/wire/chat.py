@@ -1,5 +1,6 @@
 """Chat completions (https://platform.openai.com/docs/api-reference/chat/create): what we read of a request."""
 
+import re
 from typing import Annotated, Final
 
 import msgspec
@@ -81,6 +82,8 @@ _REFUSED: Final = {
 }
 del _REFUSED[_WEB_SEARCH]
 _MODALITIES = frozenset({"text", "audio"})
+_ESCAPE = b"\\u00"
+_ESCAPED_LETTER = re.compile(rb"\\u00[567]")
 _NO_EFFORT = frozenset({b"null", b'"none"'})
 _TEXT_PARTS = frozenset({"text", "refusal"})
 
@@ -131,12 +134,18 @@ def decode_chat(body: bytes) -> PaidRequest:
         has_instructions=bool(request.tools)
         or is_set(fields.get("response_format"))
         or any(is_set(message.tool_calls) for message in request.messages),
+        asks_for_caches=_may_name_cache_control(body),
         images=images,
         image_bytes=image_bytes(parts) if images else 0,
         tools=tools,
         wants_audio="audio" in (request.modalities or ()) or is_set(fields.get("audio")),
         must_unstore=bool(request.store),
     )
+
+
+def _may_name_cache_control(body: bytes) -> bool:
+    """Whether something in the body may be named `cache_control`, in letters or with some of them as escapes."""
+    return b"cache_control" in body or (_ESCAPE in body and _ESCAPED_LETTER.search(body) is not None)
 
 
 def _thinking_tokens(fields: Fields) -> int:

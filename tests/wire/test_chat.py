@@ -78,6 +78,16 @@ def test_what_a_provider_may_explain(fields, has_instructions):
     assert decode_chat(body(**fields)).has_instructions is has_instructions
 
 
+@given(st.lists(st.booleans(), min_size=13, max_size=13))
+def test_what_may_be_cached(escaped):
+    """It is found however its name is written."""
+    pairs = zip("cache_control", escaped, strict=True)
+    name = "".join(f"\\u{ord(letter):04x}" if is_escaped else letter for letter, is_escaped in pairs)
+    said = body(messages=[{"role": "user", "content": [{"type": "text", "text": "é \\ <", "name": {}}]}])
+    assert not decode_chat(said).asks_for_caches
+    assert decode_chat(said.replace(b'"name"', f'"{name}"'.encode())).asks_for_caches
+
+
 def test_null_is_absent():
     """Clients send null for what they leave out."""
     optional = [name for name in ChatRequest.__struct_fields__ if name not in {"model", "messages"}]
