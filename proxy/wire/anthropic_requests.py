@@ -51,6 +51,9 @@ _SAID_ANYHOW: Final[Mapping[str, object]] = {
 }
 """Fields that the Messages API has not, with the value that asks for nothing."""
 
+_HOLDS: Final = ("text", "refusal", "image_url", "file", "input_audio")
+"""What parts hold, each under the name of its type."""
+
 _INSTRUCTING: Final = frozenset({"system", "developer"})
 _NO_CHOICES: Final = (None, "auto", "none")
 _TIERS: Final = {"auto": "auto", "default": "standard_only", "standard": "standard_only", "on_demand": "standard_only"}
@@ -318,13 +321,16 @@ def _content(message: _Message) -> list[_Block]:
 
 
 def _part(part: _Part, role: str) -> _Block:
-    if part.type == "text" and part.text is not None:
+    held = [name for name in _HOLDS if getattr(part, name) is not None]
+    if held != [part.type]:
+        raise _refused("messages", f"A part of the type '{part.type}' that holds {held or 'nothing'}")
+    if part.text is not None:
         block = _text(part.text)
-    elif part.type == "image_url" and part.image_url is not None and role in {"user", "tool"}:
+    elif part.image_url is not None and role in {"user", "tool"}:
         block = _image(part.image_url)
-    elif part.type == "file" and part.file is not None and role in {"user", "tool"}:
+    elif part.file is not None and role in {"user", "tool"}:
         block = _document(part.file)
-    elif part.type == "refusal" and part.refusal is not None and role == "assistant":
+    elif part.refusal is not None and role == "assistant":
         block = _text(part.refusal)
     else:
         raise _refused("messages", f"A part of the type '{part.type}' in a message of the role '{role}'")

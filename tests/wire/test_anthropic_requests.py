@@ -528,6 +528,8 @@ def test_arguments_that_are_no_object(arguments):
         {"type": "file", "file": {"filename": "a.pdf"}},
         {"type": "refusal", "refusal": "no"},
         {"type": "text"},
+        {"type": "text", "text": "x", "image_url": {"url": PIXEL}},
+        {"type": "image_url", "text": "x", "image_url": {"url": PIXEL}},
         {"type": "text", "text": "x", "mood": "good"},
         {"type": "video_url", "video_url": {"url": "x"}},
     ],
