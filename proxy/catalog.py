@@ -272,6 +272,8 @@ def _candidate(settings: ProviderSettings, state: ProviderState, model: str, ent
         dearest_price=dearest_price((entry.price, *entry.service_prices.values())) if entry.service_prices else None,
         is_local=state.is_local,
         added_tokens=ANTHROPIC_ADDED_TOKENS if settings.kind == "anthropic" else 0,
+        # A gateway with the same API may ask for caches by itself.
+        caches_unasked=settings.kind != "anthropic" or settings.base_url is not None,
         resolves_media=settings.resolves_media,
     )
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import msgspec
 
 from proxy.errors import BadRequest
-from proxy.pricing import bound, output_tokens_affordable
+from proxy.pricing import Price, bound, output_tokens_affordable
 from proxy.routing import Candidate, Offer
 from proxy.units import Nanos
 from proxy.wire.requests import PaidRequest
@@ -30,7 +30,7 @@ class Estimate(msgspec.Struct, frozen=True):
     `input_tokens` for all `prompts` and for all that is read again after each use of a tool; `prompt_tokens` of them
     are what is read first. `prediction_tokens` of them come on top of the maximum of each choice. `images` are billed
     beside the tokens where they have a price, and so is each use of `tools`, of which the client allows
-    `tool_calls_max` unless it leaves that to us.
+    `tool_calls_max` unless it leaves that to us. `asks_for_caches` is as in `PaidRequest`.
     """
 
     input_tokens: int
@@ -43,6 +43,7 @@ class Estimate(msgspec.Struct, frozen=True):
     tools: tuple[str, ...]
     tool_calls_max: int | None
     is_maximum_named: bool
+    asks_for_caches: bool
     at_least: Nanos
     at_most: Nanos
 
@@ -88,6 +89,7 @@ def estimate(request: PaidRequest, prompt_tokens: int, offered: Sequence[Offer])
         tools=tuple(request.tools),
         tool_calls_max=request.tool_calls_max,
         is_maximum_named=request.maximum is not None or not request.has_output,
+        asks_for_caches=request.asks_for_caches,
         at_least=at_least,
         at_most=at_most,
     )
@@ -98,12 +100,19 @@ def _held(request: PaidRequest, offer: Offer, input_tokens: int, output_tokens: 
     return bound(
         input_tokens,
         output_tokens,
-        offer.price,
+        price_bounding(request, offer),
         offer.markup_bps,
         images=request.images,
         tools=request.tools,
         tool_uses=uses,
     )
+
+
+def price_bounding(asked: PaidRequest | Estimate, offer: Offer) -> Price:
+    """The price of what the call may use at this candidate: of writing to caches only where that can be."""
+    if asked.asks_for_caches or offer.candidate.caches_unasked:
+        return offer.price
+    return offer.price.without_writes
 
 
 def input_bound(estimated: Estimate, candidate: Candidate) -> int:
@@ -118,7 +127,7 @@ def maximum_bought(estimated: Estimate, offer: Offer, amount: Nanos) -> int | No
     tokens = output_tokens_affordable(
         amount,
         input_bound(estimated, offer.candidate),
-        offer.price,
+        price_bounding(estimated, offer),
         offer.markup_bps,
         images=estimated.images,
         tools=estimated.tools,

@@ -46,6 +46,7 @@ from proxy.estimate import (
     maximum_taken,
     output_tokens_max,
     plausible_tokens_max,
+    price_bounding,
     tool_uses_max,
 )
 from proxy.identity.keys import Caller
@@ -925,7 +926,7 @@ def _assumed(opened: _Open) -> Metered:
     usage = dearest_usage(
         bound.input,
         bound.output,
-        opened.offer.price,
+        price_bounding(opened.estimated, opened.offer),
         images=opened.estimated.images,
         tools=opened.estimated.tools,
         tool_uses=bound.tool_uses,

@@ -386,6 +386,7 @@ _STATUSES = {
     "billing_error": 402,
     "permission_error": 403,
     "not_found_error": 404,
+    "request_too_large": 413,
     "rate_limit_error": 429,
     "overloaded_error": 529,
 }

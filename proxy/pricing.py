@@ -83,6 +83,13 @@ class Price(Rates, frozen=True, kw_only=True, omit_defaults=True):
         """The price in JSON, as receipts have it."""
         return msgspec.json.encode(self).decode()
 
+    @cached_property
+    def without_writes(self) -> "Price":
+        """The price of calls that write nothing to a cache."""
+        none = {"cache_write": 0, "cache_write_1h": 0}
+        steps = tuple(msgspec.structs.replace(step, **none) for step in self.long_context)
+        return msgspec.structs.replace(self, **none, long_context=steps)
+
     def at(self, input_tokens: int) -> Rates:
         """The rates of a call with so much input."""
         rates: Rates = self

@@ -45,7 +45,7 @@ class Candidate(msgspec.Struct, frozen=True, dict=True):
     for callers without a rule of their own. Of the candidates of a name the lowest `priority` comes first, and among
     equals as many calls go to each as its `weight` says. `is_local` for a provider in the operator's own network,
     which fetches media from names only if it `resolves_media`. `added_tokens` is the most that the provider itself puts
-    into a prompt with tools or a format.
+    into a prompt with tools or a format. `caches_unasked` unless it writes to caches only for calls that ask for it.
     """
 
     provider: str
@@ -66,6 +66,7 @@ class Candidate(msgspec.Struct, frozen=True, dict=True):
     weight: int = 1
     is_local: bool = False
     added_tokens: int = 0
+    caches_unasked: bool = True
     resolves_media: bool = False
 
     @cached_property

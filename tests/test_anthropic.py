@@ -346,6 +346,30 @@ def test_a_failure_says_more_than_a_candidate_without_words(client):
 # ---- endings of streams
 
 
+@once
+@pytest.mark.parametrize("shows_usage", [True, False])
+def test_a_stream_that_does_not_report_what_came_out(served, funded, client, shows_usage):
+    """The text is counted beside the input that was reported, and the client is told as much."""
+    octets = STREAMS["basic"].octets.decode().replace(',"usage":{"output_tokens": 15}', "")
+    octets = octets.replace('"text": "Hello"', f'"text": "{"x" * 400}"')
+    with client.chat.completions.with_streaming_response.create(
+        model=MODEL, messages=wish(raw=octets), stream=True, stream_options={"include_usage": shows_usage}
+    ) as answer:
+        chunks = list(answer.parse())
+    charge = charge_of(served, funded, answer)
+    assert (charge["usage_source"], charge["usage"]) == ("counted", {"input": 25, "output": 1 + 101})
+    shown = [(chunk.usage.completion_tokens, chunk.usage.cost) for chunk in chunks if chunk.usage]
+    assert shown == ([(102, charge["charged"])] if shows_usage else [])
+
+
+@once
+@pytest.mark.parametrize(("kind", "status"), [("overloaded_error", 503), ("billing_error", 502)])
+def test_an_error_with_status_200(client, kind, status):
+    """It is the error that it says it is."""
+    error = {"type": "error", "error": {"type": kind, "message": "No."}}
+    assert failure(client, messages=wish(raw=json.dumps(error))).status_code == status
+
+
 def broken_stream(client, **behaviour):
     """The text of a stream until it breaks, and the head of the answer."""
     texts = []
@@ -414,10 +438,30 @@ def test_what_the_grant_buys(served, upstream):
         assert Decimal(charge["charged"]) <= Decimal(charge["reserved"]) <= Decimal("0.2")
 
 
+@once
+def test_a_grant_buys_thinking(served, upstream):
+    """An effort asks for more than the least that is worth starting for."""
+    key = served.customer("thinking@example.com", "0.02")
+    with openai.OpenAI(base_url=served.base_url, api_key=key, max_retries=0) as poor:
+        answer = ask(poor, reasoning_effort="low")
+    sent = upstream.journal[-1].parsed
+    assert sent["max_tokens"] == int(answer.headers["x-credits-max-tokens"]) >= 2048
+    assert sent["thinking"] == {"type": "enabled", "budget_tokens": 1024}
+
+
+CALLED = {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": ""}}
+HISTORY = [
+    {"role": "user", "content": "Hello"},
+    {"role": "assistant", "content": None, "tool_calls": [CALLED]},
+    {"role": "tool", "tool_call_id": "call_1", "content": "done"},
+]
+
+
 @pytest.mark.parametrize(
     "fields",
     [
         {"tools": [TOOL]},
+        {"messages": HISTORY},
         {"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "object"}}}},
         {
             "messages": [

@@ -312,13 +312,14 @@ async def test_anthropic_has_its_own_list(books, tmp_path):
     await put(books, *shipped.rows, row("m", entry(1), provider="one"))
     configuration = load({"TOLLGATE_DATABASE_URL": books.url, "KEY": "k"}, config=str(file))
     models = (await Loader(configuration, books.engine, {}).load()).models
-    assert models["one/m"][0].added_tokens == 0
+    assert (models["one/m"][0].added_tokens, models["one/m"][0].caches_unasked) == (0, True)
     (opus,) = models["claude/claude-opus-5"]
     assert (opus.context_tokens, opus.output_tokens_max, opus.is_reasoning) == (1_000_000, 128_000, True)
     (haiku,) = models["claude-haiku-4-5"]
     assert (haiku.context_tokens, haiku.output_tokens_max, haiku.is_reasoning) == (200_000, 64_000, False)
     assert haiku.price.cache_write * 4 == haiku.price.input * 5
     assert haiku.added_tokens > 804
+    assert not haiku.caches_unasked
     claudes = [model for name, (model, *_) in models.items() if name.startswith("claude/")]
     assert len([model for model in claudes if model.output_tokens_max is None]) <= 2
 

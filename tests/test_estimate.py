@@ -14,7 +14,7 @@ from proxy.estimate import (
     maximum_affordable,
     maximum_bought,
 )
-from proxy.pricing import Price, bound, cost
+from proxy.pricing import LongContext, Price, bound, cost
 from proxy.routing import Candidate, Offer
 from proxy.units import Usage
 from proxy.wire.chat import decode_chat
@@ -50,6 +50,36 @@ def estimated(candidates, **fields):
     body = msgspec.json.encode({"model": "m", "messages": [{"role": "user", "content": "hello"}], **fields})
     offered = [Offer(found, found.price, MARKUP_BPS) for found in candidates]
     return estimate(decode_chat(body), len(body), offered), len(body)
+
+
+RATES = {"input": 1000, "cached_input": 100, "cache_write": 1250, "cache_write_1h": 2000, "audio_input": 1000}
+FREE = {"output": 0, "audio_output": 0}
+CACHING = Price(
+    **RATES,
+    **FREE,
+    long_context=(LongContext(**{name: 2 * rate for name, rate in RATES.items()}, **FREE, above_tokens=50_000),),
+)
+
+
+@pytest.mark.parametrize("characters", [10, 100_000])
+@pytest.mark.parametrize(
+    ("caches_unasked", "more", "dearest"),
+    [
+        (False, {}, "input"),
+        (False, {"cache_control": {"type": "ephemeral"}}, "cache_write_1h"),
+        (True, {}, "cache_write_1h"),
+    ],
+)
+def test_caches_are_reserved_for_where_there_can_be_some(characters, caches_unasked, more, dearest):
+    """Writing to one costs more than what is only read, and some write to them only when they are asked to."""
+    found, size = estimated(
+        [candidate(price=CACHING, caches_unasked=caches_unasked)],
+        messages=[{"role": "user", "content": "x" * characters, **more}],
+    )
+    offered = offer(price=CACHING, caches_unasked=caches_unasked)
+    assert found.at_most == cost(Usage(**{dearest: size}), CACHING, MARKUP_BPS)
+    assert maximum_bought(found, offered, found.at_most) is None
+    assert maximum_bought(found, offered, found.at_most - 1) == 0
 
 
 @pytest.mark.parametrize(

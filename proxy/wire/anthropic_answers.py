@@ -8,12 +8,13 @@ Two things are told beside what OpenAI's API has words for: thinking, as `reason
 end; and `x_tollgate`, the usage as the stream's beginning reports it, which counts should its end never come.
 """
 
+from collections.abc import Iterator
 from typing import Any, Final
 
 import msgspec
 from msgspec import Raw
 
-from proxy.wire.objects import NULL, UNREADABLE, error_body
+from proxy.wire.objects import NULL, UNREADABLE, error_body, reader
 from proxy.wire.sse import event_data
 
 _FINISH_REASONS: Final = {
@@ -26,8 +27,8 @@ _FINISH_REASONS: Final = {
     "refusal": "content_filter",
 }
 
-_BILLING: Final = ("billing_error", "spend_limit", "credit balance is too low")
-"""What errors say that are about the operator's account, whatever their status."""
+_BILLING: Final = ("Your credit balance is too low", "You have reached your specified ")
+"""How messages begin that are about the operator's account. Further on they may quote what a client wrote."""
 
 
 class NotAMessage(ValueError):
@@ -35,8 +36,8 @@ class NotAMessage(ValueError):
 
 
 class _CacheCreation(msgspec.Struct, frozen=True):
-    ephemeral_5m_input_tokens: int = 0
-    ephemeral_1h_input_tokens: int = 0
+    ephemeral_5m_input_tokens: int | None = None
+    ephemeral_1h_input_tokens: int | None = None
 
 
 class _OutputDetails(msgspec.Struct, frozen=True):
@@ -69,11 +70,14 @@ class Usage(msgspec.Struct, frozen=True):
         """
         if self.input_tokens is None:
             return None
-        written, cached = self.cache_creation_input_tokens or 0, self.cache_read_input_tokens or 0
-        parts = self.cache_creation or _CacheCreation()
-        for_an_hour = min(parts.ephemeral_1h_input_tokens, written)
+        parts, cached = self.cache_creation or _CacheCreation(), self.cache_read_input_tokens or 0
+        briefly, for_an_hour = parts.ephemeral_5m_input_tokens or 0, parts.ephemeral_1h_input_tokens or 0
+        written = self.cache_creation_input_tokens
+        if written is None:
+            written = briefly + for_an_hour
+        for_an_hour = min(for_an_hour, written)
         if caches_for_an_hour:
-            for_an_hour = max(for_an_hour, written - parts.ephemeral_5m_input_tokens)
+            for_an_hour = max(for_an_hour, written - briefly)
         prompt, completion = self.input_tokens + written + cached, self.output_tokens or 0
         thought = None if self.output_tokens_details is None else self.output_tokens_details.thinking_tokens
         return {
@@ -112,8 +116,8 @@ class _Block(msgspec.Struct, frozen=True):
 class _Message(msgspec.Struct, frozen=True):
     id: str
     model: str
-    content: list[_Block]
-    usage: Usage = Usage()
+    content: list[Raw]
+    usage: Raw = NULL
     stop_reason: str | None = None
     stop_details: _StopDetails | None = None
 
@@ -139,7 +143,21 @@ class _Error(msgspec.Struct, frozen=True):
 
 
 class _Kind(msgspec.Struct, frozen=True):
+    type: str | None = None
+
+
+class _EventKind(msgspec.Struct, frozen=True):
+    """Of what kind an event is, and what it holds."""
+
     type: str
+    content_block: Any = None
+    delta: Any = None
+
+    @property
+    def is_known(self) -> bool:
+        """Whether it is all of a kind that is known, so that it should have been readable."""
+        kinds = [held.get("type") for held in (self.content_block, self.delta) if isinstance(held, dict)]
+        return self.type in _KNOWN and all(kind in _KNOWN_PARTS for kind in kinds if isinstance(kind, str))
 
 
 class _Event(msgspec.Struct, frozen=True):
@@ -150,7 +168,7 @@ class _Event(msgspec.Struct, frozen=True):
     index: int = 0
     content_block: _Block | None = None
     delta: _Delta | None = None
-    usage: Usage = Usage()
+    usage: Raw = NULL
     error: _Error | None = None
 
 
@@ -166,25 +184,31 @@ _KNOWN: Final = frozenset(
         "error",
     }
 )
+_KNOWN_BLOCKS: Final = frozenset({"text", "tool_use", "thinking", "redacted_thinking"})
+_KNOWN_PARTS: Final = _KNOWN_BLOCKS | {"text_delta", "input_json_delta", "thinking_delta", "signature_delta"}
 
 
 class _Failure(msgspec.Struct, frozen=True):
     error: _Error
 
 
-_decode_message = msgspec.json.Decoder(_Message).decode
-_decode_kind = msgspec.json.Decoder(_Kind).decode
-_decode_event = msgspec.json.Decoder(_Event).decode
-_decode_failure = msgspec.json.Decoder(_Failure).decode
+_decode_message = reader(_Message)
+_decode_block = reader(_Block)
+_decode_kind = reader(_Kind)
+_decode_event_kind = reader(_EventKind)
+_decode_event = reader(_Event)
+_decode_failure = reader(_Failure)
+_decode_usage = msgspec.json.Decoder(Usage | None, strict=False).decode
+"""Takes whole numbers however they are written."""
 
 
 def _read_event(data: bytes) -> _Event:
-    """An event; nothing, where it is of a kind that is not known. Raises `NotAMessage`."""
+    """An event; nothing, where it or what it holds is of a kind that is not known. Raises `NotAMessage`."""
     try:
         return _decode_event(data)
     except UNREADABLE as exc:
         try:
-            is_known = _decode_kind(data).type in _KNOWN
+            is_known = _decode_event_kind(data).is_known
         except UNREADABLE:
             is_known = True
         if is_known:
@@ -192,51 +216,78 @@ def _read_event(data: bytes) -> _Event:
     return _NOTHING
 
 
+def _read_blocks(content: list[Raw]) -> Iterator[_Block]:
+    """The blocks that are of a kind that is known. Raises `NotAMessage`."""
+    for raw in content:
+        try:
+            if _decode_kind(raw).type in _KNOWN_BLOCKS:
+                yield _decode_block(raw)
+        except UNREADABLE as exc:
+            raise NotAMessage(str(exc)) from exc
+
+
+def _read_usage(reported: Raw) -> Usage:
+    """What is reported; nothing, where it cannot be read, since an answer is none the worse for it."""
+    try:
+        return _decode_usage(reported) or Usage()
+    except UNREADABLE:
+        return Usage()
+
+
 # ---- errors
 
 
 def failure(status: int, body: bytes) -> tuple[int, bytes]:
     """An error in OpenAI's shape, and its status: 402 for what is about the operator's account."""
-    try:
-        error = _decode_failure(body).error
-    except UNREADABLE:
+    error = _read_error(body)
+    if error is None:
         return status, error_body("The provider answered with an error.", "api_error", None, "provider_error")
     return 402 if _is_about_billing(error) else status, _openai_error(error)
 
 
+def _read_error(body: bytes) -> _Error | None:
+    try:
+        return _decode_failure(body).error
+    except UNREADABLE:
+        return None
+
+
 def _is_about_billing(error: _Error) -> bool:
     code = "" if error.details is None else error.details.error_code or ""
-    return any(words in text for words in _BILLING for text in (error.type, code, error.message))
+    return error.type == "billing_error" or "spend_limit" in code or error.message.startswith(_BILLING)
 
 
 def _openai_error(error: _Error) -> bytes:
-    return error_body(error.message, error.type, None, error.type)
+    """The error with a code that tells its status, wherever it comes from."""
+    return error_body(error.message, error.type, None, "billing_error" if _is_about_billing(error) else error.type)
 
 
 # ---- whole answers
 
 
 def completion(body: bytes, created: int, *, caches_for_an_hour: bool = False) -> bytes:
-    """A whole message as a chat completion of the second `created`. Raises `NotAMessage`.
+    """A whole message as a chat completion of the second `created`, or the error that came in its place.
 
-    `caches_for_an_hour` says that the request asked for caches that last so long.
+    `caches_for_an_hour` says that the request asked for caches that last so long. Raises `NotAMessage` for all else.
     """
     try:
         message = _decode_message(body)
     except UNREADABLE as exc:
+        if (error := _read_error(body)) is not None:
+            return _openai_error(error)
         raise NotAMessage(str(exc)) from exc
     written = _Written()
     text: list[str] = []
     calls: list[dict[str, Any]] = []
     thoughts: list[dict[str, Any]] = []
-    for block in message.content:
+    for block in _read_blocks(message.content):
         if block.type == "text":
             text.append(block.text or "")
             written.note_text(block.text or "")
         elif block.type == "tool_use":
             calls.append(_call(block))
             written.calls += 1
-        elif block.type in {"thinking", "redacted_thinking"}:
+        else:
             thoughts.append(written.thought(block, block.thinking or "", block.signature or ""))
     answer: dict[str, Any] = {
         "role": "assistant",
@@ -250,7 +301,7 @@ def completion(body: bytes, created: int, *, caches_for_an_hour: bool = False) -
         answer["tool_calls"] = calls
     choice = {"index": 0, "message": answer, "logprobs": None, "finish_reason": _finish_reason(message.stop_reason)}
     head = _head("chat.completion", message, created)
-    reported = _reported(message.usage, caches_for_an_hour=caches_for_an_hour)
+    reported = _reported(_read_usage(message.usage), caches_for_an_hour=caches_for_an_hour)
     return msgspec.json.encode({**head, "choices": [choice], **reported})
 
 
@@ -337,6 +388,7 @@ class Chunks:
         self._open: dict[int, _Open] = {}
         self._has_begun = False
         self._has_finished = False
+        self._is_output_reported = False
         self.is_over = False
         """Whether the message has come to its end, or to an error."""
 
@@ -350,7 +402,7 @@ class Chunks:
     def _chunks(self, event: _Event) -> list[bytes]:
         match event:
             case _Event(type="message_start", message=_Message() as message):
-                self._message, self._usage = message, message.usage
+                self._message, self._usage = message, _read_usage(message.usage)
             case _Event(type="content_block_start", content_block=_Block() as block):
                 return self._start(event.index, block)
             case _Event(type="content_block_delta", delta=_Delta() as delta):
@@ -358,8 +410,9 @@ class Chunks:
             case _Event(type="content_block_stop"):
                 return self._stop(event.index)
             case _Event(type="message_delta", delta=_Delta() as delta):
-                self._usage = self._usage.updated(event.usage)
-                return [] if delta.stop_reason is None else self._finish(delta.stop_reason, delta.stop_details)
+                self._note_usage(_read_usage(event.usage))
+                is_end = delta.stop_reason is not None and not self._has_finished
+                return self._finish(delta.stop_reason, delta.stop_details) if is_end else []
             case _Event(type="message_stop"):
                 return self._end()
             case _Event(type="error", error=_Error() as error):
@@ -382,17 +435,20 @@ class Chunks:
         opened = self._open.get(index)
         if opened is None:
             return []
-        if delta.text:
-            self._written.note_text(delta.text)
-            return self._delta({"content": delta.text})
-        if delta.partial_json:
-            return self._arguments(opened, delta.partial_json)
-        if delta.signature:
-            opened.signature.append(delta.signature)
-        if delta.thinking:
-            opened.thinking.append(delta.thinking)
-            return self._delta({"reasoning_content": delta.thinking})
+        match opened.block.type:
+            case "text" if delta.text:
+                self._written.note_text(delta.text)
+                return self._delta({"content": delta.text})
+            case "tool_use" if delta.partial_json:
+                return self._arguments(opened, delta.partial_json)
+            case "thinking":
+                return self._think(opened, delta)
         return []
+
+    def _think(self, opened: _Open, delta: _Delta) -> list[bytes]:
+        opened.signature.append(delta.signature or "")
+        opened.thinking.append(delta.thinking or "")
+        return self._delta({"reasoning_content": delta.thinking}) if delta.thinking else []
 
     def _arguments(self, opened: _Open, arguments: str) -> list[bytes]:
         opened.has_arguments = True
@@ -416,11 +472,16 @@ class Chunks:
         refusal = _refusal(stop_reason, details)
         return self._delta({} if refusal is None else {"refusal": refusal}, _finish_reason(stop_reason))
 
+    def _note_usage(self, usage: Usage) -> None:
+        self._usage = self._usage.updated(usage)
+        self._is_output_reported = self._is_output_reported or usage.output_tokens is not None
+
     def _end(self) -> list[bytes]:
         chunks = [] if self._has_finished else self._finish(None, None)
         self.is_over = True
         reported = _reported(self._usage, caches_for_an_hour=self._caches_for_an_hour)
-        if "usage" in reported:
+        # What a message begins with says nothing of the output: that is counted, where no later event tells it.
+        if "usage" in reported and self._is_output_reported:
             chunks.append(self._chunk([], reported))
         return [*chunks, b"[DONE]"]
 

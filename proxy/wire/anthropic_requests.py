@@ -23,13 +23,10 @@ from msgspec import Meta, Raw
 
 from proxy.errors import BadRequest
 from proxy.wire.objects import NULL, UNREADABLE, bad_request, decode_fields, patch
-from proxy.wire.requests import ITEMS_MAX, Tokens, check_number, is_set, unsupported
+from proxy.wire.requests import ITEMS_MAX, THINKING_TOKENS_MIN, Tokens, check_number, is_set, unsupported
 
 OUTPUT_TOKENS_UNKNOWN: Final = 32_000
 """The maximum of a call that names none, at a model whose own nobody knows: all since Claude 4 take as much."""
-
-BUDGET_TOKENS_MIN: Final = 1_024
-"""The least that may be thought, where thinking has a budget."""
 
 _BUDGETS: Final = {"minimal": 1_024, "low": 2_048, "medium": 8_192, "high": 24_576, "xhigh": 32_768, "max": 32_768}
 """Tokens of thinking by effort, for models that know budgets; never more than half of the maximum, which holds them."""
@@ -54,6 +51,10 @@ _SAID_ANYHOW: Final[Mapping[str, object]] = {
 }
 """Fields that the Messages API has not, with the value that asks for nothing."""
 
+_HOLDS: Final = ("text", "refusal", "image_url", "file", "input_audio")
+"""What parts hold, each under the name of its type."""
+
+_INSTRUCTING: Final = frozenset({"system", "developer"})
 _NO_CHOICES: Final = (None, "auto", "none")
 _TIERS: Final = {"auto": "auto", "default": "standard_only", "standard": "standard_only", "on_demand": "standard_only"}
 _IMAGE_TYPES: Final = frozenset({"image/jpeg", "image/png", "image/gif", "image/webp"})
@@ -235,7 +236,7 @@ def messages_request(body: bytes, output_tokens_max: int | None) -> bytes:
         "temperature": _temperature(chat.temperature),
         "top_p": None if chat.top_p == 1 else chat.top_p,
         "top_k": chat.top_k,
-        "tools": _tools(chat.tools) or None,
+        "tools": _tools(chat) or None,
         "tool_choice": _tool_choice(chat),
         "metadata": _metadata(chat),
         "service_tier": _service_tier(chat.service_tier),
@@ -268,12 +269,12 @@ def _conversation(messages: Sequence[_Message]) -> tuple[list[_Block], list[_Blo
     turns: list[_Block] = []
     for message in messages:
         _check_fields(message)
+        if message.role in _INSTRUCTING:
+            system += _cached_last(_saying(_content(message)), message)
+            continue
         match message.role:
-            case "system" | "developer":
-                system += _cached_last([block for block in _content(message) if block["text"]], message)
-                continue
             case "user":
-                side, blocks = "user", _cached_last(_content(message), message)
+                side, blocks = "user", _cached_last(_saying(_content(message)), message)
             case "tool":
                 side, blocks = "user", [_tool_result(message)]
             case "assistant":
@@ -284,9 +285,22 @@ def _conversation(messages: Sequence[_Message]) -> tuple[list[_Block], list[_Blo
             turns[-1]["content"] += blocks
         elif blocks:
             turns.append({"role": side, "content": blocks})
-    if not turns:
-        raise BadRequest("There must be a message of the user's.", param="messages", code="invalid_value")
+    speakers = [message.role for message in messages if message.role not in _INSTRUCTING]
+    # A conversation that ends with the assistant asks for more of what it said last.
+    if not turns or (speakers[-1] == "user" and turns[-1]["role"] != "user"):
+        raise BadRequest(
+            "There must be a message of the user's, and the last one must say something.",
+            param="messages",
+            code="invalid_value",
+        )
     return system, turns
+
+
+def _saying(blocks: list[_Block]) -> list[_Block]:
+    """`blocks` without texts that are empty, nor blank ones beside no other text: the API takes neither."""
+    if any(block.get("text", "").strip() for block in blocks):
+        return [block for block in blocks if block.get("text") != ""]
+    return [block for block in blocks if block["type"] != "text"]
 
 
 def _check_fields(message: _Message) -> None:
@@ -307,13 +321,16 @@ def _content(message: _Message) -> list[_Block]:
 
 
 def _part(part: _Part, role: str) -> _Block:
-    if part.type == "text" and part.text is not None:
+    held = [name for name in _HOLDS if getattr(part, name) is not None]
+    if held != [part.type]:
+        raise _refused("messages", f"A part of the type '{part.type}' that holds {held or 'nothing'}")
+    if part.text is not None:
         block = _text(part.text)
-    elif part.type == "image_url" and part.image_url is not None and role in {"user", "tool"}:
+    elif part.image_url is not None and role in {"user", "tool"}:
         block = _image(part.image_url)
-    elif part.type == "file" and part.file is not None and role in {"user", "tool"}:
+    elif part.file is not None and role in {"user", "tool"}:
         block = _document(part.file)
-    elif part.type == "refusal" and part.refusal is not None and role == "assistant":
+    elif part.refusal is not None and role == "assistant":
         block = _text(part.refusal)
     else:
         raise _refused("messages", f"A part of the type '{part.type}' in a message of the role '{role}'")
@@ -362,7 +379,7 @@ def _said(message: _Message) -> list[_Block]:
     if message.refusal:
         blocks.append(_text(message.refusal))
     blocks += [_tool_use(call) for call in message.tool_calls or ()]
-    return _with_thoughts(blocks, message.thinking_blocks) if message.thinking_blocks else blocks
+    return _saying(_with_thoughts(blocks, message.thinking_blocks or ()))
 
 
 def _with_thoughts(blocks: list[_Block], thoughts: Sequence[_Thought]) -> list[_Block]:
@@ -411,7 +428,7 @@ def _tool_result(message: _Message) -> _Block:
     if isinstance(message.content, str):
         result["content"] = message.content
     else:
-        result["content"] = [block for block in _content(message) if block.get("text") != ""]
+        result["content"] = _saying(_content(message))
     return _cached(result, message.cache_control)
 
 
@@ -471,8 +488,17 @@ def _is_cached_long(block: _Cacheable) -> bool:
 # ---- tools
 
 
-def _tools(tools: Sequence[_Tool] | None) -> list[_Block]:
-    return [_tool(tool) for tool in tools or ()]
+def _tools(chat: _Chat) -> list[_Block]:
+    """The tools, or else those that were called before: the API wants those to be there, though none may be called."""
+    if chat.tools:
+        return [_tool(tool) for tool in chat.tools]
+    return [{"name": name, "input_schema": _NO_PARAMETERS} for name in _called(chat.messages)]
+
+
+def _called(messages: Sequence[_Message]) -> list[str]:
+    """The names of the tools that the conversation has calls of, each once."""
+    calls = (call for message in messages for call in message.tool_calls or ())
+    return list(dict.fromkeys(call.function.name for call in calls if call.function is not None))
 
 
 def _tool(tool: _Tool) -> _Block:
@@ -502,7 +528,7 @@ def _tool_choice(chat: _Chat) -> _Block | None:
     if not chat.tools:
         if chat.tool_choice not in _NO_CHOICES:
             raise unsupported("tool_choice", "'tool_choice' is only allowed when 'tools' are specified.")
-        return None
+        return {"type": "none"} if _called(chat.messages) else None
     choice: _Block
     match chat.tool_choice:
         case None | "auto":
@@ -575,8 +601,8 @@ def _thinking(chat: _Chat, max_tokens: int) -> tuple[object, str | None]:
     if own is not None:
         raise unsupported("reasoning_effort", "This model takes either 'thinking' or 'reasoning_effort'.")
     budget = min(_BUDGETS[asked], max_tokens // 2)
-    if budget < BUDGET_TOKENS_MIN:
-        least = 2 * BUDGET_TOKENS_MIN
+    if budget < THINKING_TOKENS_MIN:
+        least = 2 * THINKING_TOKENS_MIN
         raise unsupported("reasoning_effort", f"Thinking needs a maximum of at least {least} tokens with this model.")
     return {"type": "enabled", "budget_tokens": budget}, None
 

@@ -1,5 +1,6 @@
 """Chat completions (https://platform.openai.com/docs/api-reference/chat/create): what we read of a request."""
 
+import re
 from typing import Annotated, Final
 
 import msgspec
@@ -20,6 +21,7 @@ from proxy.wire.requests import (
     IMAGE_PARTS,
     OUTSIDE_OF_TOKENS,
     STATE,
+    THINKING_TOKENS_MIN,
     Choices,
     Endpoint,
     Maxima,
@@ -50,6 +52,7 @@ class Message(msgspec.Struct, frozen=True):
 
     role: str
     content: str | list[Part] | None = None
+    tool_calls: Raw = NULL
 
 
 class ChatRequest(Maxima, frozen=True, kw_only=True):
@@ -79,12 +82,15 @@ _REFUSED: Final = {
 }
 del _REFUSED[_WEB_SEARCH]
 _MODALITIES = frozenset({"text", "audio"})
+_ESCAPE = b"\\u00"
+_ESCAPED_LETTER = re.compile(rb"\\u00[567]")
+_NO_EFFORT = frozenset({b"null", b'"none"'})
 _TEXT_PARTS = frozenset({"text", "refusal"})
 
 _decode_request = msgspec.json.Decoder(ChatRequest).decode
 
 _TOP = Spelling((*ChatRequest.__struct_fields__, *_REFUSED, _WEB_SEARCH), HARMLESS)
-_MESSAGE = Spelling((*Message.__struct_fields__, "audio"), ("name", "refusal", "tool_call_id", "tool_calls"))
+_MESSAGE = Spelling((*Message.__struct_fields__, "audio"), ("name", "refusal", "tool_call_id"))
 _PART = Spelling(Part.__struct_fields__, ("cache_control", "file", "image_url", "input_audio", "text"))
 _FILE = Spelling(("file_id",), ("file_data", "filename", "url", "detail", "data", "format"))
 _TOOL = Spelling(Tool.__struct_fields__, ("custom", "function"))
@@ -114,7 +120,7 @@ def decode_chat(body: bytes) -> PaidRequest:
         wants_usage=request.stream_options is not None and bool(request.stream_options.include_usage),
         maxima=request.named,
         choices=request.n or 1,
-        thinking_tokens=thinking_tokens(fields.get("thinking"), fields.get("reasoning")),
+        thinking_tokens=_thinking_tokens(fields),
         # https://platform.openai.com/docs/guides/predicted-outputs: what does not come true is billed as output.
         prediction_tokens=len(request.prediction) if is_set(request.prediction) else 0,
         service_tier=request.service_tier,
@@ -124,13 +130,29 @@ def decode_chat(body: bytes) -> PaidRequest:
         has_only_images=bool(images)
         and images == len(media)
         and not (tools or is_set(fields.get("mm_processor_kwargs"))),
-        has_instructions=bool(request.tools) or is_set(fields.get("response_format")),
+        # Tools that were called before are explained as well.
+        has_instructions=bool(request.tools)
+        or is_set(fields.get("response_format"))
+        or any(is_set(message.tool_calls) for message in request.messages),
+        asks_for_caches=_may_name_cache_control(body),
         images=images,
         image_bytes=image_bytes(parts) if images else 0,
         tools=tools,
         wants_audio="audio" in (request.modalities or ()) or is_set(fields.get("audio")),
         must_unstore=bool(request.store),
     )
+
+
+def _may_name_cache_control(body: bytes) -> bool:
+    """Whether something in the body may be named `cache_control`, in letters or with some of them as escapes."""
+    return b"cache_control" in body or (_ESCAPE in body and _ESCAPED_LETTER.search(body) is not None)
+
+
+def _thinking_tokens(fields: Fields) -> int:
+    """The budget for reasoning; for an effort the least that one can become."""
+    budget = thinking_tokens(fields.get("thinking"), fields.get("reasoning"))
+    has_effort = bytes(fields.get("reasoning_effort", NULL)) not in _NO_EFFORT
+    return max(budget, THINKING_TOKENS_MIN) if has_effort else budget
 
 
 def _check(request: ChatRequest, content: list[Part], body: bytes, fields: Fields) -> list[Fields]:

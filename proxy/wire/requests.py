@@ -24,6 +24,9 @@ ITEMS_MAX = 20_000
 TOOL_CALLS_MAX = 10_000
 """Uses of the provider's tools in one call."""
 
+THINKING_TOKENS_MIN = 1_024
+"""The least that can be thought by a model whose thinking has a budget."""
+
 FIELDS_MAX = 1_000
 """Fields at the top of a request."""
 
@@ -49,7 +52,8 @@ class PaidRequest(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     maximum, `thinking_tokens` is the budget for reasoning inside of it. `is_unsized` says that some of the prompt is no
     text in the body; `images` counts the images in it, which have `image_bytes` of the body, and `has_only_images` says
     that they are all of it. `has_instructions` says that a provider may explain to the model, in words of its own, what
-    the request has: tools, or a format of the answer. `tools` are those that the provider runs, by what they are priced
+    the request has: tools, or a format of the answer. `asks_for_caches` unless no part of it says that it is to be
+    cached. `tools` are those that the provider runs, by what they are priced
     as, with what the request calls them; `tool_calls_max` bounds the uses of all of them together. `wants_audio` says
     that the answer may be spoken, `must_unstore` that the provider would keep it unless it is told not to.
     """
@@ -68,6 +72,7 @@ class PaidRequest(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     is_unsized: bool = False
     has_only_images: bool = False
     has_instructions: bool = False
+    asks_for_caches: bool = False
     wants_audio: bool = False
     images: int = 0
     image_bytes: int = 0

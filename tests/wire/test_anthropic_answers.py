@@ -142,6 +142,112 @@ def test_events_of_a_kind_that_is_not_known(data):
     assert Chunks(1).feed(b"data: " + data + b"\n\n") == b""
 
 
+BEGUN = {"input_tokens": 25, "output_tokens": 1}
+
+
+def answering(*events, begun=BEGUN, ends=({"output_tokens": 9},)):
+    """What OpenAI's SDK and the meter make of a stream of these events, which reports `begun` and then `ends`."""
+    started = {"type": "message_start", "message": {**MESSAGE, "content": [], "usage": begun}}
+    ended = [{"type": "message_delta", "delta": {"stop_reason": "end_turn"}, "usage": said} for said in ends]
+    chunks, meter = Chunks(1), StreamMeter(10**6)
+    out = b"".join(
+        chunks.feed(b"data: " + (event if isinstance(event, bytes) else json.dumps(event).encode()) + b"\n\n")
+        for event in (started, *events, *ended, {"type": "message_stop"})
+    )
+    events = EventSplitter(10**6).feed(out)
+    for event in events:
+        meter.feed(event)
+    metered = meter.result(prompt=b"x" * 400, bound=Usage(input=10**6, output=10**6))
+    return snapshot(events).choices[0], metered, events
+
+
+def block(index, **fields):
+    return {"type": "content_block_start", "index": index, "content_block": fields}
+
+
+def delta(index, kind, **fields):
+    return {"type": "content_block_delta", "index": index, "delta": {"type": kind, **fields}}
+
+
+TEXT = (block(0, type="text", text=""), delta(0, "text_delta", text="x" * 400))
+
+
+def test_a_tool_of_the_providers_is_none_of_the_clients():
+    """What it is asked, and what it finds, gets into no call and no text."""
+    choice, _, _ = answering(
+        block(0, type="server_tool_use", id="srvtoolu_1", name="web_search", input={}),
+        delta(0, "input_json_delta", partial_json='{"query": "x"}'),
+        {"type": "content_block_stop", "index": 0},
+        block(1, type="web_search_tool_result", tool_use_id="srvtoolu_1", content=[{"type": "web_search_result"}]),
+        {"type": "content_block_stop", "index": 1},
+        block(2, type="tool_use", id="toolu_1", name="f", input={}),
+        delta(2, "input_json_delta", partial_json='{"a": 1}'),
+        {"type": "content_block_stop", "index": 2},
+    )
+    calls = [(call.id, call.function.name, call.function.arguments) for call in choice.message.tool_calls]
+    assert (calls, choice.message.content) == ([("toolu_1", "f", '{"a": 1}')], "")
+
+
+def test_blocks_and_deltas_of_kinds_that_are_not_known():
+    """They are passed over, whatever they have by the names of others."""
+    news = (
+        block(1, type="new", text={"a": 1}, data=[1], id=2),
+        delta(1, "new_delta", text=7, signature={}),
+        delta(0, "new_delta", thinking=[]),
+    )
+    choice, metered, _ = answering(TEXT[0], *news, TEXT[1])
+    assert (choice.message.content, metered.usage) == ("x" * 400, Usage(input=25, output=9))
+    content = [{"type": "new", "text": {"a": 1}, "id": 2}, {"type": "text", "text": "Hi"}]
+    assert whole(content=content)[1].message.content == "Hi"
+
+
+@pytest.mark.parametrize("ends", [[None], [{}], [{"output_tokens": "many"}], [{"output_tokens": None}], []])
+def test_a_stream_that_does_not_say_what_came_out(ends):
+    """Its beginning says nothing of that, whatever number is there: the text is counted, and the input reported."""
+    choice, metered, events = answering(*TEXT, ends=ends)
+    assert choice.message.content == "x" * 400
+    assert (metered.source, metered.usage) == ("counted", Usage(input=25, output=1 + 100))
+    assert b'"usage"' not in b"".join(events[1:])
+
+
+def test_a_stream_without_usage():
+    """All of it is counted."""
+    _, metered, _ = answering(*TEXT, begun=None, ends=[None])
+    assert (metered.source, metered.usage) == ("counted", Usage(input=100, output=100))
+
+
+def test_usage_that_grows():
+    """The last number of each class is the right one, and there is one reason of the end."""
+    ends = [
+        {"output_tokens": 5, "input_tokens": 30, "cache_creation_input_tokens": 4},
+        {"output_tokens": 9, "cache_read_input_tokens": 7},
+    ]
+    _, metered, events = answering(*TEXT, ends=ends)
+    assert (metered.source, metered.usage) == ("reported", Usage(input=30, cached_input=7, cache_write=4, output=9))
+    assert b"".join(events).count(b'"finish_reason":"stop"') == 1
+
+
+@pytest.mark.parametrize("number", ["9.0", '"9"', "9"])
+def test_whole_numbers_however_they_are_written(number):
+    """Some servers have but one type of numbers."""
+    ended = b'{"type":"message_delta","delta":{},"usage":{"output_tokens":%b}}' % number.encode()
+    assert answering(*TEXT, ended, ends=[])[1].usage == Usage(input=25, output=9)
+
+
+def test_a_number_that_cannot_be():
+    """It is left to the meter, which counts instead and says so."""
+    metered = answering(*TEXT, ends=[{"output_tokens": 10**30}])[1]
+    assert (metered.source, metered.is_implausible) == ("counted", True)
+
+
+def test_half_a_character():
+    """It is no reason to break off an answer."""
+    choice, metered, _ = answering(
+        TEXT[0], b'{"type":"content_block_delta","index":0,"delta":{"type":"text_delta","text":"a\\ud83d"}}'
+    )
+    assert (choice.message.content, metered.usage.output) == ("a\ufffd", 9)
+
+
 ANY_JSON = st.recursive(
     st.one_of(st.none(), st.booleans(), st.integers(), st.text(max_size=5)),
     lambda inner: st.one_of(st.lists(inner, max_size=2), st.dictionaries(st.text(max_size=5), inner, max_size=2)),
@@ -263,6 +369,19 @@ def test_calls_alone():
             {"input_tokens": 0, "output_tokens": 9, "output_tokens_details": {"thinking_tokens": 10}},
             Usage(output=9, reasoning=9),
         ),
+        (
+            {
+                "input_tokens": 1,
+                "output_tokens": 2,
+                "cache_creation": {"ephemeral_5m_input_tokens": 3, "ephemeral_1h_input_tokens": 5},
+            },
+            Usage(input=1, cache_write=3, cache_write_1h=5, output=2),
+        ),
+        (
+            {"input_tokens": 1, "output_tokens": 2, "cache_creation": {"ephemeral_5m_input_tokens": None}},
+            Usage(input=1, output=2),
+        ),
+        ({"input_tokens": 1.0, "output_tokens": 2}, Usage(input=1, output=2)),
         ({"input_tokens": -1, "output_tokens": 2}, None),
         ({"input_tokens": 1, "output_tokens": 2, "cache_read_input_tokens": -2}, None),
         ({"output_tokens": 2}, None),
@@ -272,6 +391,13 @@ def test_usage(usage, expected):
     """The classes that Anthropic counts beside each other come back apart; what cannot be is left to be counted."""
     reported = json.loads(completion(json.dumps({**MESSAGE, "usage": usage}).encode(), 1)).get("usage")
     assert read_usage(json.dumps(reported).encode()) == expected
+
+
+@pytest.mark.parametrize("usage", [None, [], {"input_tokens": "many"}, {"input_tokens": 1.5}])
+def test_usage_that_cannot_be_read(usage):
+    """It is none, and the answer is as good as ever."""
+    answer, choice = whole(usage=usage)
+    assert (answer.usage, choice.message.content) == (None, "Hi")
 
 
 @pytest.mark.parametrize(
@@ -293,7 +419,8 @@ def test_caches_of_an_hour(parts, asked_for_an_hour, expected, is_stream):
     if is_stream:
         chunks = Chunks(1, caches_for_an_hour=asked_for_an_hour)
         begun = f'data: {{"type":"message_start","message":{message}}}\n\n'.encode()
-        out = chunks.feed(begun) + chunks.feed(b'data: {"type":"message_stop"}\n\n')
+        ended = b'data: {"type":"message_delta","delta":{},"usage":{"output_tokens":2}}\n\n'
+        out = b"".join(map(chunks.feed, (begun, ended, b'data: {"type":"message_stop"}\n\n')))
         reported = snapshot(EventSplitter(10**6).feed(out)).usage.model_dump_json().encode()
     else:
         answer = completion(message.encode(), 1, caches_for_an_hour=asked_for_an_hour)
@@ -326,6 +453,14 @@ def test_bodies_that_are_no_messages(body):
         (529, "overloaded_error", "Overloaded", None, 529),
         (403, "permission_error", "No.", None, 403),
         (400, "invalid_request_error", "Your credit balance is too low to access the Anthropic API.", None, 402),
+        (400, "invalid_request_error", "You have reached your specified API usage limits.", None, 402),
+        (
+            400,
+            "invalid_request_error",
+            "tools: no 'billing_error', 'spend_limit' or credit balance is too low",
+            None,
+            400,
+        ),
         (403, "billing_error", "There is a problem with billing.", None, 402),
         (429, "rate_limit_error", "Enough.", {"error_code": "enforced_spend_limit_reached"}, 402),
     ],
@@ -334,8 +469,26 @@ def test_errors(status, kind, message, details, expected):
     """They have OpenAI's shape, and what is about the operator's account is told apart."""
     error = {"type": kind, "message": message} | ({} if details is None else {"details": details})
     seen, body = failure(status, json.dumps({"type": "error", "error": error, "request_id": "req_1"}).encode())
+    code = "billing_error" if expected == 402 else kind
     assert seen == expected
-    assert json.loads(body) == {"error": {"message": message, "type": kind, "param": None, "code": kind}}
+    assert json.loads(body) == {"error": {"message": message, "type": kind, "param": None, "code": code}}
+
+
+@pytest.mark.parametrize(
+    ("kind", "message", "expected"),
+    [
+        ("overloaded_error", "Overloaded", 529),
+        ("invalid_request_error", "Your credit balance is too low to access the API.", 402),
+        ("request_too_large", "Too large.", 413),
+        ("something_new", "No.", 502),
+    ],
+)
+def test_errors_that_come_as_answers(kind, message, expected):
+    """A body with status 200 and an event of a stream say which error they are as well."""
+    error = json.dumps({"type": "error", "error": {"type": kind, "message": message}})
+    event = Chunks(1).feed(f"data: {error}\n\n".encode())
+    assert completion(error.encode(), 1) == event_data(event)
+    assert failure_status(event_data(event)) == expected
 
 
 @pytest.mark.parametrize("body", [b"", b"<html>no</html>", b'{"error": "no"}', b"[]"])

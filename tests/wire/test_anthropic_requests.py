@@ -96,11 +96,37 @@ def test_consecutive_messages_of_one_side():
     ]
 
 
-def test_messages_that_say_nothing():
-    """An answer that was empty is left out, since the API takes none."""
-    assert turns(HELLO, {"role": "assistant", "content": ""}, {"role": "user", "content": "?"}) == [
+@pytest.mark.parametrize("nothing", ["", " \n", [], [text("")], [text(" "), text("")]])
+@pytest.mark.parametrize("role", ["assistant", "user", "system"])
+def test_messages_that_say_nothing(role, nothing):
+    """They are left out, since the API takes no text that is blank."""
+    assert turns(HELLO, {"role": role, "content": nothing}, {"role": "user", "content": "?"}) == [
         {"role": "user", "content": [text("Hello"), text("?")]}
     ]
+
+
+def test_blank_texts_beside_others():
+    """Those that are empty are left out, and those with spaces where there is nothing else to read."""
+    image = {"type": "image_url", "image_url": {"url": PIXEL}}
+    said = turns(
+        {"role": "user", "content": [text("a"), text(""), text("\n"), text("b", cache_control=CACHE)]},
+        calling("a", content="\n\n"),
+        result("a", [text(" ")]),
+        {"role": "user", "content": [image, text(" ")]},
+        tools=[TOOL],
+    )
+    assert said[0]["content"] == [text("a"), text("\n"), text("b", cache_control=CACHE)]
+    assert [block["type"] for block in said[1]["content"]] == ["tool_use"]
+    assert [block["type"] for block in said[2]["content"]] == ["tool_result", "image"]
+    assert said[2]["content"][0]["content"] == []
+
+
+@pytest.mark.parametrize("after", [[], [{"role": "system", "content": "Be brief."}]])
+def test_a_last_message_that_says_nothing(after):
+    """It is refused: without it the model would go on with what it said before."""
+    assistant = {"role": "assistant", "content": "Hi"}
+    assert refusal(messages=[HELLO, assistant, {"role": "user", "content": ""}, *after]).param == "messages"
+    assert turns(HELLO, assistant)[-1]["role"] == "assistant"
 
 
 def test_a_refusal_in_a_conversation():
@@ -138,6 +164,16 @@ def test_tools_in_a_conversation():
             ],
         },
     ]
+
+
+@pytest.mark.parametrize("choice", [None, "auto", "none"])
+def test_tools_that_were_called_before(choice):
+    """They are named, since the API wants them to be, and none may be called."""
+    messages = [HELLO, calling("a", "b"), result("a"), result("b"), calling("a"), result("a")]
+    request = sent(messages=messages, tool_choice=choice)
+    nothing = {"type": "object", "properties": {}}
+    assert request["tools"] == [{"name": "a", "input_schema": nothing}, {"name": "b", "input_schema": nothing}]
+    assert request["tool_choice"] == {"type": "none"}
 
 
 def test_arguments_keep_their_bytes():
@@ -492,6 +528,8 @@ def test_arguments_that_are_no_object(arguments):
         {"type": "file", "file": {"filename": "a.pdf"}},
         {"type": "refusal", "refusal": "no"},
         {"type": "text"},
+        {"type": "text", "text": "x", "image_url": {"url": PIXEL}},
+        {"type": "image_url", "text": "x", "image_url": {"url": PIXEL}},
         {"type": "text", "text": "x", "mood": "good"},
         {"type": "video_url", "video_url": {"url": "x"}},
     ],
@@ -519,7 +557,7 @@ OBJECTS = st.dictionaries(TEXTS, st.one_of(st.integers(), TEXTS, st.none(), st.b
 def conversations(draw):
     """Conversations as clients have them: each call of a tool is followed by its result."""
     messages = draw(st.lists(st.builds(lambda said: {"role": "system", "content": said}, TEXTS), max_size=2))
-    messages.append({"role": "user", "content": draw(TEXTS.filter(bool))})
+    messages.append({"role": "user", "content": draw(TEXTS.filter(str.strip))})
     for _ in range(draw(st.integers(0, 4))):
         names = draw(st.lists(CALL_IDS, unique=True, max_size=2))
         answer = {"role": "assistant", "content": draw(st.one_of(st.none(), TEXTS))}
@@ -530,7 +568,7 @@ def conversations(draw):
         messages.append(answer)
         messages += [{"role": "tool", "tool_call_id": name, "content": draw(CONTENTS)} for name in names]
         if not names or draw(st.booleans()):
-            messages.append({"role": "user", "content": draw(TEXTS.filter(bool))})
+            messages.append({"role": "user", "content": draw(TEXTS.filter(str.strip))})
     return messages
 
 

@@ -15,7 +15,7 @@ from tests.fakes.provider.messages import fault_of, pieces_of, signed
 HELLO = {"role": "user", "content": "Hello"}
 TOOL = {"type": "function", "function": {"name": "f"}}
 
-TEXTS = st.text(min_size=1, max_size=30)
+TEXTS = st.one_of(st.text(min_size=1, max_size=30), st.sampled_from([" ", "\n\n"]))
 INPUTS = st.dictionaries(
     st.text(max_size=5),
     st.recursive(
@@ -47,9 +47,9 @@ def contents(draw):
 
 
 def merged(blocks):
-    """Content whose texts are one, where the first of them stood: a chat message has but one."""
+    """Content as a chat message has it: its texts are one, where the first of them stood, unless that is blank."""
     texts = [block["text"] for block in blocks if block["type"] == "text"]
-    kept, has_text = [], False
+    kept, has_text = [], not "".join(texts).strip()
     for block in blocks:
         if block["type"] != "text":
             kept.append(block)

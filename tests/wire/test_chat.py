@@ -63,6 +63,31 @@ def test_the_fields_we_read():
     )
 
 
+@pytest.mark.parametrize(
+    ("fields", "has_instructions"),
+    [
+        ({}, False),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, True),
+        ({"response_format": {"type": "text"}}, True),
+        ({"messages": [{"role": "assistant", "tool_calls": [{"id": "1", "function": {"name": "f"}}]}]}, True),
+        ({"messages": [{"role": "assistant", "content": "x", "tool_calls": None}]}, False),
+    ],
+)
+def test_what_a_provider_may_explain(fields, has_instructions):
+    """Tools, those that were called before included, and formats."""
+    assert decode_chat(body(**fields)).has_instructions is has_instructions
+
+
+@given(st.lists(st.booleans(), min_size=13, max_size=13))
+def test_what_may_be_cached(escaped):
+    """It is found however its name is written."""
+    pairs = zip("cache_control", escaped, strict=True)
+    name = "".join(f"\\u{ord(letter):04x}" if is_escaped else letter for letter, is_escaped in pairs)
+    said = body(messages=[{"role": "user", "content": [{"type": "text", "text": "é \\ <", "name": {}}]}])
+    assert not decode_chat(said).asks_for_caches
+    assert decode_chat(said.replace(b'"name"', f'"{name}"'.encode())).asks_for_caches
+
+
 def test_null_is_absent():
     """Clients send null for what they leave out."""
     optional = [name for name in ChatRequest.__struct_fields__ if name not in {"model", "messages"}]
@@ -365,6 +390,10 @@ def test_a_prediction_counts_by_its_bytes():
         ({"reasoning": {"max_tokens": 2000, "effort": "high"}}, 2000),
         ({"thinking": "on", "reasoning": {"max_tokens": "many"}}, 0),
         ({"thinking": None}, 0),
+        ({"reasoning_effort": "low"}, 1024),
+        ({"reasoning_effort": "high", "thinking": {"type": "enabled", "budget_tokens": 4096}}, 4096),
+        ({"reasoning_effort": "none"}, 0),
+        ({"reasoning_effort": None}, 0),
     ],
 )
 def test_the_budget_for_thinking(fields, tokens):

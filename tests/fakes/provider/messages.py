@@ -113,6 +113,8 @@ def _fault(request: dict[str, Any]) -> str | None:
     blocks = [block for message in messages for block in _blocks(message)]
     if any(block["type"] == "text" and not block["text"] for block in [*blocks, *_system(request)]):
         return "text content blocks must be non-empty"
+    if any(texts and not "".join(texts).strip() for texts in map(_texts, messages)):
+        return "messages: text content blocks must contain non-whitespace text"
     if any(block["type"] == "thinking" and block["signature"] != signed(block["thinking"]) for block in blocks):
         return "Invalid `signature` in `thinking` block"
     if (request.get("tool_choice") or any(block["type"] == "tool_use" for block in blocks)) and not tools:
@@ -145,6 +147,10 @@ def _unanswered(messages: list[dict[str, Any]]) -> str | None:
 def _blocks(message: dict[str, Any]) -> list[dict[str, Any]]:
     content = message["content"]
     return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
+def _texts(message: dict[str, Any]) -> list[str]:
+    return [block["text"] for block in _blocks(message) if block["type"] == "text"]
 
 
 def _system(request: dict[str, Any]) -> list[dict[str, Any]]:
