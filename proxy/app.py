@@ -25,7 +25,7 @@ from proxy.edge import keys as key_routes
 from proxy.edge.addresses import Addresses
 from proxy.edge.answer import BodyLimits, identify
 from proxy.edge.authentication import Authentication, authenticated
-from proxy.edge.bodies import refuse_duplicates
+from proxy.edge.bodies import check_body
 from proxy.edge.document import DocumentPlugin, PagePlugin
 from proxy.edge.errors import respond
 from proxy.edge.health import Exposition, Readiness
@@ -252,7 +252,7 @@ def routed(tollgate: Tollgate) -> Litestar:
         ],
         middleware=[lambda app: authenticated(app, tollgate.authentication)],
         exception_handlers={Exception: respond},
-        before_request=refuse_duplicates,
+        before_request=check_body,
         dependencies={
             "engine": Provide(lambda: tollgate.engine, sync_to_thread=False),
             "ledger": Provide(lambda: tollgate.ledger, sync_to_thread=False),

@@ -27,7 +27,6 @@ from proxy.edge.keys import (
     shown,
     terms_of,
 )
-from proxy.errors import BadRequest
 from proxy.identity.accounts import Accounts
 from proxy.identity.keys import Caller, Scope
 from proxy.identity.users import Standing, list_users, read_standing, read_user
@@ -112,7 +111,6 @@ class UserPage(msgspec.Struct):
 
 
 _ERRORS = documented(400, 404, 409, 413)
-_BOOLEANS = frozenset({"is_active", "is_admin", "email_verified"})
 
 
 @get("/", summary="The users", responses=documented(400))
@@ -149,7 +147,6 @@ async def make_user(
     data: JSONBody[NewUser],
 ) -> UserItem:
     """Add a user with an empty wallet."""
-    await _check_booleans(request)
     wanted = msgspec.structs.asdict(data)
     password = wanted.pop("password")
     admin = request.user
@@ -171,7 +168,6 @@ async def alter_user(
 
     Who is deactivated or demoted has to log in anew. The last active admin can be neither.
     """
-    await _check_booleans(request)
     return user_item(await users_by_admins.change(engine, request.user.user_id, user_id, given(data)))
 
 
@@ -199,14 +195,6 @@ async def set_user_password(
     async with reading(engine) as connection:
         found = await read_user(connection, user_id)
     await users_by_admins.set_password(engine, accounts.passwords, request.user.user_id, found, data.password)
-
-
-async def _check_booleans(request: AdminRequest) -> None:
-    """Raises `BadRequest` for numbers and words, which the framework takes for true and false."""
-    body = await request.json()
-    for name in _BOOLEANS & body.keys():
-        if not isinstance(body[name], bool):
-            raise BadRequest(f"{name}: true or false is expected.", param=name, code="invalid_value")
 
 
 def user_item(standing: Standing) -> UserItem:
