@@ -835,25 +835,28 @@ def _maximum_changes(opened: _Open) -> dict[str, bytes | None]:
     A provider ignores fields that it does not know, and would answer without any maximum.
     """
     request = opened.request
-    field = _maximum_field(opened.candidate, request.endpoint)
+    fields = _maximum_fields(opened.candidate, request.endpoint)
     maximum = _clamped_maximum(opened)
-    if maximum is None and field not in request.maxima:
+    if maximum is None and request.maxima.keys().isdisjoint(fields):
         maximum = request.maximum
     if maximum is None:
         return {}
     # OpenAI refuses a request with both of its own fields.
     others: dict[str, bytes | None] = dict.fromkeys(_MAXIMUM_FIELDS.intersection(request.maxima))
-    return {**others, field: str(maximum).encode()}
+    return {**others, fields[0]: str(maximum).encode()}
 
 
-def _maximum_field(candidate: Candidate, endpoint: Endpoint) -> str:
+def _maximum_fields(candidate: Candidate, endpoint: Endpoint) -> tuple[str, ...]:
+    """The fields of which any one tells the model its maximum, the one to use first."""
     match endpoint:
+        case Endpoint.CHAT if candidate.maximum_field == "either":
+            return ("max_completion_tokens", "max_tokens")
         case Endpoint.CHAT:
-            return candidate.maximum_field
+            return (candidate.maximum_field,)
         case Endpoint.RESPONSES:
-            return "max_output_tokens"
+            return ("max_output_tokens",)
         case _:
-            return "max_tokens"
+            return ("max_tokens",)
 
 
 def _clamped_maximum(opened: _Open) -> int | None:

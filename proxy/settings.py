@@ -144,7 +144,8 @@ class AuthSettings(_Section, frozen=True):
     issuers: list[IssuerSettings] = []
 
 
-MaximumField = Literal["max_tokens", "max_completion_tokens"]
+MaximumField = Literal["max_tokens", "max_completion_tokens", "either"]
+"""With `either` both of these do, and what the client says stays as it is."""
 
 
 class RoutingSettings(_Section, frozen=True):

@@ -57,6 +57,7 @@ input = "5"
 output = "5"
 max_output_tokens = 60000
 context_tokens = 200000
+maximum_field = "either"
 
 [prices."fake/free-output"]
 input = "30"
@@ -424,6 +425,9 @@ def test_no_field_slips_past(served, clients, upstream, members, order, space):
         ("thinker", {"max_tokens": 7}, {"max_completion_tokens": 7}),
         ("thinker", {"max_tokens": 7, "max_completion_tokens": 9}, {"max_tokens": 7, "max_completion_tokens": 9}),
         ("thinker", {"num_predict": 7}, {"num_predict": 7, "max_completion_tokens": 7}),
+        ("even", {"max_tokens": 7}, {"max_tokens": 7}),
+        ("even", {"max_completion_tokens": 7}, {"max_completion_tokens": 7}),
+        ("even", {"num_predict": 7}, {"num_predict": 7, "max_completion_tokens": 7}),
     ],
 )
 def test_a_maximum_reaches_the_field_that_the_model_takes(clients, upstream, model, named, sent):
