@@ -5,7 +5,8 @@ are passed over, as that page asks for.
 
 Two things are told beside what OpenAI's API has words for: thinking, as `reasoning_content` for people and as
 `thinking_blocks` for the next turn (see `proxy.wire.anthropic_requests`), which in a stream come whole, each with its
-end; and `x_tollgate`, the usage as the stream's beginning reports it, which counts should its end never come.
+end; and `x_tollgate`, the usage as the stream's beginning reports it, which counts should its end never come, or not
+say what came out.
 """
 
 from collections.abc import Iterator
