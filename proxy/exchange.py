@@ -76,7 +76,7 @@ from proxy.pricing import TOOL_CLASSES, Price, billed, costs, dearest_usage
 from proxy.relay import Head, StreamRelay
 from proxy.routing import Candidate, Health, Offer, Offers, candidates, offers, retry_after_s
 from proxy.units import Usage, format_credits
-from proxy.upstream import Headers, Provider, ProviderCall, UpstreamResponse
+from proxy.upstream import Headers, Provider, ProviderCall, UpstreamResponse, content_type, is_event_stream
 from proxy.upstream.encodings import decoded, decoded_whole
 from proxy.upstream.media import check_media
 from proxy.upstream.openai import relayed_headers
@@ -439,9 +439,9 @@ class Exchange:
             with _AtProvider(opened):
                 response = await self._providers[provider].send(_provider_call(opened))
                 if response.status < 300:
-                    if _content_type(response.headers).startswith(b"text/html"):
+                    if content_type(response.headers).startswith(b"text/html"):
                         raise UpstreamBroken("The provider answered with a web page.", provider=provider)
-                    if not _is_stream(opened.request, response.headers):
+                    if not is_event_stream(response.headers, is_asked=opened.request.is_stream):
                         body = await _read_all(response, self._limits.answer_bytes_max, provider)
             if response.status >= 300:
                 raise await self._rejection(opened, response)
@@ -997,21 +997,6 @@ def _error_event(failure: TollgateError, endpoint: Endpoint) -> bytes:
     said = {"type": "error", "code": "stream_broken", "message": str(failure), "param": None}
     fields = {name: msgspec.json.encode(value) for name, value in said.items()}
     return b"event: error\ndata: " + patch(body, fields) + b"\n\n"
-
-
-def _is_stream(request: PaidRequest, headers: Headers) -> bool:
-    """Whether an answer is a stream of events: it says so, or it was asked for and does not say that it is not."""
-    content_type = _content_type(headers)
-    if content_type.startswith(b"text/event-stream"):
-        return True
-    return request.is_stream and b"json" not in content_type
-
-
-def _content_type(headers: Headers) -> bytes:
-    for name, value in headers:
-        if name == b"content-type":
-            return value.strip().lower()
-    return b""
 
 
 def _is_passing(status: int) -> bool:

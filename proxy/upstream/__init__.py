@@ -1,7 +1,7 @@
 """Providers: what answers a call, over HTTP or in this process.
 
-`exchange` sees the seam below and nothing else; a new kind of provider is a new `Provider`. Nothing in here
-reads, changes or keeps the bytes of an answer.
+`exchange` sees the seam below and nothing else; a new kind of provider is a new `Provider`. Nothing in here reads,
+changes or keeps the bytes of an answer, unless it comes from somebody with another API and has to be translated.
 """
 
 from collections.abc import AsyncIterator
@@ -11,6 +11,17 @@ import msgspec
 
 Headers = list[tuple[bytes, bytes]]
 """Header fields in the order they came, names in lower case, as ASGI has them."""
+
+
+def content_type(headers: Headers) -> bytes:
+    """The type of a body, in lower case; nothing where it has none."""
+    return next((value.strip().lower() for name, value in headers if name == b"content-type"), b"")
+
+
+def is_event_stream(headers: Headers, *, is_asked: bool) -> bool:
+    """Whether an answer is a stream of events: it says so, or it was asked for and does not say that it is not."""
+    kind = content_type(headers)
+    return kind.startswith(b"text/event-stream") or (is_asked and b"json" not in kind)
 
 
 class ProviderCall(msgspec.Struct, frozen=True):

@@ -10,7 +10,7 @@ from typing import Final
 
 from proxy import __version__
 from proxy.errors import BadRequest, UpstreamBroken
-from proxy.upstream import Headers, ProviderCall, UpstreamResponse
+from proxy.upstream import Headers, ProviderCall, UpstreamResponse, is_event_stream
 from proxy.upstream.client import HttpClient, Timeouts
 from proxy.upstream.encodings import decoded
 from proxy.upstream.openai import checked_base_url, checked_headers, checked_key
@@ -83,6 +83,7 @@ class AnthropicProvider:
         return _Translated(
             response,
             self.name,
+            is_asked=call.stream,
             answer_bytes_max=self._answer_bytes_max,
             event_bytes_max=self._event_bytes_max,
             caches_for_an_hour=caches_for_an_hour(body),
@@ -102,16 +103,17 @@ class AnthropicProvider:
 
 
 class _Translated:
-    """An `UpstreamResponse` whose body is in OpenAI's shapes.
+    """An `UpstreamResponse` whose body is in OpenAI's shapes; `is_asked` where a stream was asked for.
 
     A failure's status may turn out to be another one once its body has been read: until then it is what came.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the parts of one answer
         self,
         response: UpstreamResponse,
         provider: str,
         *,
+        is_asked: bool,
         answer_bytes_max: int,
         event_bytes_max: int,
         caches_for_an_hour: bool,
@@ -121,7 +123,7 @@ class _Translated:
         self._answer_bytes_max = answer_bytes_max
         self._event_bytes_max = event_bytes_max
         self._caches_for_an_hour = caches_for_an_hour
-        self._is_stream = _is_stream(response)
+        self._is_stream = response.status < _FAILED_STATUS and is_event_stream(response.headers, is_asked=is_asked)
         self.status = response.status
         self.headers = _relayed(response.headers, is_stream=self._is_stream)
 
@@ -169,11 +171,6 @@ class _Translated:
 
     def _broken(self, message: str) -> UpstreamBroken:
         return UpstreamBroken(message, provider=self._provider)
-
-
-def _is_stream(response: UpstreamResponse) -> bool:
-    kinds = [value.lower() for name, value in response.headers if name == b"content-type"]
-    return response.status < _FAILED_STATUS and any(kind.startswith(b"text/event-stream") for kind in kinds)
 
 
 def _relayed(headers: Headers, *, is_stream: bool) -> Headers:

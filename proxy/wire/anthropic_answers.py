@@ -5,7 +5,8 @@ are passed over, as that page asks for.
 
 Two things are told beside what OpenAI's API has words for: thinking, as `reasoning_content` for people and as
 `thinking_blocks` for the next turn (see `proxy.wire.anthropic_requests`), which in a stream come whole, each with its
-end; and `x_tollgate`, the usage as the stream's beginning reports it, which counts should its end never come.
+end; and `x_tollgate`, the usage as the stream's beginning reports it, which counts should its end never come, or not
+say what came out.
 """
 
 from collections.abc import Iterator
@@ -27,8 +28,11 @@ _FINISH_REASONS: Final = {
     "refusal": "content_filter",
 }
 
-_BILLING: Final = ("Your credit balance is too low", "You have reached your specified ")
+_ACCOUNT_MESSAGES: Final = ("Your credit balance is too low", "You have reached your specified ")
 """How messages begin that are about the operator's account. Further on they may quote what a client wrote."""
+
+_ACCOUNT_CODES: Final = ("spend_limit", "organization_on_hold", "cmek_key_disabled", "cmek_key_network_blocked")
+"""What is in codes of errors that are about it, though their status says something else."""
 
 
 class NotAMessage(ValueError):
@@ -132,14 +136,17 @@ class _Delta(msgspec.Struct, frozen=True):
     stop_details: _StopDetails | None = None
 
 
-class _Details(msgspec.Struct, frozen=True):
-    error_code: str | None = None
-
-
 class _Error(msgspec.Struct, frozen=True):
     type: str
     message: str
-    details: _Details | None = None
+    details: Any = None
+
+    @property
+    def is_about_account(self) -> bool:
+        """Whether it is the operator's business, and no client's."""
+        code = self.details.get("error_code") if isinstance(self.details, dict) else None
+        is_coded = any(words in str(code) for words in _ACCOUNT_CODES)
+        return self.type == "billing_error" or is_coded or self.message.startswith(_ACCOUNT_MESSAGES)
 
 
 class _Kind(msgspec.Struct, frozen=True):
@@ -242,7 +249,7 @@ def failure(status: int, body: bytes) -> tuple[int, bytes]:
     error = _read_error(body)
     if error is None:
         return status, error_body("The provider answered with an error.", "api_error", None, "provider_error")
-    return 402 if _is_about_billing(error) else status, _openai_error(error)
+    return 402 if error.is_about_account else status, _openai_error(error)
 
 
 def _read_error(body: bytes) -> _Error | None:
@@ -252,14 +259,9 @@ def _read_error(body: bytes) -> _Error | None:
         return None
 
 
-def _is_about_billing(error: _Error) -> bool:
-    code = "" if error.details is None else error.details.error_code or ""
-    return error.type == "billing_error" or "spend_limit" in code or error.message.startswith(_BILLING)
-
-
 def _openai_error(error: _Error) -> bytes:
     """The error with a code that tells its status, wherever it comes from."""
-    return error_body(error.message, error.type, None, "billing_error" if _is_about_billing(error) else error.type)
+    return error_body(error.message, error.type, None, "billing_error" if error.is_about_account else error.type)
 
 
 # ---- whole answers

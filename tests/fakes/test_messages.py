@@ -89,6 +89,7 @@ def answering(*names, before=()):
         {"messages": [SAID, SAID]},
         {"messages": [{"role": "assistant", "content": "Hi"}]},
         {"messages": [{"role": "user", "content": [{"type": "text", "text": ""}]}]},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": " "}]}]},
         {"messages": [{"role": "user", "content": [{"type": "text", "text": "x", "mood": "good"}]}]},
         {"messages": [SAID, calling("a")], "tools": TOOLS},
         {"messages": [SAID, calling("a"), answering("b")], "tools": TOOLS},

@@ -156,6 +156,15 @@ async def test_streams_cut_anywhere(line, cut):
     assert body.count(b"data: ") == 1 + 2 + 1 + 1 + 1
 
 
+async def test_a_stream_that_does_not_say_that_it_is_one(line):
+    """It is one all the same where one was asked for."""
+    line.octets = streamed(STREAM).replace(b"Content-Type: text/event-stream\r\n", b"")
+    assert b"event-stream" not in line.octets
+    response = await line.provider().send(call(stream=True))
+    assert (b"content-type", b"text/event-stream") in response.headers
+    assert (await body_of(response)).endswith(b"data: [DONE]\n\n")
+
+
 async def test_a_stream_whose_last_event_lacks_its_end(line):
     """It is over all the same."""
     line.octets = streamed(STREAM[:-2])

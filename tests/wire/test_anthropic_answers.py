@@ -463,6 +463,15 @@ def test_bodies_that_are_no_messages(body):
         ),
         (403, "billing_error", "There is a problem with billing.", None, 402),
         (429, "rate_limit_error", "Enough.", {"error_code": "enforced_spend_limit_reached"}, 402),
+        (400, "invalid_request_error", "No.", {"error_code": "organization_on_hold"}, 402),
+        (
+            400,
+            "invalid_request_error",
+            "No.",
+            {"error_code": "image_dimensions_too_large", "paths": ["spend_limit"]},
+            400,
+        ),
+        (400, "invalid_request_error", "No.", ["spend_limit"], 400),
     ],
 )
 def test_errors(status, kind, message, details, expected):

@@ -5,10 +5,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from proxy.catalog import ANTHROPIC_ADDED_TOKENS
 from proxy.errors import BadRequest
 from proxy.wire.anthropic_requests import caches_for_an_hour, is_adaptive, messages_request
 from proxy.wire.chat import decode_chat
-from tests.fakes.provider.messages import fault_of, signed
+from tests.fakes.provider.messages import fault_of, prompt_tokens, signed
+from tests.fakes.provider.reply import TOKENS_PER_MEDIUM
 
 HELLO = {"role": "user", "content": "Hello"}
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
@@ -615,10 +617,13 @@ def test_texts_ask_for_no_cache():
 
 
 @settings(deadline=None, max_examples=150)
-@given(conversations())
-def test_any_conversation(messages):
-    """What clients send makes a request that the SDK's types and the API's rules for conversations allow."""
-    request = sent(messages=messages, tools=[TOOL])
+@given(conversations(), st.sampled_from([[], [TOOL]]))
+def test_any_conversation(messages, tools):
+    """What clients send makes a request that the SDK's types and the API's rules allow, and that its bytes bound."""
+    request = sent(messages=messages, tools=tools)
+    said = body(messages=messages, tools=tools)
+    added = ANTHROPIC_ADDED_TOKENS if decode_chat(said).has_instructions else 0
+    assert prompt_tokens(request) <= len(said) + added + TOKENS_PER_MEDIUM * said.count(PIXEL.encode())
     asked = [call for message in messages for call in message.get("tool_calls") or ()]
     used = [block for turn in request["messages"] for block in turn["content"] if block["type"] == "tool_use"]
     assert [block["input"] for block in used] == [json.loads(call["function"]["arguments"]) for call in asked]

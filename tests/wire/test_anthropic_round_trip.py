@@ -29,6 +29,10 @@ BLOCKS = st.one_of(
     st.builds(lambda text: {"type": "text", "text": text}, TEXTS),
     st.builds(lambda text: {"type": "thinking", "thinking": text, "signature": signed(text)}, st.text(max_size=30)),
     st.builds(lambda data: {"type": "redacted_thinking", "data": data}, TEXTS),
+    st.builds(
+        lambda said: {"type": "server_tool_use", "id": "s", "name": "web_search", "input": {"query": said}}, TEXTS
+    ),
+    st.builds(lambda said: {"type": "web_search_tool_result", "tool_use_id": "s", "content": [{"title": said}]}, TEXTS),
 )
 CALLS = st.builds(lambda given: {"type": "tool_use", "name": "f", "input": given}, INPUTS)
 
@@ -51,6 +55,8 @@ def merged(blocks):
     texts = [block["text"] for block in blocks if block["type"] == "text"]
     kept, has_text = [], not "".join(texts).strip()
     for block in blocks:
+        if block["type"] in {"server_tool_use", "web_search_tool_result"}:
+            continue  # the provider's own business
         if block["type"] != "text":
             kept.append(block)
         elif not has_text:

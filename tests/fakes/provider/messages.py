@@ -272,7 +272,13 @@ def pieces_of(message: dict[str, Any], stop: dict[str, Any], characters: int) ->
 
 
 def _block_events(index: int, block: dict[str, Any], characters: int) -> Iterator[tuple[dict[str, Any], str]]:
-    empty = {"text": {"text": ""}, "tool_use": {"input": {}}, "thinking": {"thinking": "", "signature": ""}}
+    no_input: dict[str, Any] = {"input": {}}
+    empty = {
+        "text": {"text": ""},
+        "tool_use": no_input,
+        "server_tool_use": no_input,
+        "thinking": {"thinking": "", "signature": ""},
+    }
     place = {"index": index}
     opened = {**block, **empty.get(block["type"], {})}
     name = block["name"] if block["type"] == "tool_use" else ""
@@ -289,7 +295,7 @@ def _deltas(block: dict[str, Any], characters: int) -> Iterator[tuple[dict[str, 
         case "text":
             for bit in slices(block["text"], characters):
                 yield {"type": "text_delta", "text": bit}, bit
-        case "tool_use":
+        case "tool_use" | "server_tool_use":
             yield {"type": "input_json_delta", "partial_json": ""}, ""
             text = as_json(block["input"]).decode(errors="surrogatepass")
             for bit in slices(text if block["input"] else "", characters):
