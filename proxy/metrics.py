@@ -254,6 +254,7 @@ LAG = Family(
     "tollgate_worker_lag_seconds", "gauge", "How late the event loop was with its last tick.", ("worker",), MICROS
 )
 DEATHS = Family("tollgate_worker_deaths_total", "counter", "Workers that ended and were replaced.")
+HANGS = Family("tollgate_worker_hangs_total", "counter", "Of these, workers that hung and were killed.")
 BUILD = Family("tollgate_build_workers", "gauge", "Workers of this version.", ("version",))
 
 FAMILIES = tuple(value for value in list(globals().values()) if isinstance(value, Family))

@@ -7,8 +7,13 @@ that it was serving.
 
 There are never more processes than workers were asked for. One that dies is replaced at once; if it keeps dying young,
 with a pause that doubles each time. One that ends in order, by a SIGTERM to it alone, is replaced as well.
+
+Each worker's event loop beats, by counting up in memory that it shares with the supervisor. One that falls silent is
+hung, as in a call that never returns or by a SIGSTOP: it says where it is, is killed, and is replaced like the dead.
 """
 
+import faulthandler
+import mmap
 import os
 import select
 import signal
@@ -38,8 +43,18 @@ YOUNG_DEATHS_MAX = 6
 Whoever has connected would wait for nobody otherwise; and whoever watches the server sees that it has ended.
 """
 
+HUNG_S = 30.0
+"""A worker that does not beat for so long is killed. Nothing that it does in its event loop takes a tenth of that."""
+
+BEAT_S = 1.0
+"""How often it beats, and is looked at."""
+
+_WHERE = signal.SIGUSR1
+"""Lets a worker write the stacks of its threads to standard error, however stuck it is; for operators as well."""
+
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)
 _READY = b"r"
+_BEATS_BYTES = 8
 
 
 class Lifeline(msgspec.Struct, frozen=True):
@@ -53,6 +68,8 @@ class Lifeline(msgspec.Struct, frozen=True):
     """Readable once the supervisor is gone, whatever has happened to it."""
     say_ready: Callable[[], None]
     """To be called when the worker takes calls."""
+    beat: Callable[[], None]
+    """To be called every `BEAT_S` from the start, by what must not get stuck."""
 
 
 class _Place(msgspec.Struct):
@@ -63,13 +80,18 @@ class _Place(msgspec.Struct):
     young_deaths: int = 0
     ready_fd: int | None = None
     is_ready: bool = False
+    beats: int = 0
+    """As last seen."""
+    silent_s: float = 0.0
+    """For how long they have not changed."""
 
 
 class Supervisor:
     """Runs `work` in `workers` processes of its own and returns when all have ended.
 
     `work` serves until SIGTERM and returns the exit status. `on_ready` is called once, when all workers take calls for
-    the first time, `on_death` whenever one has died. `sockets` are what the workers listen on; they are closed here
+    the first time, `on_death` whenever one has died, `on_hang` before one is killed because it was silent for `hung_s`
+    seconds. `sockets` are what the workers listen on; they are closed here
     when the server stops, so that the last worker to close them closes the port. After `stop_s_max` seconds of
     stopping, what still runs is killed.
     """
@@ -83,6 +105,8 @@ class Supervisor:
         stop_s_max: float,
         on_ready: Callable[[], None],
         on_death: Callable[[], None] = lambda: None,
+        on_hang: Callable[[], None] = lambda: None,
+        hung_s: float = HUNG_S,
     ) -> None:
         self._work = work
         self._places = [_Place(number) for number in range(workers)]
@@ -90,6 +114,11 @@ class Supervisor:
         self._stop_s_max = stop_s_max
         self._on_ready = on_ready
         self._on_death = on_death
+        self._on_hang = on_hang
+        self._hung_s = hung_s
+        self._look_s = min(BEAT_S, hung_s / 4)
+        self._looked_at = time.monotonic()
+        self._beats = memoryview(mmap.mmap(-1, workers * _BEATS_BYTES)).cast("q")
         self._has_been_ready = False
         self._kill_at: float | None = None
         self._status = 0
@@ -109,6 +138,7 @@ class Supervisor:
                 return self._status
             self._wait()
             self._reap()
+            self._look()
             self._kill_late()
 
     # ---- waiting
@@ -128,6 +158,8 @@ class Supervisor:
         due = [place.start_at for place in self._places if place.pid is None] if self._kill_at is None else []
         if self._kill_at is not None:
             due.append(self._kill_at)
+        elif any(place.pid is not None for place in self._places):
+            due.append(self._looked_at + self._look_s)
         return max(0.0, min(due) - time.monotonic()) if due else None
 
     def _hear(self, place: _Place) -> None:
@@ -163,6 +195,7 @@ class Supervisor:
         os.close(writing)
         place.pid, place.ready_fd, place.started_at = pid, reading, time.monotonic()
         place.is_ready = False
+        place.silent_s = 0.0
 
     def _be_worker(self, place: _Place, ready_fd: int) -> None:
         """Work, and end this process, which was forked for it."""
@@ -175,18 +208,51 @@ class Supervisor:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
             for fd in (self._held, self._wakening, self._waking):
                 os.close(fd)
+            faulthandler.register(_WHERE)
+
+            def beat() -> None:
+                self._beats[place.number] += 1
 
             def say_ready() -> None:
                 os.write(ready_fd, _READY)
                 os.close(ready_fd)
 
-            status = self._work(Lifeline(place.number, self._has_been_ready, self._lifeline, say_ready))
+            status = self._work(Lifeline(place.number, self._has_been_ready, self._lifeline, say_ready, beat))
         except Exception:
             log.exception("worker_failed", worker=place.number)
         finally:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(status)
+
+    # ---- looking after them
+
+    def _look(self) -> None:
+        """Kill who has been silent for too long.
+
+        Of a long time between two looks only as much counts as two looks take: where we were stopped ourselves, or the
+        whole machine was, so were the workers, and nobody knows yet which of them hangs.
+        """
+        passed_s = time.monotonic() - self._looked_at
+        if self._kill_at is not None or passed_s < self._look_s:
+            return
+        self._looked_at += passed_s
+        for place in self._places:
+            if place.pid is None:
+                continue
+            beats = self._beats[place.number]
+            if beats != place.beats:
+                place.beats, place.silent_s = beats, 0.0
+                continue
+            was_hung = place.silent_s >= self._hung_s
+            place.silent_s += min(passed_s, 2 * self._look_s)
+            if was_hung:
+                log.error("worker_killed", worker=place.number, pid=place.pid)
+                self._on_hang()
+                os.kill(place.pid, signal.SIGKILL)
+            elif place.silent_s >= self._hung_s:
+                log.error("worker_hung", worker=place.number, pid=place.pid, silent_s=round(place.silent_s, 1))
+                os.kill(place.pid, _WHERE)  # it has until the next look to say where it is
 
     # ---- ending
 

@@ -17,7 +17,7 @@ import httpx2
 import psutil
 import pytest
 
-from proxy.supervisor import PAUSE_S, PAUSE_S_MAX, YOUNG_DEATHS_MAX, listen, pause_before
+from proxy.supervisor import HUNG_S, PAUSE_S, PAUSE_S_MAX, YOUNG_DEATHS_MAX, listen, pause_before
 from tests.fakes.provider import run_in_thread
 from tests.postgres import Cluster
 from tests.serving import CONFIG, MODEL, Served, environment, serving
@@ -204,6 +204,58 @@ def test_a_worker_that_is_stuck_loses_nobody(served, key):
         victim.resume()
 
 
+HUNG_SERVER = """
+import os, sys
+from proxy.cli.serve import supervise
+from proxy.observability import configure_logs
+from proxy.settings import load
+from proxy.supervisor import listen
+
+configuration = load(os.environ)
+configure_logs("json", "info")
+sys.exit(supervise(configuration, listen("127.0.0.1", 0, 2), as_json=True, hung_s=2.5))
+"""
+
+
+class Impatient(Served):
+    """A server that kills a hung worker after seconds."""
+
+    def program(self) -> list[str]:
+        return [sys.executable, "-c", HUNG_SERVER]
+
+
+def test_a_hung_worker_is_replaced_and_its_calls_are_freed(tmp_path, postgres, upstream):
+    """Whoever beats is left alone, and serves meanwhile."""
+    postgres.create_database(name := f"hung_{tmp_path.name}")
+    config = f"{SERVER}\n[database]\nlease_s = 2\n"
+    server = Impatient(environment(tmp_path, postgres.url(name), upstream.base_url, configuration=config))
+    server.command("migrate")
+    server.start()
+    try:
+        own_key = server.customer("customer@example.com", "1000")
+        streams = [Stream(server, own_key, tokens=160, pace_s=0.05) for _ in range(6)]
+        victim, sibling = workers(server)
+        victim.suspend()
+        until(lambda: events(server, "worker_ready"), "the hung worker was not replaced")
+        assert [event["pid"] for event in events(server, "worker_hung")] == [victim.pid]
+        assert [event["status"] for event in events(server, "worker_died")] == [-signal.SIGKILL]
+        assert sibling.pid in server_pids(server)
+        with server.client(own_key) as http:
+            assert http.post("/v1/chat/completions", json={**body(), "stream": False}).status_code == 200
+            page = http.get("/metrics").text
+        assert "tollgate_worker_hangs_total 1\n" in page
+        assert "tollgate_worker_deaths_total 1\n" in page
+        ends = [stream.to_its_end() for stream in streams]
+        assert any(b"(cut off)" in end for end in ends)
+        until(lambda: server.balance(own_key)["reserved"] == "0", "what it held was not freed")
+        assert server.stop() == 0, server.log()
+    finally:
+        for pid in server_pids(server):
+            psutil.Process(pid).kill()
+        server.stop(signal.SIGKILL)
+        server.errors.close()
+
+
 def served_address(server: Served) -> tuple[str, int]:
     url = httpx2.URL(server.base_url)
     return url.host, url.port
@@ -294,8 +346,10 @@ def work(lifeline):
     lifeline.say_ready()
     {then}
 
-sys.exit(Supervisor(work, 1, [], stop_s_max=1, on_ready=lambda: print("ready", flush=True)).run())
+sys.exit(Supervisor(work, 1, [], stop_s_max=1, hung_s={hung_s}, on_ready=lambda: print("ready", flush=True)).run())
 """
+
+BEATING = "[(lifeline.beat(), time.sleep(0.02)) for _ in range(5000)]"
 
 
 @pytest.fixture
@@ -303,15 +357,18 @@ def supervised(tmp_path):
     """What runs `PROGRAM` and returns the process and the file in which its workers note when they start."""
     running = []
 
-    def run(healthy: int, then: str, haste: float = 1, sick: str = "os._exit(7)") -> tuple[subprocess.Popen, Path]:
+    def run(
+        healthy: int, then: str, haste: float = 1, sick: str = "os._exit(7)", hung_s: float = HUNG_S
+    ) -> tuple[subprocess.Popen, Path]:
         file = tmp_path / "starts"
-        program = PROGRAM.format(healthy=healthy, then=then, haste=haste, sick=sick)
-        process = subprocess.Popen(
-            [sys.executable, "-c", program, str(file)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
-        )
+        program = PROGRAM.format(healthy=healthy, then=then, haste=haste, sick=sick, hung_s=hung_s)
+        with (tmp_path / "errors").open("w") as errors:
+            process = subprocess.Popen(
+                [sys.executable, "-c", program, str(file)],
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+            )
         running.append(process)
         return process, file
 
@@ -364,6 +421,33 @@ def test_a_worker_that_does_not_end_is_killed(supervised):
     assert process.stdout.readline() == b"ready\n"
     process.send_signal(signal.SIGTERM)
     assert process.wait(PATIENCE_S) == 1
+
+
+def test_a_worker_that_is_stuck_says_where_and_is_replaced(supervised, tmp_path):
+    """Also while it starts; what it was doing is in the log."""
+    process, file = supervised(1, "time.sleep(60)", haste=0.01, hung_s=0.4)
+    assert process.stdout.readline() == b"ready\n"
+    for event in (b"worker_hung", b"worker_killed", b"worker_died"):
+        assert event in process.stdout.readline()
+    assert "in work" in (tmp_path / "errors").read_text()
+    until(lambda: len(file.read_text().split()) == 2, "it was not replaced")
+
+
+def test_a_machine_that_was_suspended_loses_no_worker(supervised):
+    """The supervisor was stopped as long as they were, and gives them the time to go on."""
+    process, file = supervised(2, BEATING, haste=0.01, hung_s=1.2)
+    assert process.stdout.readline() == b"ready\n"
+    [worker] = psutil.Process(process.pid).children()
+    process.send_signal(signal.SIGSTOP)
+    worker.suspend()
+    time.sleep(1.5)
+    process.send_signal(signal.SIGCONT)
+    worker.resume()
+    assert worker.status() != psutil.STATUS_ZOMBIE
+    stopped_at = time.monotonic()
+    worker.suspend()
+    until(lambda: len(file.read_text().split()) == 2, "a hung worker was not replaced afterwards")
+    assert time.monotonic() - stopped_at > 0.9
 
 
 def test_pauses_are_bounded():

@@ -1,5 +1,6 @@
 """`tollgate serve` and `migrate`."""
 
+import asyncio
 import gc
 import json
 import os
@@ -7,8 +8,8 @@ import select
 import signal
 import socket
 import sys
-from collections.abc import Callable, Coroutine
-from contextlib import ExitStack
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import ExitStack, asynccontextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -54,7 +55,7 @@ def serve(config: str | None, host: str | None, port: int | None, workers: int |
         if server.workers == 1:
             run(_serve(configuration, sockets, as_json=as_json))
         else:
-            sys.exit(_supervise(configuration, sockets, as_json=as_json))
+            sys.exit(supervise(configuration, sockets, as_json=as_json))
 
 
 @click.command(epilog=examples("tollgate migrate"))
@@ -85,12 +86,14 @@ _ENDING_S_MAX = 5.0
 """How long calls that were ended because the server stops may take for their last words."""
 
 
-def _supervise(configuration: Configuration, sockets: list[socket.socket], *, as_json: bool) -> int:
-    """Serve in as many processes as there are `sockets`; returns the exit status."""
+def supervise(
+    configuration: Configuration, sockets: list[socket.socket], *, as_json: bool, hung_s: float | None = None
+) -> int:
+    """Serve in as many processes as there are `sockets`; returns the exit status. `hung_s` is as in `Supervisor`."""
     import proxy.app  # noqa: F401, PLC0415 - before the workers are forked, which share it then
     from proxy.edge import server  # noqa: F401, PLC0415 - likewise
-    from proxy.metrics import DEATHS, Metrics, SharedMemory  # noqa: PLC0415
-    from proxy.supervisor import Lifeline, Supervisor  # noqa: PLC0415
+    from proxy.metrics import DEATHS, HANGS, Metrics, SharedMemory  # noqa: PLC0415
+    from proxy.supervisor import HUNG_S, Lifeline, Supervisor  # noqa: PLC0415
 
     settings = configuration.settings.server
     memory = SharedMemory(settings.workers + 1)  # with a region for the supervisor
@@ -105,7 +108,8 @@ def _supervise(configuration: Configuration, sockets: list[socket.socket], *, as
 
     run(_check_schema(configuration))  # once and for all workers
     metrics = Metrics(memory, settings.workers)
-    metrics.add(DEATHS, (), 0)
+    for family in (DEATHS, HANGS):
+        metrics.add(family, amount=0)
     announced = sockets[0].getsockname()[:2]
     gc.freeze()
     return Supervisor(
@@ -115,6 +119,8 @@ def _supervise(configuration: Configuration, sockets: list[socket.socket], *, as
         stop_s_max=settings.notice_s + settings.drain_s + STOP_S_MAX,
         on_ready=lambda: _announce(configuration, announced, None, as_json=as_json),
         on_death=lambda: metrics.add(DEATHS),
+        on_hang=lambda: metrics.add(HANGS),
+        hung_s=hung_s or HUNG_S,
     ).run()
 
 
@@ -170,7 +176,7 @@ async def _serve(
     if configuration.is_embedded:
         await prepare(configuration)
     tollgate = Tollgate(configuration, metrics)
-    async with tollgate.open():
+    async with _beating(lifeline), tollgate.open():
         first_key = await _first_start(tollgate.engine, tollgate.ledger) if configuration.is_embedded else None
         own = sockets[0 if lifeline is None else lifeline.number]
 
@@ -194,6 +200,24 @@ async def _serve(
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda _number, _frame: None)
         await server.serve(sockets=[own, *(each for each in sockets if each is not own)])
+
+
+@asynccontextmanager
+async def _beating(lifeline: "Lifeline | None") -> AsyncIterator[None]:
+    """Let the supervisor know, where there is one, that the event loop turns; around all that is done in it."""
+    from proxy.supervisor import BEAT_S  # noqa: PLC0415
+
+    async def beat(lifeline: "Lifeline") -> None:
+        while True:
+            lifeline.beat()
+            await asyncio.sleep(BEAT_S)
+
+    beating = None if lifeline is None else asyncio.create_task(beat(lifeline), name="heartbeat")
+    try:
+        yield
+    finally:
+        if beating is not None:
+            beating.cancel()
 
 
 _GC_THRESHOLDS = (50_000, 20, 100)
