@@ -12,15 +12,14 @@ import random
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from types import TracebackType
-from typing import Protocol, Self
 
 import msgspec
 import structlog
 
-from proxy import relay, tokens
+from proxy import tokens
+from proxy.calls import Answer, AtProvider, Call, OpenCall, milliseconds, now
 from proxy.catalog import Catalog
-from proxy.deadline import Deadline
+from proxy.charging import assumed, releasing, settlement, tokens_plausible_max, usage_bound
 from proxy.errors import (
     BadRequest,
     InsufficientCredits,
@@ -40,17 +39,9 @@ from proxy.errors import (
 from proxy.estimate import (
     Estimate,
     estimate,
-    input_bound,
     maximum_affordable,
-    maximum_bought,
-    maximum_taken,
-    output_tokens_max,
-    plausible_tokens_max,
-    price_bounding,
-    tool_uses_max,
 )
-from proxy.identity.keys import Caller
-from proxy.ledger.decide import Receipt, Release, Reserve, Settle, Settled
+from proxy.ledger.decide import Release, Reserve, Settled
 from proxy.ledger.ledger import Ledger
 from proxy.metering import (
     BY_BYTES,
@@ -72,22 +63,19 @@ from proxy.metrics import (
     Charge,
     Metrics,
 )
-from proxy.pricing import TOOL_CLASSES, Price, billed, costs, dearest_usage
+from proxy.outgoing import answer_headers, error_event, provider_call, stream_headers
 from proxy.relay import Head, StreamRelay
 from proxy.routing import Candidate, Health, Offer, Offers, candidates, offers, retry_after_s
-from proxy.units import Usage, format_credits
-from proxy.upstream import Headers, Provider, ProviderCall, UpstreamResponse, content_type, is_event_stream
+from proxy.units import format_credits
+from proxy.upstream import Provider, UpstreamResponse, content_type, is_event_stream
 from proxy.upstream.encodings import decoded, decoded_whole
 from proxy.upstream.media import check_media
 from proxy.upstream.openai import relayed_headers
 from proxy.wire.endpoints import decode
-from proxy.wire.objects import check_nesting, error_body, error_code, patch
-from proxy.wire.requests import Endpoint, PaidRequest, asking_for_usage
+from proxy.wire.objects import check_nesting, error_code
+from proxy.wire.requests import PaidRequest
 
 log = structlog.get_logger(__name__)
-
-_now = time.monotonic
-"""The clock of event loops; asking for the running one takes several times as long."""
 
 DRAIN_S_MAX = 0.5
 """How long to wait for a provider to end its stream after its end marker, for the sake of its connection."""
@@ -99,9 +87,6 @@ COUNTED_BYTES_MAX = 8_000_000
 """Prompts above it are not counted before a call, whatever a counted one could save: it would take seconds."""
 
 COUNTS_AT_ONCE_MAX = 2
-
-NAME_CHARACTERS_MAX = 200
-"""How much is kept of what a provider calls its model."""
 
 FITTING_BYTES_PER_TOKEN = 16
 """Nobody writes texts of longer tokens: where not even a token for so many bytes fits, nothing needs to be counted."""
@@ -117,38 +102,10 @@ _REASONS: dict[type[UpstreamFailed], str] = {
 
 _PASSING_STATUSES = frozenset({408, 429})
 _OPERATOR_STATUSES = frozenset({401, 402, 403})
-_MAXIMUM_FIELDS = frozenset({"max_tokens", "max_completion_tokens"})
 _UNBILLED = (UpstreamUnreachable, UpstreamRefusedUs, UpstreamRejected)
 """The failures of a provider that bills nothing for them."""
 
 _AUDIO = b'"audio"'
-_CHUNKED = frozenset({Endpoint.CHAT, Endpoint.COMPLETIONS})
-"""The endpoints whose streams report usage only when asked, in `stream_options`."""
-
-
-class Call(msgspec.Struct, frozen=True):
-    """One paid call as it came in.
-
-    Only `provider` may serve it, where one is named. `on_settled` gets the charge as soon as it is durable, before the
-    end of the answer; never where nothing is charged.
-    """
-
-    endpoint: Endpoint
-    request_id: str
-    client_request_id: str | None
-    caller: Caller
-    headers: Headers
-    body: bytes
-    provider: str | None = None
-    on_settled: Callable[[Receipt, Settled], None] | None = None
-
-
-class Answer(relay.Answer, Protocol):
-    """An answer whose client may leave before its end."""
-
-    def on_gone(self, callback: Callable[[], None]) -> None:
-        """Call `callback` once when the client leaves; at once if it has left already."""
-        ...
 
 
 class ExchangeLimits(msgspec.Struct, frozen=True):
@@ -160,66 +117,6 @@ class ExchangeLimits(msgspec.Struct, frozen=True):
     call_s: float
     keep_alive_s: float
     may_pay_twice: bool = False
-
-
-class _Open(msgspec.Struct):
-    """A call with its reservation, from the reserve to its settle or release; `offer` is who serves it just now."""
-
-    call: Call
-    request: PaidRequest
-    estimated: Estimate
-    offered: Offers
-    reserved: int
-    started: float
-    deadline: float
-    offer: Offer
-    candidate: Candidate
-    """That of `offer`."""
-    first_byte: float | None = None
-    is_closed: bool = False
-    is_client_gone: bool = False
-    is_ended: bool = False
-    """Whether the server stops and could not wait for it any longer."""
-    is_stopped: bool = False
-    """Whether its provider was stopped because the client had left."""
-    is_perhaps_billed: bool = False
-    """Whether a provider has had the call and did not say that it would not bill it."""
-    provider_time: Deadline | None = None
-    """The limit on what is under way at the provider."""
-    provider_s: float = 0.0
-    """How long the call has been at its providers, the passing on of what they sent included."""
-
-    def begin(self) -> None:
-        """The first of the answer has come."""
-        self.first_byte = _now()
-
-    def leave(self) -> None:
-        """The client has left: stop the provider if what it did so far can be counted, else let it come to its end."""
-        self.is_client_gone = True
-        if self.provider_time is not None and self.is_countable:
-            self.is_stopped = True
-            self.provider_time.end_now()
-
-    def end(self) -> None:
-        """The server stops: the time for providers is over."""
-        self.is_ended = True
-        self.deadline = 0.0
-        if self.provider_time is not None:
-            self.provider_time.end_now()
-
-    @property
-    def is_countable(self) -> bool:
-        """Whether what was relayed until now is all that can be billed, and can be counted."""
-        candidate = self.candidate
-        return (
-            self.first_byte is not None
-            and self.call.endpoint in _CHUNKED
-            and tokens.is_known(candidate.tokenizer)
-            and not candidate.is_reasoning
-            and not self.request.is_unsized
-            and not self.request.wants_audio
-            and not self.request.prediction_tokens
-        )
 
 
 class Exchange:
@@ -239,7 +136,7 @@ class Exchange:
         self._catalog = catalog
         self._limits = limits
         self._background: set[asyncio.Task[object]] = set()
-        self._calls: dict[asyncio.Task[object] | None, _Open] = {}
+        self._calls: dict[asyncio.Task[object] | None, OpenCall] = {}
         self._counting = asyncio.Semaphore(COUNTS_AT_ONCE_MAX)
         self._health = Health()
         self._draw = random.Random().random  # noqa: S311 - it spreads calls, and guards nothing
@@ -263,7 +160,7 @@ class Exchange:
             await self._try_each(opened, answer)
         except UpstreamTimeout:
             if opened.is_client_gone and not opened.is_closed and not opened.is_ended:
-                await self._settle(opened, _assumed(opened), "client_left")
+                await self._settle(opened, assumed(opened), "client_left")
             raise
         finally:
             try:
@@ -278,7 +175,7 @@ class Exchange:
 
     def cooling(self) -> list[str]:
         """The targets that are left alone just now."""
-        return self._health.cooling(_now())
+        return self._health.cooling(now())
 
     async def end_calls(self, wait_s: float) -> None:
         """End every call that is at its provider, since the server stops: each as it would at its own time limit.
@@ -295,9 +192,9 @@ class Exchange:
 
     # ---- before the provider is called
 
-    async def _preflight(self, call: Call, request: PaidRequest) -> _Open:
+    async def _preflight(self, call: Call, request: PaidRequest) -> OpenCall:
         """The hook before the provider is called: route, price, estimate, reserve."""
-        started = _now()
+        started = now()
         offered = self._offered(call, request)
         try:
             return await self._hold(call, request, offered, started)
@@ -307,7 +204,7 @@ class Exchange:
                 raise
             return await self._hold(call, request, allowed, started)
 
-    async def _hold(self, call: Call, request: PaidRequest, offered: Offers, started: float) -> _Open:
+    async def _hold(self, call: Call, request: PaidRequest, offered: Offers, started: float) -> OpenCall:
         """Estimate and reserve, for whoever of `offered` will serve. Raises what `Ledger.reserve` does."""
         local = [offer.candidate for offer in offered if offer.candidate.is_local] if request.is_unsized else ()
         if local:
@@ -324,7 +221,7 @@ class Exchange:
                 reserved = await self._reserve(call, request, estimated, offered)
             except NotCovered as again:
                 raise _with_affordable(again, estimated, offered) from None
-        return _Open(
+        return OpenCall(
             call=call,
             request=request,
             estimated=estimated,
@@ -397,20 +294,20 @@ class Exchange:
 
     # ---- one candidate after the other
 
-    async def _try_each(self, opened: _Open, answer: Answer) -> None:
+    async def _try_each(self, opened: OpenCall, answer: Answer) -> None:
         """Let the first candidate that takes the call serve it.
 
         Raises the failure of the last one that was sent it, or, where none was, what the last one has no words for.
         """
         ordered: Sequence[Offer] = opened.offered
         if len(ordered) > 1:
-            ordered = self._health.ordered(ordered, _now(), self._draw)
+            ordered = self._health.ordered(ordered, now(), self._draw)
         failure: UpstreamFailed | None = None
         for offer in ordered:
             opened.offer = offer
             opened.candidate = offer.candidate
             was_perhaps_billed, opened.is_perhaps_billed = opened.is_perhaps_billed, True
-            is_probe = self._health.trying(offer.candidate.target, _now())
+            is_probe = self._health.trying(offer.candidate.target, now())
             try:
                 await self._attempt(opened, answer)
             except BadRequest:  # this candidate has no words for the call, so nothing was sent
@@ -431,13 +328,13 @@ class Exchange:
             else:
                 return
 
-    async def _attempt(self, opened: _Open, answer: Answer) -> None:
+    async def _attempt(self, opened: OpenCall, answer: Answer) -> None:
         provider = opened.candidate.provider
         response: UpstreamResponse | None = None
         body: bytes | None = None
         try:
-            with _AtProvider(opened):
-                response = await self._providers[provider].send(_provider_call(opened))
+            with AtProvider(opened):
+                response = await self._providers[provider].send(provider_call(opened))
                 if response.status < 300:
                     if content_type(response.headers).startswith(b"text/html"):
                         raise UpstreamBroken("The provider answered with a web page.", provider=provider)
@@ -453,9 +350,9 @@ class Exchange:
             if response is not None:
                 await response.aclose()
 
-    def _may_fall_back(self, opened: _Open, failure: UpstreamFailed) -> bool:
+    def _may_fall_back(self, opened: OpenCall, failure: UpstreamFailed) -> bool:
         """Whether another candidate may get the call: not if this one may have billed it, and somebody still waits."""
-        if opened.is_closed or opened.is_client_gone or _now() >= opened.deadline:
+        if opened.is_closed or opened.is_client_gone or now() >= opened.deadline:
             return False
         match failure:
             case UpstreamUnreachable() | UpstreamRefusedUs():
@@ -465,7 +362,7 @@ class Exchange:
             case _:
                 return self._limits.may_pay_twice
 
-    def _judge(self, opened: _Open, failure: UpstreamFailed) -> None:
+    def _judge(self, opened: OpenCall, failure: UpstreamFailed) -> None:
         """What a failure says of its candidate. A client that left, or whose request was refused, says nothing bad."""
         candidate = opened.candidate
         if isinstance(failure, UpstreamRejected) and not _is_passing(failure.status):
@@ -478,18 +375,18 @@ class Exchange:
         self._metrics.add(PROVIDER_ERRORS, (*place, _REASONS.get(type(failure), "other")))
         if isinstance(failure, UpstreamRefusedUs):
             self._metrics.add(REFUSED_OPERATOR, (candidate.provider,))
-        if self._health.failed(candidate.target, _now(), retry_after_s(wish, time.time())):
+        if self._health.failed(candidate.target, now(), retry_after_s(wish, time.time())):
             self._metrics.add(COOL_DOWNS, place)
         log.warning("candidate_failed", provider=candidate.provider, model=candidate.model, reason=str(failure))
 
-    def _begin(self, opened: _Open) -> None:
+    def _begin(self, opened: OpenCall) -> None:
         """The candidate has begun to answer."""
         opened.begin()
         self._health.succeeded(opened.candidate.target)
 
-    async def _rejection(self, opened: _Open, response: UpstreamResponse) -> UpstreamFailed:
+    async def _rejection(self, opened: OpenCall, response: UpstreamResponse) -> UpstreamFailed:
         try:
-            with _AtProvider(opened):
+            with AtProvider(opened):
                 body = await _read_all(response, self._limits.answer_bytes_max, opened.candidate.provider)
         except UpstreamFailed:
             body = b""  # the status has said that the call failed, whatever the rest of it would have said
@@ -497,13 +394,13 @@ class Exchange:
 
     # ---- plain answers
 
-    async def _relay_plain(self, opened: _Open, response: UpstreamResponse, body: bytes, answer: Answer) -> None:
+    async def _relay_plain(self, opened: OpenCall, response: UpstreamResponse, body: bytes, answer: Answer) -> None:
         content = self._content(response, body)
         failed = failure_status(content)
         if failed is not None:
             raise _refused(opened.candidate, response, failed, content)
         self._begin(opened)
-        headers = [*_headers(opened, response), (b"content-length", str(len(body)).encode())]
+        headers = [*answer_headers(opened, response), (b"content-length", str(len(body)).encode())]
         metered = await self._metered_plain(opened, content)
         if metered.is_empty and not opened.is_client_gone:
             await self._release(opened)
@@ -515,7 +412,7 @@ class Exchange:
         await answer.start(response.status, headers)
         await answer.end(body)
 
-    async def _settle_plain(self, opened: _Open, metered: Metered) -> Settled:
+    async def _settle_plain(self, opened: OpenCall, metered: Metered) -> Settled:
         """Charge for a whole answer. Raises `Unavailable` when that is not durable in time.
 
         Then, and when the wait for it is cancelled, the answer is never sent: the charge is taken back.
@@ -530,8 +427,8 @@ class Exchange:
         """What `body` says, should it be encoded in spite of our request."""
         return decoded_whole(body, response.headers, self._limits.answer_bytes_max)
 
-    async def _metered_plain(self, opened: _Open, content: bytes) -> Metered:
-        tokens_max = _plausible_max(opened)
+    async def _metered_plain(self, opened: OpenCall, content: bytes) -> Metered:
+        tokens_max = tokens_plausible_max(opened)
         if not opened.request.tools:
             reported = meter_reported(opened.call.endpoint, content, tokens_max=tokens_max)
             if reported is not None:
@@ -542,7 +439,7 @@ class Exchange:
                 opened.call.endpoint,
                 content,
                 prompt=opened.call.body,
-                bound=_bound(opened),
+                bound=usage_bound(opened),
                 counter=counter or BY_BYTES,
                 tokens_max=tokens_max,
             )
@@ -553,31 +450,31 @@ class Exchange:
         if by_bytes.source is UsageSource.REPORTED:
             return by_bytes
         if opened.request.wants_audio and _AUDIO in content:
-            return _assumed(opened)  # nobody can count what was spoken
+            return assumed(opened)  # nobody can count what was spoken
         counter = _token_counter(opened)
         if counter is None:
             return by_bytes
         async with self._counting:
             return await asyncio.to_thread(metered, counter)
 
-    def _note_implausible(self, opened: _Open) -> None:
+    def _note_implausible(self, opened: OpenCall) -> None:
         self._metrics.add(IMPLAUSIBLE, (opened.candidate.provider,))
         log.error("usage_implausible", request_id=opened.call.request_id, provider=opened.candidate.provider)
 
-    def _take_back(self, opened: _Open) -> None:
+    def _take_back(self, opened: OpenCall) -> None:
         """An answer that is not delivered costs nothing, whether its settle is booked in the end or not."""
-        release = _release(opened, "undelivered", is_undelivered=True)
+        release = releasing(opened, "undelivered", is_undelivered=True)
         self._background.add(task := asyncio.get_running_loop().create_task(self._released(release)))
         task.add_done_callback(self._background.discard)
 
     # ---- streams
 
-    async def _relay_stream(self, opened: _Open, response: UpstreamResponse, answer: Answer) -> None:
+    async def _relay_stream(self, opened: OpenCall, response: UpstreamResponse, answer: Answer) -> None:
         """Forward events as they come; hold back the end until the charge is durable."""
         meter = stream_meter(
             opened.call.endpoint,
             METERED_BYTES_MAX,
-            tokens_max=_plausible_max(opened),
+            tokens_max=tokens_plausible_max(opened),
             counts_tools=bool(opened.request.tools),
             keeps_events=opened.request.wants_audio,
         )
@@ -585,7 +482,7 @@ class Exchange:
         chunks = decoded(response.chunks(), response.headers, opened.candidate.provider)
         failure: TollgateError | None = None
         try:
-            with _AtProvider(opened):
+            with AtProvider(opened):
                 await relayed.forward(chunks)
         except UpstreamFailed as exc:
             if not answer.is_started and not opened.is_stopped:
@@ -596,7 +493,7 @@ class Exchange:
                 opened.is_client_gone = True  # it is the client that has taken all the time there was
         except BaseException:
             if opened.first_byte is not None:
-                metered = meter.result(prompt=opened.call.body, bound=_bound(opened))
+                metered = meter.result(prompt=opened.call.body, bound=usage_bound(opened))
                 await self._settle(opened, metered, "cut_off")
             raise
         metered = await self._metered_stream(opened, meter, failure)
@@ -604,7 +501,7 @@ class Exchange:
 
     async def _end_stream(
         self,
-        opened: _Open,
+        opened: OpenCall,
         relayed: StreamRelay,
         chunks: AsyncIterator[bytes],
         metered: Metered,
@@ -621,18 +518,18 @@ class Exchange:
                 relayed.add_usage(metered.usage)
                 relayed.tail.price(settled.charged)
         if failure is not None:
-            await relayed.end_early(_error_event(failure, opened.call.endpoint))
+            await relayed.end_early(error_event(failure, opened.call.endpoint))
         else:
             await relayed.end(chunks, relayed.tail.bytes(), rest_s_max=DRAIN_S_MAX)
 
     def _stream_relay(
-        self, opened: _Open, response: UpstreamResponse, answer: Answer, meter: StreamMeter
+        self, opened: OpenCall, response: UpstreamResponse, answer: Answer, meter: StreamMeter
     ) -> StreamRelay:
         candidate = opened.candidate
         return StreamRelay(
             answer,
             meter,
-            Head(response.status, _stream_headers(opened, response)),
+            Head(response.status, stream_headers(opened, response)),
             provider=candidate.provider,
             shows_usage=opened.request.wants_usage,
             event_bytes_max=self._limits.event_bytes_max,
@@ -641,25 +538,27 @@ class Exchange:
             on_first=lambda: self._begin(opened),
         )
 
-    async def _metered_stream(self, opened: _Open, meter: StreamMeter, failure: TollgateError | None) -> Metered:
+    async def _metered_stream(self, opened: OpenCall, meter: StreamMeter, failure: TollgateError | None) -> Metered:
         metered = await self._metered_events(opened, meter, failure)
         if meter.is_implausible or metered.is_implausible:
             self._note_implausible(opened)
         return metered
 
-    async def _metered_events(self, opened: _Open, meter: StreamMeter, failure: TollgateError | None) -> Metered:
+    async def _metered_events(self, opened: OpenCall, meter: StreamMeter, failure: TollgateError | None) -> Metered:
         is_over = isinstance(failure, UpstreamTimeout) and not opened.is_stopped and not opened.is_ended
         is_silent = is_over and opened.is_client_gone
         is_spoken = opened.request.wants_audio and meter.holds(_AUDIO)
         if (is_silent or is_spoken) and not meter.is_reported:
-            return _assumed(opened)  # nobody can count what was not shown, or spoken
+            return assumed(opened)  # nobody can count what was not shown, or spoken
         counter = _token_counter(opened)
         if meter.is_reported or counter is None:
-            return meter.result(prompt=opened.call.body, bound=_bound(opened))
+            return meter.result(prompt=opened.call.body, bound=usage_bound(opened))
         async with self._counting:
-            return await asyncio.to_thread(meter.result, prompt=opened.call.body, bound=_bound(opened), counter=counter)
+            return await asyncio.to_thread(
+                meter.result, prompt=opened.call.body, bound=usage_bound(opened), counter=counter
+            )
 
-    async def _settle_stream(self, opened: _Open, metered: Metered, *, is_whole: bool) -> Settled | None:
+    async def _settle_stream(self, opened: OpenCall, metered: Metered, *, is_whole: bool) -> Settled | None:
         """Charge for what was relayed; None when that was a failure and nothing before it, which costs nothing."""
         if opened.is_client_gone or (is_whole and not metered.is_empty):
             return await self._settle(opened, metered, _outcome(opened))
@@ -670,32 +569,9 @@ class Exchange:
 
     # ---- the end of the reservation
 
-    async def _settle(self, opened: _Open, metered: Metered, outcome: str) -> Settled:
+    async def _settle(self, opened: OpenCall, metered: Metered, outcome: str) -> Settled:
         """Charge for the call. Raises `Unavailable` when the charge is not durable in time; it is booked later."""
-        candidate, markup_bps = opened.candidate, opened.offer.markup_bps
-        price = _price_charged(opened, metered)
-        usage = billed(metered.usage, price, opened.request.images)
-        charge, paid = costs(usage, price, markup_bps)
-        receipt = Receipt(
-            outcome=outcome,
-            provider=candidate.provider,
-            request_model=candidate.model,
-            response_model=_storable(metered.response_model),
-            usage=msgspec.json.encode(usage).decode(),
-            usage_source=metered.source,
-            price=price.as_json,
-            markup_bps=markup_bps,
-            provider_cost=paid,
-            ttft_ms=None if opened.first_byte is None else _milliseconds(opened.first_byte - opened.started),
-            duration_ms=_milliseconds(_now() - opened.started),
-        )
-        operation = Settle(
-            id=opened.call.request_id,
-            wallet_id=opened.call.caller.wallet_id,
-            cost=charge,
-            tokens=metered.usage.input_tokens + metered.usage.output_tokens,
-            receipt=receipt,
-        )
+        operation, usage = settlement(opened, metered, outcome)
         opened.is_closed = True
         try:
             settled = await self._ledger.settle(operation)
@@ -707,18 +583,18 @@ class Exchange:
             opened.is_closed = False  # what cannot be settled is released
             raise
         if opened.call.on_settled is not None:
-            opened.call.on_settled(receipt, settled)
+            opened.call.on_settled(operation.receipt, settled)
         self._note_end(
             opened,
             outcome,
-            Charge(usage, metered.source, settled.charged, receipt.provider_cost or 0, settled.shortfall),
+            Charge(usage, metered.source, settled.charged, operation.receipt.provider_cost or 0, settled.shortfall),
         )
         return settled
 
-    async def _release(self, opened: _Open) -> None:
+    async def _release(self, opened: OpenCall) -> None:
         opened.is_closed = True
         outcome = "perhaps_billed" if opened.is_perhaps_billed else "nothing_delivered"
-        await self._released(_release(opened, outcome))
+        await self._released(releasing(opened, outcome))
         self._note_end(opened, outcome, None)
 
     async def _released(self, operation: Release) -> None:
@@ -730,10 +606,10 @@ class Exchange:
             self._metrics.add(DEFERRED)
             log.warning("release_deferred", request_id=operation.id)
 
-    def _note_end(self, opened: _Open, outcome: str, charge: Charge | None) -> None:
+    def _note_end(self, opened: OpenCall, outcome: str, charge: Charge | None) -> None:
         """Count the call and log it: who called what, and what came of it, never what was said."""
         call, candidate, first_byte_s = opened.call, opened.candidate, None
-        duration_s = _now() - opened.started
+        duration_s = now() - opened.started
         if opened.first_byte is not None:
             first_byte_s = opened.first_byte - opened.started
         end = CallEnd(
@@ -770,9 +646,9 @@ class Exchange:
             provider_model=end.model,
             outcome=outcome,
             **fields,
-            first_byte_ms=None if first_byte_s is None else _milliseconds(first_byte_s),
+            first_byte_ms=None if first_byte_s is None else milliseconds(first_byte_s),
             overhead_ms=round(end.overhead_s * 1000, 1),
-            duration_ms=_milliseconds(duration_s),
+            duration_ms=milliseconds(duration_s),
         )
 
 
@@ -781,13 +657,6 @@ def _with_affordable(refused: NotCovered, estimated: Estimate, offered: Offers) 
     if isinstance(refused, InsufficientCredits):
         refused.tokens_affordable = maximum_affordable(estimated, offered, refused.available)
     return refused
-
-
-def _price_charged(opened: _Open, metered: Metered) -> Price:
-    """The price of the service tier that served; where nobody knows what was used, the one that bounds the call."""
-    if metered.source is UsageSource.ASSUMED:
-        return opened.offer.price
-    return opened.candidate.price_charged(opened.request.service_tier, metered.service_tier)
 
 
 def _refused(candidate: Candidate, response: UpstreamResponse, status: int, body: bytes) -> UpstreamFailed:
@@ -803,178 +672,13 @@ def _refused(candidate: Candidate, response: UpstreamResponse, status: int, body
     return UpstreamRejected(provider=candidate.provider, status=status, body=body, headers=headers)
 
 
-def _provider_call(opened: _Open) -> ProviderCall:
-    """The client's own bytes, with only what must change patched."""
-    candidate, request, body = opened.candidate, opened.request, opened.call.body
-    changes: dict[str, bytes | None] = {}
-    if candidate.model != request.model:
-        changes["model"] = msgspec.json.encode(candidate.model)
-    if request.is_stream and request.endpoint in _CHUNKED:
-        if not candidate.knows_stream_options:
-            changes["stream_options"] = None
-        elif not request.wants_usage:
-            changes["stream_options"] = asking_for_usage(body)
-    if request.must_unstore:
-        changes["store"] = b"false"
-    if request.endpoint is Endpoint.RESPONSES and request.tools and request.tool_calls_max is None:
-        changes["max_tool_calls"] = str(tool_uses_max(request, candidate)).encode()
-    changes |= _maximum_changes(opened)
-    return ProviderCall(
-        path=request.endpoint,
-        model=candidate.model,
-        body=patch(body, changes) if changes else body,
-        headers=opened.call.headers,
-        stream=request.is_stream,
-        output_tokens_max=candidate.output_tokens_max,
-    )
-
-
-def _maximum_changes(opened: _Open) -> dict[str, bytes | None]:
-    """What puts the maximum into the field that this model takes, where no maximum of the client's is there.
-
-    A provider ignores fields that it does not know, and would answer without any maximum.
-    """
-    request = opened.request
-    fields = _maximum_fields(opened.candidate, request.endpoint)
-    maximum = _clamped_maximum(opened)
-    if maximum is None and request.maxima.keys().isdisjoint(fields):
-        maximum = request.maximum
-    if maximum is None:
-        return {}
-    # OpenAI refuses a request with both of its own fields.
-    others: dict[str, bytes | None] = dict.fromkeys(_MAXIMUM_FIELDS.intersection(request.maxima))
-    return {**others, fields[0]: str(maximum).encode()}
-
-
-def _maximum_fields(candidate: Candidate, endpoint: Endpoint) -> tuple[str, ...]:
-    """The fields of which any one tells the model its maximum, the one to use first."""
-    match endpoint:
-        case Endpoint.CHAT if candidate.maximum_field == "either":
-            return ("max_completion_tokens", "max_tokens")
-        case Endpoint.CHAT:
-            return (candidate.maximum_field,)
-        case Endpoint.RESPONSES:
-            return ("max_output_tokens",)
-        case _:
-            return ("max_tokens",)
-
-
-def _clamped_maximum(opened: _Open) -> int | None:
-    """The maximum that the reservation buys, where that is less than what the call could have had."""
-    estimated, candidate = opened.estimated, opened.candidate
-    if estimated.is_maximum_named or opened.reserved >= estimated.at_most:
-        return None
-    bought = maximum_bought(estimated, opened.offer, opened.reserved)
-    if bought is None or bought >= output_tokens_max(opened.request, candidate):
-        return None
-    return maximum_taken(estimated, candidate, bought)
-
-
-def _headers(opened: _Open, response: UpstreamResponse) -> Headers:
-    headers = relayed_headers(response.headers)
-    headers.append((b"x-tollgate-provider", opened.candidate.provider.encode()))
-    headers.append((b"x-credits-reserved", format_credits(opened.reserved).encode()))
-    maximum = _clamped_maximum(opened)
-    if maximum is not None:
-        headers.append((b"x-credits-max-tokens", str(maximum).encode()))
-    return headers
-
-
-def _stream_headers(opened: _Open, response: UpstreamResponse) -> Headers:
-    """As `_headers`; a stream is sent without an encoding, and with its type even if the provider forgot it."""
-    headers = [(name, value) for name, value in _headers(opened, response) if name != b"content-encoding"]
-    if not any(name == b"content-type" for name, _ in headers):
-        headers.append((b"content-type", b"text/event-stream"))
-    return headers
-
-
-def _token_counter(opened: _Open) -> tokens.TokenCounter | None:
+def _token_counter(opened: OpenCall) -> tokens.TokenCounter | None:
     tokenizer = opened.candidate.tokenizer
     return tokens.TokenCounter(tokenizer) if tokenizer is not None and tokens.is_known(tokenizer) else None
 
 
-def _storable(name: str | None) -> str | None:
-    """What a provider calls its model, as a database takes it."""
-    return None if name is None else name.replace("\0", "")[:NAME_CHARACTERS_MAX]
-
-
-def _plausible_max(opened: _Open) -> int:
-    """The most tokens that a provider can have used: by the model's limits, and by what can be booked at all."""
-    by_price = opened.offer.tokens_payable_max
-    by_model = plausible_tokens_max(opened.request, opened.candidate)
-    return by_price if by_model is None else min(by_price, by_model)
-
-
-def _outcome(opened: _Open) -> str:
+def _outcome(opened: OpenCall) -> str:
     return "client_left" if opened.is_client_gone else "completed"
-
-
-def _bound(opened: _Open) -> Usage:
-    """The most that may be counted where the provider reports nothing: what was reserved for, at this candidate."""
-    estimated, candidate = opened.estimated, opened.candidate
-    maximum = _clamped_maximum(opened)
-    if maximum is None:
-        maximum = output_tokens_max(opened.request, candidate)
-    output = (maximum + estimated.prediction_tokens) * estimated.choices
-    usage = Usage(input=input_bound(estimated, candidate), output=output)
-    if not estimated.tools:
-        return usage
-    uses = dearest_usage(0, 0, opened.offer.price, tools=estimated.tools, tool_uses=tool_uses_max(estimated, candidate))
-    return msgspec.structs.replace(usage, **{name: getattr(uses, name) for name in TOOL_CLASSES})
-
-
-def _assumed(opened: _Open) -> Metered:
-    """The whole reservation: nobody knows what was used."""
-    bound = _bound(opened)
-    usage = dearest_usage(
-        bound.input,
-        bound.output,
-        price_bounding(opened.estimated, opened.offer),
-        images=opened.estimated.images,
-        tools=opened.estimated.tools,
-        tool_uses=bound.tool_uses,
-    )
-    return Metered(usage, UsageSource.ASSUMED)
-
-
-def _release(opened: _Open, outcome: str, *, is_undelivered: bool = False) -> Release:
-    return Release(
-        id=opened.call.request_id,
-        wallet_id=opened.call.caller.wallet_id,
-        receipt=Receipt(
-            outcome=outcome,
-            provider=opened.candidate.provider,
-            request_model=opened.candidate.model,
-            markup_bps=opened.offer.markup_bps,
-            duration_ms=_milliseconds(_now() - opened.started),
-        ),
-        is_undelivered=is_undelivered,
-    )
-
-
-class _AtProvider(Deadline):
-    """The time of one call, for what its provider has to do in it. Raises `UpstreamTimeout` beyond it."""
-
-    def __init__(self, opened: _Open) -> None:
-        super().__init__(opened.deadline)
-        self._opened = opened
-
-    def __enter__(self) -> Self:
-        self._opened.provider_time = self
-        self._entered = _now()
-        return super().__enter__()
-
-    def __exit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._opened.provider_time = None
-        self._opened.provider_s += _now() - self._entered
-        try:
-            super().__exit__(kind, exc, trace)
-        except TimeoutError as timeout:
-            is_ended = self._opened.is_ended
-            message = "The server is stopping." if is_ended else "The call took longer than it may."
-            raise UpstreamTimeout(message, provider=self._opened.candidate.provider) from timeout
 
 
 async def _read_all(response: UpstreamResponse, bytes_max: int, provider: str) -> bytes:
@@ -988,20 +692,5 @@ async def _read_all(response: UpstreamResponse, bytes_max: int, provider: str) -
     return b"".join(parts)
 
 
-def _error_event(failure: TollgateError, endpoint: Endpoint) -> bytes:
-    """An error in the middle of a stream, as OpenAI sends it; no end marker follows."""
-    body = error_body(str(failure), "upstream_error", None, "stream_broken")
-    if endpoint is not Endpoint.RESPONSES:
-        return b"data: " + body + b"\n\n"
-    # Its clients know an error by the type of the event, those of the other endpoints by the field.
-    said = {"type": "error", "code": "stream_broken", "message": str(failure), "param": None}
-    fields = {name: msgspec.json.encode(value) for name, value in said.items()}
-    return b"event: error\ndata: " + patch(body, fields) + b"\n\n"
-
-
 def _is_passing(status: int) -> bool:
     return status in _PASSING_STATUSES or status >= 500
-
-
-def _milliseconds(seconds: float) -> int:
-    return round(seconds * 1000)

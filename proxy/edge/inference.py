@@ -17,6 +17,7 @@ from litestar.params import FromPath
 from litestar.types import HTTPScope, Receive, Scope, Send
 from sqlalchemy.ext.asyncio import AsyncEngine
 
+from proxy.calls import Answer, Call
 from proxy.catalog import Catalog
 from proxy.edge.answer import AsgiAnswer, BodyLimits, read_body
 from proxy.edge.authentication import CHECKED_BY_LEDGER, Authentication, needs
@@ -24,7 +25,7 @@ from proxy.edge.errors import answer_to, documented
 from proxy.edge.prices import shown_price
 from proxy.edge.protocol import CONNECTION, DirectAnswer, DirectCycle, LimitedProtocol, Way
 from proxy.errors import BadRequest, ModelNotFound, forget_frames
-from proxy.exchange import Answer, Call, Exchange
+from proxy.exchange import Exchange
 from proxy.identity.keys import Caller, allowed_models
 from proxy.identity.keys import Scope as KeyScope
 from proxy.ledger.decide import allows

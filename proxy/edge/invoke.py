@@ -17,6 +17,7 @@ from litestar.types import HTTPScope, Receive, Scope, Send
 from msgspec import UNSET, UnsetType
 from sqlalchemy.ext.asyncio import AsyncEngine
 
+from proxy.calls import Call
 from proxy.catalog import Catalog
 from proxy.edge.answer import AsgiAnswer, BodyLimits, Headers, read_body
 from proxy.edge.authentication import CHECKED_BY_LEDGER, needs
@@ -33,7 +34,7 @@ from proxy.errors import (
     UpstreamFailed,
     forget_frames,
 )
-from proxy.exchange import Call, Exchange
+from proxy.exchange import Exchange
 from proxy.identity.keys import Scope as KeyScope
 from proxy.ledger.decide import Receipt, Settled
 from proxy.metrics import Metrics

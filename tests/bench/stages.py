@@ -9,14 +9,16 @@ from types import SimpleNamespace
 
 import msgspec
 
+from proxy.calls import Call, OpenCall
 from proxy.estimate import estimate
-from proxy.exchange import Call, Exchange, _headers, _Open, _provider_call
+from proxy.exchange import Exchange
 from proxy.identity.keys import Caller, Scope, hash_key
 from proxy.ledger.decide import Key, Receipt, Reserve, Settle, State, User, Wallet, decide
 from proxy.ledger.store import _as_json, _writes
 from proxy.metering import meter_plain, stream_meter
 from proxy.metrics import Charge, Metrics
 from proxy.observability import configure_logs
+from proxy.outgoing import answer_headers, provider_call
 from proxy.pricing import Price, cost, provider_cost
 from proxy.routing import Candidate, Offer
 from proxy.units import Usage, new_id
@@ -68,7 +70,7 @@ def stages() -> Iterator[tuple[str, float]]:
     estimated = estimate(request, len(BODY), offered)
     caller = Caller("user", "wallet", "key", Scope.INFERENCE, is_admin=False)
     call = Call(Endpoint.CHAT, "req", None, caller, HEADERS, BODY)
-    opened = _Open(call, request, estimated, offered, estimated.at_most, 0.0, 1.0, offered[0], candidate)
+    opened = OpenCall(call, request, estimated, offered, estimated.at_most, 0.0, 1.0, offered[0], candidate)
     answer = load._PLAIN.partition(b"\r\n\r\n")[2]
     place = address("http://127.0.0.1:9000/v1/chat/completions")
     sent = [(b"authorization", b"Bearer sk-upstream"), (b"accept", b"application/json"), (b"user-agent", b"tollgate")]
@@ -94,11 +96,11 @@ def stages() -> Iterator[tuple[str, float]]:
     yield "decode and check the request", cpu_us(lambda: decode(Endpoint.CHAT, BODY))
     yield "… of 20 kB", cpu_us(lambda: decode(Endpoint.CHAT, BIG_BODY))
     yield "estimate", cpu_us(lambda: estimate(request, len(BODY), offered))
-    yield "the provider's request", cpu_us(lambda: (_provider_call(opened), request_head("POST", place, sent, 400)))
+    yield "the provider's request", cpu_us(lambda: (provider_call(opened), request_head("POST", place, sent, 400)))
     yield "parse the answer", cpu_us(parse)
     yield "meter", cpu_us(metered)
     yield "price", cpu_us(charged)
-    yield "headers of the answer", cpu_us(lambda: _headers(opened, response))
+    yield "headers of the answer", cpu_us(lambda: answer_headers(opened, response))
     yield "ledger: decide and encode", cpu_us(ledger_batch()) / PAIRS
     yield "count and log", count_and_log(opened)
     yield "a chunk: split and meter", chunk()
@@ -149,7 +151,7 @@ def _reserve() -> Reserve:
     )
 
 
-def count_and_log(opened: _Open) -> float:
+def count_and_log(opened: OpenCall) -> float:
     """All that is observed of one call: its end, a batch of the ledger, and its line, to a file in memory."""
 
     async def measured() -> float:
