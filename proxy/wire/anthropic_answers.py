@@ -471,8 +471,9 @@ class Chunks:
 
     def _finish(self, stop_reason: str | None, details: _StopDetails | None) -> list[bytes]:
         self._has_finished = True
+        unended = [chunk for index in sorted(self._open) for chunk in self._stop(index)]
         refusal = _refusal(stop_reason, details)
-        return self._delta({} if refusal is None else {"refusal": refusal}, _finish_reason(stop_reason))
+        return [*unended, *self._delta({} if refusal is None else {"refusal": refusal}, _finish_reason(stop_reason))]
 
     def _note_usage(self, usage: Usage) -> None:
         self._usage = self._usage.updated(usage)

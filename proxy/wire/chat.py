@@ -107,7 +107,11 @@ def decode_chat(body: bytes) -> PaidRequest:
         request = _decode_request(body)
         fields = check_fields(request, body, _TOP, _REFUSED)
         content = _content_parts(request)
-        parts = _check(request, content, body, fields)
+        # What remains to be looked at are the objects inside of messages, and tools. When there are no more braces than
+        # those of the body, of its messages and of the stream options, then there is no such object, whatever names
+        # and strings there may be: the common case, at the price of a memchr.
+        is_plain = body.count(b"{") == 1 + len(request.messages) + (request.stream_options is not None)
+        parts = _check(request, content, fields, is_plain=is_plain)
     except UNREADABLE as exc:
         raise bad_request(exc) from exc
     media = [part.type for part in content if part.type not in _TEXT_PARTS]
@@ -130,17 +134,20 @@ def decode_chat(body: bytes) -> PaidRequest:
         has_only_images=bool(images)
         and images == len(media)
         and not (tools or is_set(fields.get("mm_processor_kwargs"))),
-        # Tools that were called before are explained as well.
-        has_instructions=bool(request.tools)
-        or is_set(fields.get("response_format"))
-        or any(is_set(message.tool_calls) for message in request.messages),
-        asks_for_caches=_may_name_cache_control(body),
+        has_instructions=not is_plain and _has_instructions(request, fields),
+        asks_for_caches=not is_plain and _may_name_cache_control(body),
         images=images,
         image_bytes=image_bytes(parts) if images else 0,
         tools=tools,
         wants_audio="audio" in (request.modalities or ()) or is_set(fields.get("audio")),
         must_unstore=bool(request.store),
     )
+
+
+def _has_instructions(request: ChatRequest, fields: Fields) -> bool:
+    # Tools that were called before are explained as well.
+    has_calls = any(is_set(message.tool_calls) for message in request.messages)
+    return bool(request.tools) or has_calls or is_set(fields.get("response_format"))
 
 
 def _may_name_cache_control(body: bytes) -> bool:
@@ -155,7 +162,7 @@ def _thinking_tokens(fields: Fields) -> int:
     return max(budget, THINKING_TOKENS_MIN) if has_effort else budget
 
 
-def _check(request: ChatRequest, content: list[Part], body: bytes, fields: Fields) -> list[Fields]:
+def _check(request: ChatRequest, content: list[Part], fields: Fields, *, is_plain: bool) -> list[Fields]:
     """The checks of everything; returns the parts of all messages, unless there are none in need of a closer look."""
     if request.best_of is not None and request.best_of > 1:
         raise unsupported("best_of", "'best_of' is not supported: the choices that are not shown would be billed.")
@@ -163,10 +170,7 @@ def _check(request: ChatRequest, content: list[Part], body: bytes, fields: Field
         raise unsupported("modalities", "Only the output modalities 'text' and 'audio' can be priced here.")
     check_tools(request.tools or ())
     check_number(len(request.messages) + len(content), "messages")
-    # What remains to be checked are the objects inside of messages, and tools. When there are no more braces than
-    # those of the body, of its messages and of the stream options, then there is no such object, whatever names
-    # and strings there may be: the common case, at the price of a memchr.
-    if body.count(b"{") == 1 + len(request.messages) + (request.stream_options is not None):
+    if is_plain:
         return []
     parts = _check_messages(request, content, fields["messages"])
     if request.tools:

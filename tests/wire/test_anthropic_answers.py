@@ -188,6 +188,17 @@ def test_a_tool_of_the_providers_is_none_of_the_clients():
     assert (calls, choice.message.content) == ([("toolu_1", "f", '{"a": 1}')], "")
 
 
+def test_blocks_that_do_not_end_before_the_message_does():
+    """They are whole all the same: calls with their arguments, and thinking with its signature."""
+    choice, _, events = answering(
+        block(0, type="thinking", thinking="hm", signature="s"), block(1, type="tool_use", id="t", name="f", input={})
+    )
+    assert choice.message.tool_calls[0].function.arguments == "{}"
+    (thought,) = choice.message.model_extra["thinking_blocks"]
+    assert (thought["thinking"], thought["signature"]) == ("hm", "s")
+    assert b'"finish_reason":"stop"' in events[-3]
+
+
 def test_blocks_and_deltas_of_kinds_that_are_not_known():
     """They are passed over, whatever they have by the names of others."""
     news = (

@@ -88,6 +88,19 @@ def test_what_may_be_cached(escaped):
     assert decode_chat(said.replace(b'"name"', f'"{name}"'.encode())).asks_for_caches
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"cache_control": {}},
+        {"messages": [{"role": "user", "content": "x", "cache_control": {}}]},
+        {"tools": [{"type": "function", "cache_control": {}}]},
+    ],
+)
+def test_where_caches_may_be_asked_for(fields):
+    """Anywhere."""
+    assert decode_chat(body(**fields)).asks_for_caches
+
+
 def test_null_is_absent():
     """Clients send null for what they leave out."""
     optional = [name for name in ChatRequest.__struct_fields__ if name not in {"model", "messages"}]
