@@ -1,39 +1,27 @@
 """What a call consumed, from the bytes of its answer: as the provider reports it, else counted.
 
-`Usage` has disjoint classes; providers report totals with details inside of them. The rules, in their order:
-
-* OpenAI's `prompt_tokens` (`input_tokens` in Responses) hold audio tokens, tokens written to the cache and tokens
-  read from it; `input` is the rest. Anthropic's `input_tokens` are that rest already.
-* `total_tokens` above prompt and completion means output that was hidden. It is billed, so it counts as output.
-* `reasoning_tokens` are output already; some providers leave them out of `completion_tokens`, and then the total
-  above has them.
-* Uses of tools that the provider runs are the items of a response, and of a chat what the usage says of them; where
-  nothing does, they are as many as the call may make.
-
-What is counted is never more than what was reserved for.
+How a usage object is read is in `wire.usage`. Uses of tools that the provider runs are the items of a response, and of
+a chat what the usage says of them; where nothing does, they are as many as the call may make. What is counted is never
+more than what was reserved for.
 """
 
 import re
 from collections.abc import Iterable
 from enum import StrEnum
-from typing import Annotated, Any, Protocol
+from typing import Any, Protocol
 
 import msgspec
-from msgspec import Meta, Raw
+from msgspec import Raw
 
 from proxy.pricing import TOOL_CLASSES
 from proxy.units import Usage
 from proxy.wire.objects import NULL, UNREADABLE, reader
 from proxy.wire.requests import Endpoint
 from proxy.wire.sse import event_data
+from proxy.wire.usage import read_usage, searches
 
 BYTES_PER_TOKEN = 4
 """Of English text, by OpenAI's own rule of thumb; a count by it is a guess."""
-
-_INT64_MAX = 2**63 - 1
-"""What both databases can hold in one column."""
-
-_Tokens = Annotated[int, Meta(ge=0, le=_INT64_MAX)]
 
 
 class UsageSource(StrEnum):
@@ -100,112 +88,6 @@ class ByteCounter:
 
 
 BY_BYTES = ByteCounter()
-
-
-class _CacheCreation(msgspec.Struct):
-    """What was written to caches, by how long they last."""
-
-    ephemeral_5m_input_tokens: _Tokens | None = None
-    ephemeral_1h_input_tokens: _Tokens | None = None
-
-    @property
-    def total(self) -> int:
-        """All of them."""
-        return (self.ephemeral_5m_input_tokens or 0) + (self.ephemeral_1h_input_tokens or 0)
-
-
-class _PromptDetails(msgspec.Struct):
-    cached_tokens: _Tokens | None = None
-    audio_tokens: _Tokens | None = None
-    cache_write_tokens: _Tokens | None = None
-    cache_creation_tokens: _Tokens | None = None
-    cache_creation_token_details: _CacheCreation | None = None
-
-
-class _CompletionDetails(msgspec.Struct):
-    reasoning_tokens: _Tokens | None = None
-    audio_tokens: _Tokens | None = None
-
-
-class _ServerToolUse(msgspec.Struct):
-    web_search_requests: _Tokens | None = None
-
-
-class _Searches(msgspec.Struct):
-    """How often the web was searched, as Anthropic and OpenRouter, Perplexity, and LiteLLM say in a usage object."""
-
-    server_tool_use: _ServerToolUse | None = None
-    num_search_queries: _Tokens | None = None
-    prompt_tokens_details: _ServerToolUse | None = None
-
-
-class _Reported(msgspec.Struct):
-    """OpenAI's usage object in both of its shapes, and where others put the same.
-
-    Moonshot, DeepSeek and LiteLLM report caches at the top; Anthropic's shape has `input_tokens` beside them.
-    """
-
-    prompt_tokens: _Tokens | None = None
-    completion_tokens: _Tokens | None = None
-    total_tokens: _Tokens | None = None
-    prompt_tokens_details: _PromptDetails | None = None
-    completion_tokens_details: _CompletionDetails | None = None
-    input_tokens: _Tokens | None = None
-    output_tokens: _Tokens | None = None
-    input_tokens_details: _PromptDetails | None = None
-    output_tokens_details: _CompletionDetails | None = None
-    cached_tokens: _Tokens | None = None
-    prompt_cache_hit_tokens: _Tokens | None = None
-    cache_creation_input_tokens: _Tokens | None = None
-    cache_read_input_tokens: _Tokens | None = None
-    cache_creation: _CacheCreation | None = None
-
-    @property
-    def written(self) -> int:
-        """Tokens that were written to the cache, for however long."""
-        inside, parts = self.prompt_details, self.parts
-        said = inside.cache_write_tokens or inside.cache_creation_tokens or self.written_beside
-        return parts.total if parts is not None and not said else said
-
-    @property
-    def written_beside(self) -> int:
-        """Likewise, as Anthropic's shape has them."""
-        if self.cache_creation_input_tokens is not None or self.cache_creation is None:
-            return self.cache_creation_input_tokens or 0
-        return self.cache_creation.total
-
-    @property
-    def parts(self) -> _CacheCreation | None:
-        """What was written, by how long it lasts; None where that is not said."""
-        return self.cache_creation or self.prompt_details.cache_creation_token_details
-
-    @property
-    def cached(self) -> int:
-        """Tokens that were read from the cache."""
-        inside = self.prompt_details.cached_tokens
-        return inside or self.cached_tokens or self.prompt_cache_hit_tokens or self.cache_read_input_tokens or 0
-
-    @property
-    def prompt_details(self) -> _PromptDetails:
-        """What is said of the prompt's tokens."""
-        return self.prompt_tokens_details or self.input_tokens_details or _NO_PROMPT_DETAILS
-
-    @property
-    def completion_details(self) -> _CompletionDetails:
-        """What is said of the output's tokens."""
-        return self.completion_tokens_details or self.output_tokens_details or _NO_COMPLETION_DETAILS
-
-    @property
-    def prompt(self) -> int | None:
-        """All tokens of the prompt, those of the caches included."""
-        if self.prompt_tokens is not None or self.input_tokens is None:
-            return self.prompt_tokens
-        return self.input_tokens + (self.cache_read_input_tokens or 0) + self.written_beside
-
-    @property
-    def completion(self) -> int | None:
-        """All tokens of the output."""
-        return self.output_tokens if self.completion_tokens is None else self.completion_tokens
 
 
 class _Called(msgspec.Struct):
@@ -346,20 +228,6 @@ class _ResponseEvent(msgspec.Struct):
     response: _Ended | None = None
 
 
-_WHOLE_FLOAT = re.compile(rb"(?<=[0-9])\.0+(?=[\s,}])")
-"""The end of a whole number as JavaScript and Lua need not tell it from others."""
-
-
-def _decode_usage(reported: bytes | Raw) -> _Reported:
-    """The numbers of a usage object. Raises what msgspec raises."""
-    try:
-        return _decode_reported(reported)
-    except UNREADABLE:
-        return _decode_reported(_WHOLE_FLOAT.sub(b"", bytes(reported)))
-
-
-_decode_reported = msgspec.json.Decoder(_Reported).decode
-_decode_searches = msgspec.json.Decoder(_Searches).decode
 _decode_uses = msgspec.json.Decoder(list[_Use] | None).decode
 _decode_groq = msgspec.json.Decoder(_Groq).decode
 _decode_written = reader(_Written)
@@ -371,8 +239,6 @@ _decode_end_event = reader(_EndEvent)
 _decode_whole_event = reader(_WholeEvent)
 _decode_response_event = reader(_ResponseEvent)
 
-_NO_PROMPT_DETAILS = _PromptDetails()
-_NO_COMPLETION_DETAILS = _CompletionDetails()
 
 _USAGE = b'"usage"'
 _USAGE_OBJECT = re.compile(rb'"usage"\s*:\s*\{')
@@ -406,53 +272,6 @@ _Pieces = dict[object, list[str]]
 
 FOLDED_BYTES = 65_536
 """After so many bytes of events only their text is kept on."""
-
-
-def read_usage(reported: bytes | Raw, *, has_output: bool = True) -> Usage | None:
-    """The usage in a usage object of OpenAI's or Anthropic's; None when it cannot be right.
-
-    That is: a number that is negative, not whole or beyond 64 bits, a detail above its total, or neither prompt
-    nor completion tokens. Without output, as of embeddings, the total is all prompt: Voyage reports nothing else.
-    """
-    try:
-        usage = _decode_usage(reported)
-    except UNREADABLE:
-        return None
-    prompt, completion, total = usage.prompt, usage.completion, usage.total_tokens or 0
-    inside, outside = usage.prompt_details, usage.completion_details
-    if not has_output:
-        prompt, completion = max(prompt or 0, total), 0
-    if prompt is None:
-        if completion is None:
-            return None
-        prompt = max(0, total - completion)
-    output = max(completion or 0, total - prompt)
-    hidden = 0 if completion is None else output - completion
-    if prompt + output > _INT64_MAX:
-        return None
-
-    audio = inside.audio_tokens or 0
-    written, parts = usage.written, usage.parts
-    for_an_hour = 0 if parts is None else parts.ephemeral_1h_input_tokens or 0
-    cached = usage.cached
-    spoken = outside.audio_tokens or 0
-    reasoning = outside.reasoning_tokens or 0
-    if max(audio, written, cached) > prompt or for_an_hour > written or max(spoken, reasoning) > output:
-        return None
-    # A token may be in two details, such as audio that was cached: it counts once, where it is dearer.
-    written = min(written, prompt - audio)
-    for_an_hour = min(for_an_hour, written)
-    cached = min(cached, prompt - audio - written)
-    return Usage(
-        input=prompt - audio - written - cached,
-        cached_input=cached,
-        cache_write=written - for_an_hour,
-        cache_write_1h=for_an_hour,
-        audio_input=audio,
-        output=output - spoken,
-        audio_output=spoken,
-        reasoning=max(reasoning, hidden),
-    )
 
 
 def failure_status(body: bytes) -> int | None:
@@ -510,18 +329,6 @@ def _most(told: dict[str, int] | None, seen: dict[str, int] | None) -> dict[str,
     if told is None or seen is None:
         return told
     return {name: max(told.get(name, 0), seen.get(name, 0)) for name in (*told, *seen)}
-
-
-def _searches(reported: Raw) -> dict[str, int] | None:
-    """How often the web was searched for a chat, as its usage object says; None where it does not."""
-    try:
-        said = _decode_searches(reported)
-    except UNREADABLE:
-        return None
-    places = (said.server_tool_use, said.prompt_tokens_details)
-    counts = [said.num_search_queries, *(place.web_search_requests for place in places if place is not None)]
-    known = [count for count in counts if count is not None]
-    return {"web_search": max(known)} if known else None
 
 
 def _is_beyond(uses: dict[str, int] | None, bound: Usage) -> bool:
@@ -601,7 +408,7 @@ def meter_plain(  # noqa: PLR0913 - what it depends on
 def _answer_uses(answer: _Chunk | _Ended) -> dict[str, int] | None:
     """The uses of tools that a whole answer, or the end of a stream, reports; None where it does not."""
     if isinstance(answer, _Chunk):
-        return _searches(answer.reported)
+        return searches(answer.reported)
     try:
         items = _decode_uses(answer.output)
     except UNREADABLE:

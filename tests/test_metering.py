@@ -14,11 +14,11 @@ from proxy.metering import (
     UsageSource,
     failure_status,
     meter_plain,
-    read_usage,
     stream_meter,
 )
 from proxy.units import Usage
 from proxy.wire.requests import Endpoint
+from proxy.wire.usage import read_usage
 
 ROOMY = Usage(input=10_000, output=10_000)
 REPORTED = {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15}
