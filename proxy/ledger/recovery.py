@@ -41,6 +41,21 @@ _FOREVER: Micros = 2**62
 _SHOWN_MAX = 20
 
 
+_me = instances.alias()
+_FENCE_EXPIRED = (
+    instances.update()
+    .where(
+        instances.c.lease_until < sa.bindparam("now"),
+        sa.not_(instances.c.is_fenced),
+        sa.exists().where(
+            _me.c.id == sa.bindparam("me"), _me.c.lease_until >= sa.bindparam("now"), sa.not_(_me.c.is_fenced)
+        ),
+    )
+    .values(is_fenced=True)
+)
+"""Made once: a new one every few seconds would be a cycle each time, for the garbage collector."""
+
+
 class Lease:
     """This process's right to hold reservations, for `lease_s` seconds from each renewal.
 
@@ -127,18 +142,8 @@ class Lease:
 
     async def fence_expired(self) -> None:
         """Fence every other instance whose lease has run out, unless this one's has too."""
-        me = instances.alias()
         async with writing(self._engine) as connection:
-            now = await database_now(connection)
-            await connection.execute(
-                instances.update()
-                .where(
-                    instances.c.lease_until < now,
-                    sa.not_(instances.c.is_fenced),
-                    sa.exists().where(me.c.id == self.id, me.c.lease_until >= now, sa.not_(me.c.is_fenced)),
-                )
-                .values(is_fenced=True)
-            )
+            await connection.execute(_FENCE_EXPIRED, {"me": self.id, "now": await database_now(connection)})
 
     async def sweep(self, ledger: Ledger) -> int:
         """Expire what fenced instances hold open; returns how many reservations were found so."""
