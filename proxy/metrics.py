@@ -244,6 +244,7 @@ BATCH_OPERATIONS = Family(
 BATCH_TIME = _seconds("tollgate_ledger_batch_seconds", "Duration of one ledger transaction.", (), _OVERHEADS_S)
 LEDGER_WAITING = Family("tollgate_ledger_waiting_operations", "gauge", "Operations that wait for the ledger.")
 LEDGER_LOST = Family("tollgate_ledger_lost_workers", "gauge", "Workers whose ledger does not reach the database.")
+DATABASE_LOST = Family("tollgate_database_lost_workers", "gauge", "Workers that do not reach the database.")
 LEASES = Family("tollgate_leases", "gauge", "Workers that hold a lease.")
 CONNECTIONS = Family(
     "tollgate_database_connections", "gauge", "Connections of the pools, the ledger's own included.", ("state",)

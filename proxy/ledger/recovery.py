@@ -21,7 +21,7 @@ import sqlalchemy as sa
 import structlog
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from proxy.errors import LedgerFault, Unavailable
+from proxy.errors import LedgerFault, Unavailable, reason_of
 from proxy.ledger.batcher import BATCH_MAX
 from proxy.ledger.decide import Expire
 from proxy.ledger.ledger import Ledger
@@ -200,7 +200,7 @@ class Lease:
                 await self.sweep(ledger)
                 await self.expire_strays(ledger)
             except (Unavailable, LedgerFault) as exc:
-                log.warning("sweep_failed", reason=str(exc))
+                log.warning("sweep_failed", reason=reason_of(exc))
             except Exception:
                 log.exception("sweep_failed")
 
