@@ -126,6 +126,7 @@ class Tollgate:
             providers = self._providers()
             for provider in providers.values():
                 stack.push_async_callback(provider.aclose)
+            self.metrics.show_zeros(providers)
             limits = _limits(self.configuration)
             self.exchange = Exchange(self.ledger, providers, lambda: self.catalog, limits, self.metrics)
             self.gauges = Gauges(

@@ -10,7 +10,7 @@ All values are whole numbers (of microseconds, nano-credits, …) and are divide
 
 import mmap
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import accumulate
 from typing import Literal
 
@@ -328,6 +328,15 @@ class Metrics:
         for labels, value in found.items():
             self._values[self._place(family, labels)] = value
 
+    def show_zeros(self, providers: Iterable[str]) -> None:
+        """Show that what should never happen has not: in a series that begins with 1 nobody sees an increase."""
+        self.add(DEFERRED, amount=0)
+        for code in ("internal_error", "ledger_fault"):
+            self.add(REFUSED, ("500", code), 0)
+        for provider in providers:
+            for family in (REFUSED_OPERATOR, IMPLAUSIBLE):
+                self.add(family, (provider,), 0)
+
     def ended(self, call: CallEnd, charge: Charge | None) -> None:
         """A call that held a reservation has ended, with a charge or without."""
         self.add(CALLS, (call.endpoint, call.provider, call.model, call.outcome))
@@ -341,8 +350,7 @@ class Metrics:
         place = (call.provider, call.model)
         self.add(CHARGED, place, charge.charged)
         self.add(COST, place, charge.provider_cost)
-        if charge.shortfall:
-            self.add(SHORTFALL, place, charge.shortfall)
+        self.add(SHORTFALL, place, charge.shortfall)
         self.add(USAGE, (charge.source,))
         for name in _TOKENS:
             tokens = getattr(charge.usage, name)
