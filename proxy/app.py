@@ -31,7 +31,7 @@ from proxy.edge.errors import respond
 from proxy.edge.health import Exposition, Readiness
 from proxy.edge.invoke import Simple
 from proxy.edge.protocol import Way
-from proxy.errors import Unavailable, UpstreamFailed
+from proxy.errors import Unavailable, UpstreamFailed, reason_of
 from proxy.exchange import Exchange, ExchangeLimits
 from proxy.gauges import REFRESH_S, Gauges
 from proxy.identity.accounts import Accounts, Welcome
@@ -91,6 +91,8 @@ class Tollgate:
         self.authentication: Authentication
         self.last_used = LastUsed(self.engine)
         self.is_stopping = False
+        self.is_database_lost = False
+        """Whether the last look at the catalogue, a second ago, did not reach the database."""
 
     def stop(self) -> None:
         """Turn readiness red: the server is about to end."""
@@ -124,9 +126,12 @@ class Tollgate:
             providers = self._providers()
             for provider in providers.values():
                 stack.push_async_callback(provider.aclose)
+            self.metrics.show_zeros(providers)
             limits = _limits(self.configuration)
             self.exchange = Exchange(self.ledger, providers, lambda: self.catalog, limits, self.metrics)
-            self.gauges = Gauges(self.metrics, self.ledger, lease, self.exchange, self.engine)
+            self.gauges = Gauges(
+                self.metrics, self.ledger, lease, self.exchange, self.engine, lambda: self.is_database_lost
+            )
             self.readiness = Readiness(
                 engine=self.engine,
                 ledger=self.ledger,
@@ -166,8 +171,19 @@ class Tollgate:
         Where the database is out of reach it stays as it is until the next look, within a second: whoever has just
         committed a change has changed something all the same.
         """
-        with suppress(Unavailable):
+        try:
             self.catalog = await self._loader.load(self.catalog)
+        except Unavailable as exc:
+            self._note_database(reason_of(exc))
+        else:
+            self._note_database(None)
+
+    def _note_database(self, failure: str | None) -> None:
+        was_lost, self.is_database_lost = self.is_database_lost, failure is not None
+        if failure is not None and not was_lost:
+            log.error("database_lost", reason=failure)
+        elif failure is None and was_lost:
+            log.warning("database_back")
 
     async def _keep_catalog_fresh(self) -> None:
         while True:

@@ -288,11 +288,12 @@ def _is_local(settings: ProviderSettings) -> bool:
 # ---- what the snapshot is made of
 
 
+_STAMP = sa.select(system_config.c.key, system_config.c.value).where(system_config.c.key.in_((*SETTINGS, VERSION)))
+"""Made once: it is asked every second, and a new one would be a cycle each time, for the garbage collector."""
+
+
 async def _stamp(connection: AsyncConnection) -> dict[str, object]:
-    rows = await connection.execute(
-        sa.select(system_config.c.key, system_config.c.value).where(system_config.c.key.in_((*SETTINGS, VERSION)))
-    )
-    return {row.key: row.value for row in rows}
+    return {row.key: row.value for row in await connection.execute(_STAMP)}
 
 
 async def touch(connection: AsyncConnection) -> None:

@@ -51,6 +51,13 @@ def forget_frames(error: BaseException) -> None:
             chain += (each.__cause__, each.__context__)
 
 
+def reason_of(error: BaseException) -> str:
+    """What a driver says of its error, or of the one that caused `error`, in one line."""
+    cause = error.__cause__ if isinstance(error, TollgateError) and error.__cause__ is not None else error
+    lines = str(getattr(cause, "orig", None) or cause).strip().splitlines()
+    return lines[0] if lines else type(cause).__name__
+
+
 class BadRequest(TollgateError):
     """The request cannot be served as it stands.
 

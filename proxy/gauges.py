@@ -2,6 +2,7 @@
 
 import os
 import resource
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -16,6 +17,7 @@ from proxy.metrics import (
     BUILD,
     CONNECTIONS,
     COOLING,
+    DATABASE_LOST,
     FILES,
     LAG,
     LEASES,
@@ -43,6 +45,7 @@ class Gauges(msgspec.Struct, frozen=True):
     lease: Lease
     exchange: Exchange
     engine: AsyncEngine
+    is_database_lost: Callable[[], bool]
 
     def refresh(self) -> None:
         """Measure everything anew."""
@@ -51,6 +54,7 @@ class Gauges(msgspec.Struct, frozen=True):
         metrics.set(OPEN, {(): self.ledger.in_flight})
         metrics.set(LEDGER_WAITING, {(): self.ledger.waiting})
         metrics.set(LEDGER_LOST, {(): int(self.ledger.is_lost)})
+        metrics.set(DATABASE_LOST, {(): int(self.is_database_lost())})
         metrics.set(LEASES, {(): int(self.lease.is_held)})
         metrics.set(PROVIDER_CALLS, {(name,): count for name, count in self.exchange.calls_by_provider().items()})
         metrics.set(COOLING, {_place(target): 1 for target in self.exchange.cooling()})

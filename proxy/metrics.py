@@ -10,7 +10,7 @@ All values are whole numbers (of microseconds, nano-credits, …) and are divide
 
 import mmap
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import accumulate
 from typing import Literal
 
@@ -244,6 +244,7 @@ BATCH_OPERATIONS = Family(
 BATCH_TIME = _seconds("tollgate_ledger_batch_seconds", "Duration of one ledger transaction.", (), _OVERHEADS_S)
 LEDGER_WAITING = Family("tollgate_ledger_waiting_operations", "gauge", "Operations that wait for the ledger.")
 LEDGER_LOST = Family("tollgate_ledger_lost_workers", "gauge", "Workers whose ledger does not reach the database.")
+DATABASE_LOST = Family("tollgate_database_lost_workers", "gauge", "Workers that do not reach the database.")
 LEASES = Family("tollgate_leases", "gauge", "Workers that hold a lease.")
 CONNECTIONS = Family(
     "tollgate_database_connections", "gauge", "Connections of the pools, the ledger's own included.", ("state",)
@@ -296,6 +297,7 @@ class _EndPlaces(msgspec.Struct):
     overhead: int
     charged: int = -1
     cost: int = -1
+    shortfall: int = -1
     usage: int = -1
 
 
@@ -343,6 +345,15 @@ class Metrics:
         for labels, value in found.items():
             self._values[self._place(family, labels)] = value
 
+    def show_zeros(self, providers: Iterable[str]) -> None:
+        """Show that what should never happen has not: in a series that begins with 1 nobody sees an increase."""
+        self.add(DEFERRED, amount=0)
+        for code in ("internal_error", "ledger_fault"):
+            self.add(REFUSED, ("500", code), 0)
+        for provider in providers:
+            for family in (REFUSED_OPERATOR, IMPLAUSIBLE):
+                self.add(family, (provider,), 0)
+
     def ended(self, call: CallEnd, charge: Charge | None) -> None:
         """A call that held a reservation has ended, with a charge or without."""
         source = None if charge is None else charge.source
@@ -360,10 +371,9 @@ class Metrics:
             return
         values[places.charged] += charge.charged
         values[places.cost] += charge.provider_cost
+        values[places.shortfall] += charge.shortfall
         values[places.usage] += 1
         place = (call.provider, call.model)
-        if charge.shortfall:
-            self.add(SHORTFALL, place, charge.shortfall)
         for name in _TOKENS:
             tokens = getattr(charge.usage, name)
             if tokens:
@@ -381,6 +391,7 @@ class Metrics:
         if source is not None:
             places.charged = self._place(CHARGED, place)
             places.cost = self._place(COST, place)
+            places.shortfall = self._place(SHORTFALL, place)
             places.usage = self._place(USAGE, (source,))
         return places
 

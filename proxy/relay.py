@@ -70,6 +70,8 @@ class Tail:
     def __init__(self) -> None:
         self._held: list[bytes] = []
         self._usage_at: int | None = None
+        self.size_bytes = 0
+        """Of what is held."""
 
     @property
     def has_usage(self) -> bool:
@@ -84,15 +86,16 @@ class Tail:
     def hold(self, event: bytes) -> None:
         """Hold an event."""
         self._held.append(event)
+        self.size_bytes += len(event)
 
     def hold_usage(self, event: bytes) -> None:
         """Hold an event with usage, which the client will see."""
         self._usage_at = len(self._held)
-        self._held.append(event)
+        self.hold(event)
 
     def let_go(self) -> list[bytes]:
         """What was held turns out not to be the end: content comes after it."""
-        held, self._held, self._usage_at = self._held, [], None
+        held, self._held, self._usage_at, self.size_bytes = self._held, [], None, 0
         return held
 
     def price(self, charged: Nanos) -> None:
@@ -141,6 +144,7 @@ class StreamRelay:
         self._provider = provider
         self._shows_usage = shows_usage
         self._splitter = EventSplitter(event_bytes_max)
+        self._tail_bytes_max = 2 * event_bytes_max
         self._keep_alive_s = keep_alive_s
         self._raises_early = raises_early
         self._on_first = on_first
@@ -158,8 +162,8 @@ class StreamRelay:
     async def forward(self, chunks: AsyncIterator[bytes]) -> None:
         """Relay until the provider's end marker, or the end of its stream.
 
-        Raises `UpstreamBroken` for a stream without any data and for an event over the limit, and what `chunks` and
-        `raises_early` give.
+        Raises `UpstreamBroken` for a stream without any data, for an event over the limit, for as much as two of these
+        where the end must follow, and what `chunks` and `raises_early` give.
         """
         self._timer = self._loop.call_later(self._keep_alive_s, self._on_idle)
         try:
@@ -170,6 +174,8 @@ class StreamRelay:
                 if is_done:
                     self.tail.hold(self._splitter.rest)
                     return
+                if self.tail.size_bytes > self._tail_bytes_max:
+                    raise UpstreamBroken("The provider sent too much after its usage.", provider=self._provider)
             rest = self._splitter.rest
         except EventTooLong as exc:
             raise UpstreamBroken("The provider sent an event over the limit.", provider=self._provider) from exc

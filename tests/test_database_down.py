@@ -60,6 +60,7 @@ def test_nobody_is_told_that_a_key_is_wrong_while_nobody_can_know(world):
         checks = http.get("/health/ready").json()["error"]["checks"]
         assert {name for name, said in checks.items() if said == "out of reach"} == {"database", "ledger"}
         assert "\ntollgate_ledger_lost_workers 1\n" in http.get("/metrics").text
+        assert "\ntollgate_database_lost_workers 1\n" in http.get("/metrics").text
         assert http.get("/health/live").status_code == 200
     for credential in (forged, "sk-other", None):
         with served.client(credential) as http:
@@ -77,3 +78,10 @@ def test_nobody_is_told_that_a_key_is_wrong_while_nobody_can_know(world):
     with served.client("sk-tg-unknown") as http:
         assert http.post("/v1/chat/completions", json=CALL).status_code == 401
     assert served.command("audit")["clean"]
+    with served.client(None) as http:
+        while "\ntollgate_database_lost_workers 0\n" not in http.get("/metrics").text:
+            assert time.monotonic() < give_up_at
+            time.sleep(0.1)
+    log = served.log()
+    assert log.count('"event":"database_lost","level":"error"') == log.count('"event":"database_back"') == 1
+    assert '"reason":"[Errno' in log

@@ -144,3 +144,12 @@ async def test_events_before_one_that_is_too_long_are_delivered():
     first, second = event({"choices": [{"delta": {"content": "a"}}]}), b"data: " + b"x" * 200
     for chunks in ([first + second], [first, second], [first + second, b"y"]):
         assert await relayed(chunks, event_bytes_max=100) == (UpstreamBroken, first)
+
+
+async def test_what_comes_between_the_usage_and_the_end_is_held_within_a_limit():
+    """A provider that never ends does not fill the memory; what was relayed before stays so."""
+    content, usage = event({"choices": [{"delta": {"content": "a"}}]}), event({"choices": [], "usage": USAGE})
+    pings = [b": ping\n\n"] * 100
+    assert await relayed([content, usage, *pings], shows_usage=True, event_bytes_max=200) == (UpstreamBroken, content)
+    body, *_ = await relayed([content, usage, *pings[:10], b"data: [DONE]\n\n"], shows_usage=True, event_bytes_max=200)
+    assert body.endswith(b"data: [DONE]\n\n")

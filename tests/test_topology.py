@@ -302,6 +302,97 @@ def test_prometheus_takes_its_configuration_and_the_alerts(tmp_path):
         assert done.returncode == 0, done.stderr
 
 
+HEALTHY = {
+    'up{job="tollgate"}': "1x130",
+    "tollgate_database_lost_workers": "0x130",
+    "tollgate_ledger_lost_workers": "0x130",
+    "tollgate_leases": "2x130",
+    'tollgate_build_workers{version="1"}': "2x130",
+    'tollgate_provider_refused_operator_total{provider="p"}': "0x130",
+    'tollgate_implausible_usage_total{provider="p"}': "0x130",
+    'tollgate_refused_calls_total{status="500",code="ledger_fault"}': "0x130",
+    "tollgate_deferred_settles_total": "0x130",
+    'tollgate_calls_total{provider="p",model="m"}': "0+10x130",
+    'tollgate_shortfall_credits_total{provider="p",model="m"}': "0x130",
+    'tollgate_provider_errors_total{provider="p",model="m"}': "0x130",
+    'tollgate_provider_cooling_workers{provider="p",model="m"}': "0x130",
+    "tollgate_worker_deaths_total": "0x130",
+    "tollgate_worker_hangs_total": "0x130",
+    'tollgate_call_overhead_seconds_bucket{le="0.5"}': "0+10x130",
+    'tollgate_call_overhead_seconds_bucket{le="1"}': "0+10x130",
+    'tollgate_call_overhead_seconds_bucket{le="+Inf"}': "0+10x130",
+    'tollgate_worker_lag_seconds{worker="0"}': "0x130",
+    'tollgate_worker_memory_bytes{worker="0"}': "120000000x130",
+    'tollgate_worker_memory_bytes{worker="1"}': "120000000x130",
+}
+"""What Prometheus sees every 15 seconds of a server that is well, without its instance."""
+
+ONCE = "0x110 1x20"
+SICK = [
+    ("Down", {'up{job="tollgate"}': "0x130"}),
+    ("DatabaseLost", {"tollgate_database_lost_workers": "0x100 2x30"}),
+    ("LedgerLost", {"tollgate_ledger_lost_workers": "0x100 1x30"}),
+    ("LeaseLost", {"tollgate_leases": "2x100 1x30"}),
+    ("ProviderRefusesOperator", {'tollgate_provider_refused_operator_total{provider="p"}': ONCE}),
+    ("ServerError", {'tollgate_refused_calls_total{status="500",code="ledger_fault"}': ONCE}),
+    ("DeferredSettles", {"tollgate_deferred_settles_total": ONCE}),
+    ("Shortfall", {'tollgate_shortfall_credits_total{provider="p",model="m"}': ONCE}),
+    ("ImplausibleUsage", {'tollgate_implausible_usage_total{provider="p"}': ONCE}),
+    ("ProviderFailing", {'tollgate_provider_errors_total{provider="p",model="m"}': "0+2x130"}),
+    ("ProviderFailing", {'tollgate_provider_errors_total{provider="replaced",model="m"}': "0+2x130"}),
+    (
+        "ProviderCoolingDown",
+        {'tollgate_provider_cooling_workers{provider="p",model="m"}': " ".join(["0x60", *["1x3 0x5"] * 7])},
+    ),
+    ("WorkersDie", {"tollgate_worker_deaths_total": "0x90 1 2 3 4x30"}),
+    ("WorkerHung", {"tollgate_worker_hangs_total": ONCE}),
+    ("Slow", {'tollgate_call_overhead_seconds_bucket{le="0.5"}': "0+5x130"}),
+    ("LoopLags", {'tollgate_worker_lag_seconds{worker="0"}': "0x60 2x70"}),
+    ("Memory", {'tollgate_worker_memory_bytes{worker="0"}': "120000000x60 900000000x70"}),
+]
+
+
+def seen(alert: str | None, changes: dict[str, str]) -> dict:
+    """A test for promtool: after half an hour that alert fires, and no other one."""
+    series = {**HEALTHY, **changes}.items()
+    return {
+        "interval": "15s",
+        "input_series": [
+            {"series": name[:-1] + ',instance="a"}' if "{" in name else name + '{instance="a"}', "values": values}
+            for name, values in series
+        ],
+        "promql_expr_test": [
+            {
+                "expr": 'count by (alertname) (ALERTS{alertstate="firing"})',
+                "eval_time": "30m",
+                "exp_samples": [{"labels": f'{{alertname="Tollgate{alert}"}}', "value": 1}] if alert else [],
+            }
+        ],
+    }
+
+
+def test_alerts_fire_when_they_should_and_only_then(tmp_path):
+    """Each for what it is about, at its first time; none for a server that is well."""
+    promtool = debian.program("promtool", "prometheus")
+    assert {f"Tollgate{alert}" for alert, _ in SICK} == {rule["alert"] for rule in rules()}
+    (tmp_path / "alerts.yml").write_text(inline("alerts"))
+    tests = [seen(None, {}), *(seen(alert, changes) for alert, changes in SICK)]
+    file = {"rule_files": ["alerts.yml"], "evaluation_interval": "15s", "tests": tests}
+    (tmp_path / "tests.yml").write_text(yaml.safe_dump(file))
+    done = subprocess.run(
+        [promtool, "test", "rules", "tests.yml"], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_alert_has_its_place_in_the_runbook():
+    """Whoever is woken by it finds there what to do."""
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    runbook = readme.partition("\n## Runbook\n")[2].partition("\n## ")[0]
+    for rule in rules():
+        assert f"`{rule['alert'].removeprefix('Tollgate')}`" in runbook, rule["alert"]
+
+
 def test_prometheus_takes_our_page(topology, token):
     """What a replica shows after all that is what its tool calls well formed."""
     promtool = debian.program("promtool", "prometheus")

@@ -15,8 +15,8 @@ import click
 from proxy import __version__
 from proxy.cli import config, keys, markup, prices, providers, serve, upkeep, usage, users
 from proxy.cli import credits as credits_commands
-from proxy.cli.output import fail, reason_of
-from proxy.errors import TollgateError
+from proxy.cli.output import fail
+from proxy.errors import TollgateError, reason_of
 
 
 class _Misused(click.ClickException):

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import click
 
-from proxy.errors import SettingsError, TollgateError, Unavailable
+from proxy.errors import SettingsError, TollgateError, Unavailable, reason_of
 
 _GAP = "  "
 _STEPS = 1000
@@ -22,17 +22,9 @@ def show(shown: Mapping[str, Any], text: str, *, as_json: bool) -> None:
 
 def fail(error: TollgateError) -> int:
     """Say what is wrong, in one line; returns the exit status."""
-    reason = ""
-    if isinstance(error, Unavailable) and error.__cause__ is not None:
-        reason = f" ({reason_of(error.__cause__)})"
+    reason = f" ({reason_of(error)})" if isinstance(error, Unavailable) and error.__cause__ is not None else ""
     click.echo(f"tollgate: {error}{reason}", err=True)
     return 2 if isinstance(error, SettingsError) else 1
-
-
-def reason_of(error: BaseException) -> str:
-    """What a driver says, in one line."""
-    lines = str(getattr(error, "orig", None) or error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 def plain(struct: Any) -> Any:

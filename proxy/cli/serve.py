@@ -18,8 +18,8 @@ import click
 from proxy import __version__
 from proxy.cli.books import run
 from proxy.cli.options import config_option, examples, json_option
-from proxy.cli.output import fail, reason_of, show
-from proxy.errors import TollgateError, Unavailable
+from proxy.cli.output import fail, show
+from proxy.errors import TollgateError, Unavailable, reason_of
 from proxy.settings import WORKERS_MAX, Configuration, load
 
 if TYPE_CHECKING:
@@ -141,8 +141,8 @@ def _serve_when_possible(serving: Callable[[], Coroutine[Any, Any, None]], lifel
                 raise
             if not is_waiting:
                 is_waiting = True
-                reason = reason_of(exc.__cause__ or exc)
-                structlog.get_logger(__name__).warning("worker_waits", worker=lifeline.number, reason=reason)
+                log = structlog.get_logger(__name__)
+                log.warning("worker_waits", worker=lifeline.number, waits_for="database", reason=reason_of(exc))
         else:
             return 0
         is_orphan, _, _ = select.select([lifeline.fd], [], [], _DATABASE_AGAIN_S)

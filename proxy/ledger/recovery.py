@@ -21,7 +21,7 @@ import sqlalchemy as sa
 import structlog
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from proxy.errors import LedgerFault, Unavailable
+from proxy.errors import LedgerFault, Unavailable, reason_of
 from proxy.ledger.batcher import BATCH_MAX
 from proxy.ledger.decide import Expire
 from proxy.ledger.ledger import Ledger
@@ -39,6 +39,21 @@ STRAY_S = 30
 
 _FOREVER: Micros = 2**62
 _SHOWN_MAX = 20
+
+
+_me = instances.alias()
+_FENCE_EXPIRED = (
+    instances.update()
+    .where(
+        instances.c.lease_until < sa.bindparam("now"),
+        sa.not_(instances.c.is_fenced),
+        sa.exists().where(
+            _me.c.id == sa.bindparam("me"), _me.c.lease_until >= sa.bindparam("now"), sa.not_(_me.c.is_fenced)
+        ),
+    )
+    .values(is_fenced=True)
+)
+"""Made once: a new one every few seconds would be a cycle each time, for the garbage collector."""
 
 
 class Lease:
@@ -127,18 +142,8 @@ class Lease:
 
     async def fence_expired(self) -> None:
         """Fence every other instance whose lease has run out, unless this one's has too."""
-        me = instances.alias()
         async with writing(self._engine) as connection:
-            now = await database_now(connection)
-            await connection.execute(
-                instances.update()
-                .where(
-                    instances.c.lease_until < now,
-                    sa.not_(instances.c.is_fenced),
-                    sa.exists().where(me.c.id == self.id, me.c.lease_until >= now, sa.not_(me.c.is_fenced)),
-                )
-                .values(is_fenced=True)
-            )
+            await connection.execute(_FENCE_EXPIRED, {"me": self.id, "now": await database_now(connection)})
 
     async def sweep(self, ledger: Ledger) -> int:
         """Expire what fenced instances hold open; returns how many reservations were found so."""
@@ -195,7 +200,7 @@ class Lease:
                 await self.sweep(ledger)
                 await self.expire_strays(ledger)
             except (Unavailable, LedgerFault) as exc:
-                log.warning("sweep_failed", reason=str(exc))
+                log.warning("sweep_failed", reason=reason_of(exc))
             except Exception:
                 log.exception("sweep_failed")
 
