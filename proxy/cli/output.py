@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import click
+import msgspec
 
 from proxy.errors import SettingsError, TollgateError, Unavailable
 
@@ -37,8 +38,6 @@ def reason_of(error: BaseException) -> str:
 
 def plain(struct: Any) -> Any:
     """A struct as plain objects, as the HTTP API sends it."""
-    import msgspec  # noqa: PLC0415 - commands start fast
-
     return msgspec.to_builtins(struct)
 
 
