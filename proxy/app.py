@@ -4,7 +4,6 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from decimal import Decimal
 from typing import Literal
 
 import structlog
@@ -14,10 +13,10 @@ from litestar.di import Provide
 from litestar.handlers import ASGIRouteHandler
 from litestar.openapi import OpenAPIConfig
 from litestar.types import ASGIApp, Message, Receive, Scope, Send
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncEngine
 
 from proxy import __version__
-from proxy.catalog import Catalog, Loader, seed
+from proxy.catalog import Catalog
 from proxy.edge import accounts as account_routes
 from proxy.edge import admin, admin_config, admin_credits, admin_records, admin_users, health, inference, llm, reports
 from proxy.edge import credits as credit_routes
@@ -39,24 +38,18 @@ from proxy.identity.attempts import Attempts
 from proxy.identity.issuers import Fetch, Issuers
 from proxy.identity.last_used import LastUsed
 from proxy.identity.tokens import Tokens, kept_secret
+from proxy.installation import catalog_loader, store
 from proxy.ledger.ledger import Ledger
 from proxy.ledger.recovery import Lease
-from proxy.ledger.store import PostgresStore, SqliteStore, Store
+from proxy.ledger.store import Store
 from proxy.metrics import Metrics
-from proxy.settings import Configuration, PriceSettings
+from proxy.settings import Configuration
 from proxy.storage import database
 from proxy.units import SECONDS_PER_DAY
 from proxy.upstream import Provider
 from proxy.upstream.anthropic import AnthropicProvider
 from proxy.upstream.client import CONNECTIONS_MAX, HttpClient, Timeouts
-from proxy.upstream.demo import (
-    DEMO_CONTEXT_TOKENS,
-    DEMO_INPUT_PRICE,
-    DEMO_MODEL,
-    DEMO_OUTPUT_PRICE,
-    DEMO_OUTPUT_TOKENS_MAX,
-    DemoProvider,
-)
+from proxy.upstream.demo import DemoProvider
 from proxy.upstream.httpx import HttpxClient
 from proxy.upstream.lean import LeanClient
 from proxy.upstream.openai import OpenAIProvider
@@ -333,33 +326,6 @@ def identified(app: ASGIApp) -> ASGIApp:
     return middleware
 
 
-def store(configuration: Configuration, engine: AsyncEngine, *, is_server: bool) -> Store:
-    """The ledger's own connection to the books."""
-    if configuration.is_embedded:
-        return SqliteStore(configuration.sqlite_file, checkpoints=is_server)
-    return PostgresStore(engine)
-
-
-async def prepare(configuration: Configuration) -> None:
-    """Create or upgrade the schema and give a new database its first values.
-
-    Raises `SettingsError` when an embedded database is served or migrated by another process.
-    """
-    engine = database.connect(configuration.database_url, pooled=False)
-
-    async def seeded(connection: AsyncConnection) -> None:
-        await seed(connection, configuration.settings.credits.markup_percent)
-
-    try:
-        if await database.revision(engine) != database.SCHEMA_HEAD:
-            await database.migrate(engine, then=seeded)
-        else:
-            async with database.writing(engine) as connection:
-                await seeded(connection)
-    finally:
-        await engine.dispose()
-
-
 def _body_limits(configuration: Configuration) -> BodyLimits:
     server = configuration.settings.server
     return BodyLimits(bytes_max=server.body_bytes_max, wait_s=server.body_s)
@@ -483,22 +449,3 @@ def _provider(name: str, configuration: Configuration) -> Provider:
             event_bytes_max=server.event_bytes_max,
         )
     return OpenAIProvider(name, settings.base_url or "", key, client, timeouts, headers=headers)
-
-
-def catalog_loader(configuration: Configuration, engine: AsyncEngine) -> Loader:
-    """What makes the catalogue of `configuration`."""
-    return Loader(configuration, engine, _built_in_prices(configuration))
-
-
-def _built_in_prices(configuration: Configuration) -> dict[str, PriceSettings]:
-    """The demo model has a price under whatever name its provider was given."""
-    return {
-        f"{name}/{DEMO_MODEL}": PriceSettings(
-            input=Decimal(DEMO_INPUT_PRICE),
-            output=Decimal(DEMO_OUTPUT_PRICE),
-            max_output_tokens=DEMO_OUTPUT_TOKENS_MAX,
-            context_tokens=DEMO_CONTEXT_TOKENS,
-        )
-        for name, provider in configuration.providers.items()
-        if provider.kind == "demo"
-    }

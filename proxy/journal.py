@@ -5,20 +5,16 @@ by halving the numbers, which needs no index of its own. What is filtered by key
 thousands of transactions for one page, so that a page can be short, or even empty, and yet not be the last.
 """
 
-import base64
-import binascii
 from typing import Any
 
 import msgspec
 import sqlalchemy as sa
-from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from proxy.errors import BadRequest
+from proxy.errors import NotFound
+from proxy.storage.database import reading
 from proxy.storage.tables import credit_transactions, reservations, usage_days, wallets
-from proxy.units import MICROS_PER_DAY, MICROS_PER_SECOND, Micros, Nanos
-
-PAGE_MAX = 200
-PAGE_DEFAULT = 50
+from proxy.units import MICROS_PER_DAY, MICROS_PER_SECOND, Micros, Nanos, is_id
 
 SCANNED_MAX = 5_000
 """How many transactions are looked at for one page."""
@@ -222,36 +218,13 @@ async def read_calls(
     return list((await connection.execute(query.limit(limit))).all())
 
 
-# ---- cursors
-
-
-def cursor_at(place: str | int) -> str:
-    """`place` as something that callers hand back unread."""
-    return base64.urlsafe_b64encode(str(place).encode()).decode()
-
-
-def place_of(cursor: str) -> str:
-    """What `cursor_at` was given. Raises `BadRequest`."""
-    try:
-        return base64.b64decode(cursor.encode("ascii"), altchars=b"-_", validate=True).decode("ascii")
-    except (binascii.Error, ValueError) as exc:
-        raise unknown_cursor() from exc
-
-
-def number_of(cursor: str) -> int:
-    """Likewise, where a number was given: one that a column holds."""
-    place = place_of(cursor)
-    if not place.isdecimal() or len(place) > 19 or int(place) > _FOREVER:
-        raise unknown_cursor()
-    return int(place)
-
-
-def unknown_cursor() -> BadRequest:
-    """The refusal of a cursor that nobody was given."""
-    return BadRequest("This cursor was not given out here.", param="cursor", code="invalid_cursor")
-
-
-def check_limit(limit: int, limit_max: int = PAGE_MAX) -> None:
-    """Raises `BadRequest` unless a page may have so many items."""
-    if not 1 <= limit <= limit_max:
-        raise BadRequest(f"A page has from 1 to {limit_max} items.", param="limit", code="invalid_value")
+async def read_call(engine: AsyncEngine, request_id: str, *, wallet_id: str | None = None) -> Any:
+    """The row of a call, of any wallet or of one. Raises `NotFound`."""
+    query = sa.select(reservations).where(reservations.c.id == request_id)
+    if wallet_id is not None:
+        query = query.where(reservations.c.wallet_id == wallet_id)
+    async with reading(engine) as connection:
+        row = (await connection.execute(query)).one_or_none() if is_id(request_id, "req") else None
+    if row is None:
+        raise NotFound(f"There is no call {request_id!r}.")
+    return row

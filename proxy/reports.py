@@ -15,6 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from proxy.errors import BadRequest
 from proxy.ledger.rollup import date_of_day, day_of, day_of_date
+from proxy.pages import GROUPS_MAX
 from proxy.storage.database import database_now, reading
 from proxy.storage.tables import api_keys, usage_days, usage_months, users
 from proxy.units import MICROS_PER_DAY, Micros, Nanos
@@ -29,8 +30,6 @@ MONTHS_DEFAULT = 12
 DAYS_MAX = 3660
 """Ten years."""
 
-GROUPS_MAX = 1000
-"""Of one page of a report."""
 
 _LAST_YEAR = 2999
 """Nobody has reports of later ones, and there are no dates after those of the year 9999."""

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 _FORKING = multiprocessing.get_context("forkserver")
-_FORKING.set_forkserver_preload(["tests.commands", "proxy.app", "proxy.cli", "proxy.edge.admin_records"])
+_FORKING.set_forkserver_preload(["tests.commands", "proxy.app", "proxy.cli"])
 
 
 def run_command(

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 import httpx2
 
 from tests.commands import run_command
+from tests.waiting import until
 
 MODEL = "fake-model"
 UPSTREAM_KEY = "sk-upstream-secret"
@@ -134,6 +134,10 @@ class Served:
         with self.client(key) as http:
             return http.get("/api/v1/credits/balance").json()
 
+    def holds_nothing(self, key: str) -> bool:
+        """Whether no call holds anything of the wallet behind `key`."""
+        return self.balance(key)["reserved"] == "0"
+
     def charge(self, key: str, request_id: str) -> dict:
         """The receipt of one call."""
         with self.client(key) as http:
@@ -143,11 +147,12 @@ class Served:
 
     def ended(self, key: str, request_id: str, *, within_s: float = 10) -> dict:
         """The receipt of one call as soon as it is not open any more."""
-        give_up_at = time.monotonic() + within_s
-        while (charge := self.charge(key, request_id))["state"] == "open":
-            assert time.monotonic() < give_up_at, f"{request_id} stayed open"
-            time.sleep(0.02)
-        return charge
+
+        def closed() -> dict | None:
+            charge = self.charge(key, request_id)
+            return None if charge["state"] == "open" else charge
+
+        return until(closed, f"{request_id} stayed open", within_s=within_s)
 
     def client(self, key: str | None) -> httpx2.Client:
         """A plain HTTP client on the server, with `key`."""

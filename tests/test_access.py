@@ -13,6 +13,7 @@ from tests.fakes.provider import run_in_thread
 from tests.identity.tokens import AUDIENCE, ISSUER, SECRET, IssuerKey, external_claims, key_set, unsigned
 from tests.issuer import publishing
 from tests.serving import CONFIG, MODEL, serving
+from tests.waiting import until
 
 PASSWORD = "a password of some length"
 CALL = {"model": MODEL, "messages": [{"role": "user", "content": "Say something."}]}
@@ -353,10 +354,7 @@ def test_the_last_use_shows_after_a_while(somebody, served):
     key = somebody.post("/api/v1/keys", json={}).json()["key"]
     with served.client(key) as http:
         http.get("/v1/models")
-    give_up_at = time.monotonic() + 15
-    while somebody.get("/api/v1/keys").json()["items"][0]["last_used_at"] is None:
-        assert time.monotonic() < give_up_at
-        time.sleep(0.2)
+    until(lambda: somebody.get("/api/v1/keys").json()["items"][0]["last_used_at"], within_s=15)
 
 
 def test_keys_come_page_by_page(somebody):

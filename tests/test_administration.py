@@ -3,11 +3,11 @@
 import http.client
 import json
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from decimal import Decimal
+from functools import partial
 
 import pytest
 
@@ -16,6 +16,7 @@ from proxy.units import new_id
 from tests.fakes.provider import run_in_thread
 from tests.identity.tokens import SECRET
 from tests.serving import CONFIG, MODEL, serving
+from tests.waiting import until
 
 PASSWORD = "a password of some length"
 CALL = {"model": MODEL, "messages": [{"role": "user", "content": "Say something."}]}
@@ -26,6 +27,8 @@ jwt_secret = "{SECRET}"
 USERS = "/api/v1/admin/users"
 SOON_S_MAX = 5
 """A second, and the patience that a busy machine needs."""
+
+soon = partial(until, within_s=SOON_S_MAX, pause_s=0.1)  # of registrations there are only so many in a minute
 
 
 @pytest.fixture(scope="module")
@@ -151,16 +154,6 @@ def at_once(*works) -> list:
 
     with ThreadPoolExecutor(len(works)) as threads:
         return [future.result(30) for future in [threads.submit(run, work) for work in works]]
-
-
-def soon(is_so) -> bool:
-    """Whether it is so before long."""
-    give_up_at = time.monotonic() + SOON_S_MAX
-    while not is_so():
-        if time.monotonic() >= give_up_at:
-            return False
-        time.sleep(0.05)
-    return True
 
 
 # ---- users
@@ -670,7 +663,7 @@ def test_what_an_open_call_holds_cannot_be_adjusted_away(admin, elsewhere, serve
     body = {"model": MODEL, "messages": [{"role": "user", "content": '!fake {"delay_s": 1.5}'}]}
     with servers[0].client(key_of(admin, customer)) as client, ThreadPoolExecutor() as threads:
         call = threads.submit(client.post, "/v1/chat/completions", json=body)
-        assert soon(lambda: wallet(admin, customer)["reserved"] != "0")
+        soon(lambda: wallet(admin, customer)["reserved"] != "0")
         available = Decimal(wallet(admin, customer)["available"])
         more = str(-available - Decimal("0.000000001"))
         assert code(book(elsewhere, customer, "adjustment", more)) == (400, "below_reserved")
@@ -775,16 +768,16 @@ def test_settings_act_everywhere_within_a_second(admin, servers, boss, customer)
         assert [registered(http) for http in strangers] == ["0"] * len(servers)
         assert set_to(admin, "registration_open", False).status_code == 200
         assert registered(strangers[0]) == "registration_closed", "here at once"
-        assert soon(lambda: registered(strangers[-1]) == "registration_closed")
+        soon(lambda: registered(strangers[-1]) == "registration_closed")
         assert set_to(admin, "starting_credits", "0.25").json()["value"] == "0.25"
         assert code(set_to(admin, "registration_open", True)) == (409, "gives_to_strangers")
         assert set_to(admin, "give_to_strangers", True).status_code == 200
         assert set_to(admin, "registration_open", True).status_code == 200
         assert code(set_to(admin, "give_to_strangers", False)) == (409, "gives_to_strangers")
-        assert soon(lambda: registered(strangers[-1]) == "0.25")
+        soon(lambda: registered(strangers[-1]) == "0.25")
         assert set_to(admin, "expose", "listed").status_code == 200
         for client in clients:
-            assert soon(lambda client=client: client.get("/v1/models/demo-chat").status_code == 404)
+            soon(lambda client=client: client.get("/v1/models/demo-chat").status_code == 404)
             charged(client)
         for name, value in (("expose", "priced"), ("starting_credits", 0), ("give_to_strangers", False)):
             assert set_to(admin, name, value).status_code == 200

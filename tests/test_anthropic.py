@@ -1,7 +1,6 @@
 """Anthropic behind OpenAI's API, end to end: a server process, the Messages API on a socket, both databases."""
 
 import json
-import time
 from decimal import Decimal
 
 import openai
@@ -11,6 +10,7 @@ from tests.fakes.provider import run_in_thread
 from tests.fakes.provider.messages import fault_of, signed
 from tests.published_messages import STREAMS
 from tests.serving import UPSTREAM_KEY, serving
+from tests.waiting import until
 
 CONFIG = """
 [server]
@@ -103,10 +103,7 @@ def client(served, funded):
     """OpenAI's client; nothing is held when the test is through with it."""
     with openai.OpenAI(base_url=served.base_url, api_key=funded, max_retries=0) as client:
         yield client
-    give_up_at = time.monotonic() + 10
-    while served.balance(funded)["reserved"] != "0":
-        assert time.monotonic() < give_up_at, "something stayed held"
-        time.sleep(0.02)
+    until(lambda: served.holds_nothing(funded), "something stayed held")
 
 
 def wish(**behaviour):

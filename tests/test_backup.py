@@ -3,7 +3,6 @@
 import shutil
 import subprocess
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import pytest
 from proxy.units import new_id
 from tests.postgres import program
 from tests.serving import CONFIG, Served, environment, serving
+from tests.waiting import until
 
 CONFIGURATION = CONFIG + "\n[database]\nlease_s = 1\n"
 NOWHERE = "http://127.0.0.1:9/v1"
@@ -48,10 +48,7 @@ def test_a_copy_taken_under_load_is_whole(database, tmp_path, request):
         assert restored.charge(key, before)["state"] == "settled"
         with restored.client(key) as http:
             paid(http)
-        give_up_at = time.monotonic() + 20
-        while restored.balance(key)["reserved"] != "0":
-            assert time.monotonic() < give_up_at
-            time.sleep(0.1)
+        until(lambda: restored.holds_nothing(key), "something stayed held", within_s=20)
     finally:
         assert restored.stop() == 0
         restored.errors.close()

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import shlex
+import subprocess
 import sys
 
 import click
@@ -58,6 +59,20 @@ def test_every_command_has_json_and_examples(path, command):
     for line in mine:
         arguments = line[len(path) :]
         command.make_context(path[-1], arguments[: arguments.index(">")] if ">" in arguments else arguments)
+
+
+def test_nobody_waits_for_a_database_to_read_help():
+    """What a command needs when it runs is not imported before."""
+    said = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "proxy", "users", "list", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    imported = {line.rpartition("|")[2].strip() for line in said.stderr.splitlines()}
+    assert "proxy.cli.users" in imported
+    assert not imported & {"sqlalchemy", "litestar", "uvicorn", "asyncpg", "structlog", "uvloop"}
 
 
 def test_a_new_user_has_an_address():

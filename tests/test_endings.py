@@ -12,7 +12,6 @@ import sqlite3
 import struct
 import threading
 import time
-from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from decimal import Decimal
 from pathlib import Path
@@ -24,6 +23,7 @@ import pytest
 from proxy.wire.requests import Endpoint
 from tests.fakes.provider import run_in_thread
 from tests.serving import serving
+from tests.waiting import until
 
 CONFIG = """
 [server]
@@ -180,11 +180,8 @@ def awaited_charge(served, key):
     before = newest()
 
     def charge() -> dict:
-        give_up_at = time.monotonic() + 12
-        while (found := newest()) == before:
-            assert time.monotonic() < give_up_at, "nothing was charged"
-            time.sleep(0.02)
-        return served.ended(key, found)
+        charged = until(lambda: (found := newest()) != before and found, "nothing was charged", within_s=12)
+        return served.ended(key, charged)
 
     return charge
 
@@ -504,14 +501,6 @@ def begun(upstream, calls: int) -> None:
     until(lambda: len(upstream.journal) > calls)
 
 
-def until(is_so: Callable[[], bool]) -> None:
-    """Returns when it is so, within ten seconds."""
-    give_up_at = time.monotonic() + 10
-    while not is_so():
-        assert time.monotonic() < give_up_at
-        time.sleep(0.01)
-
-
 def test_a_plain_answer_that_cannot_be_booked_is_not_sent_and_costs_nothing(served, key, upstream, database):
     """503 instead; and if the settle turns out to have been booked, it is given back."""
     before, calls = served.balance(key), len(upstream.journal)
@@ -521,10 +510,8 @@ def test_a_plain_answer_that_cannot_be_booked_is_not_sent_and_costs_nothing(serv
         client.read_until(b"\r\n\r\n")
     assert client.read.startswith(b"HTTP/1.1 503")
     served.ended(key, client.request_id, within_s=20)
-    give_up_at = time.monotonic() + 10
-    while served.balance(key) != before:  # what was booked is given back by the operation after it
-        assert time.monotonic() < give_up_at, served.balance(key)
-        time.sleep(0.05)
+    # What was booked is given back by the operation after it.
+    until(lambda: served.balance(key) == before, "it was not given back")
     charge = served.charge(key, client.request_id)
     assert charge["refunded"] == charge["charged"]
     client.leave()

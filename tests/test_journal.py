@@ -3,7 +3,6 @@
 import pytest
 
 from proxy import journal
-from proxy.errors import BadRequest
 from proxy.journal import Filter, Page
 from proxy.ledger.decide import Credit, CreditType
 from proxy.storage import database
@@ -168,19 +167,3 @@ async def test_calls_are_listed_newest_first(books):
         rows = await journal.read_calls(connection, person.wallet_id, limit=2)
         rest = await journal.read_calls(connection, person.wallet_id, limit=2, before=rows[-1].id)
     assert [(row.id, row.state) for row in (*rows, *rest)] == expected
-
-
-@pytest.mark.parametrize(
-    "cursor", ["", "!", "Mw", "LTE=", "Mi41", "4pyT", "OTIyMzM3MjAzNjg1NDc3NTgwOA==", "\ud800", "Mw==\n"]
-)
-def test_a_cursor_that_was_not_given_out_is_refused(cursor):
-    """Whatever it decodes to."""
-    with pytest.raises(BadRequest) as caught:
-        journal.number_of(cursor)
-    assert caught.value.code == "invalid_cursor"
-
-
-@pytest.mark.parametrize("place", [0, 1, 2**63 - 1])
-def test_a_cursor_is_read_back(place):
-    """As the number that it was made of."""
-    assert journal.number_of(journal.cursor_at(place)) == place

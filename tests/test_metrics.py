@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import time
 from decimal import Decimal
 
 import psutil
@@ -24,6 +23,7 @@ from proxy.metrics import (
 from proxy.storage.database import SCHEMA_HEAD
 from tests.fakes.provider import run_in_thread
 from tests.serving import CONFIG, MODEL, UPSTREAM_KEY, Served, environment, serving
+from tests.waiting import until
 
 LABELS = ("chat/completions", "fake", "m", "completed")
 TOKEN = "a token for those who measure"
@@ -251,10 +251,7 @@ def test_refusals_are_counted_by_their_codes(served, key):
 
 def test_gauges_follow_every_worker(served, key):
     """What each is worth just now: two of everything that every worker has."""
-    give_up_at = time.monotonic() + 10
-    while (found := page(served))["tollgate_leases"] != 2:
-        assert time.monotonic() < give_up_at
-        time.sleep(0.1)
+    found = until(lambda: (found := page(served))["tollgate_leases"] == 2 and found)
     assert found["tollgate_ledger_lost_workers"] == 0
     assert found['tollgate_database_connections{state="in_use"}'] >= 2
     for number in ("0", "1"):
@@ -267,10 +264,8 @@ def test_a_dead_worker_is_counted_and_its_counts_stay(served, key):
     call(served, key)
     before = page(served)
     psutil.Process(served.process.pid).children()[0].kill()
-    give_up_at = time.monotonic() + 15
-    while (after := page(served))["tollgate_worker_deaths_total"] == before["tollgate_worker_deaths_total"]:
-        assert time.monotonic() < give_up_at
-        time.sleep(0.1)
+    deaths = "tollgate_worker_deaths_total"
+    after = until(lambda: (after := page(served))[deaths] != before[deaths] and after, within_s=15)
     for name, value in before.items():
         if name.partition("{")[0].endswith(("_total", "_count", "_sum", "_bucket")):
             assert after[name] >= value, name

@@ -7,6 +7,7 @@ import time
 import pytest
 
 from tests.serving import Served, environment
+from tests.waiting import until
 
 
 @pytest.fixture
@@ -135,10 +136,7 @@ def test_a_server_ends_while_its_database_is_locked(operator, tmp_path):
     with operator.client(key) as http:
         body = {"model": "demo-chat", "messages": [{"role": "user", "content": "hi"}]}
         assert http.post("/v1/chat/completions", json=body).status_code == 503
-        give_up_at = time.monotonic() + 20
-        while http.get("/health/ready").status_code == 200:
-            assert time.monotonic() < give_up_at
-            time.sleep(0.1)
+        until(lambda: http.get("/health/ready").status_code != 200, within_s=20)
     begun = time.monotonic()
     assert operator.stop() == 0
     assert time.monotonic() - begun < 20

@@ -21,18 +21,11 @@ from proxy.supervisor import HUNG_S, PAUSE_S, PAUSE_S_MAX, YOUNG_DEATHS_MAX, lis
 from tests.fakes.provider import run_in_thread
 from tests.postgres import Cluster
 from tests.serving import CONFIG, MODEL, Served, environment, serving
+from tests.waiting import until
 
 SERVER = CONFIG.replace("port = 0", "port = 0\nworkers = 2\ndrain_s = 2\nsettle_wait_s = 2")
 
 PATIENCE_S = 15
-
-
-def until(is_so, what: str) -> None:
-    """Wait until `is_so()`, or fail with `what` did not come."""
-    give_up_at = time.monotonic() + PATIENCE_S
-    while not is_so():
-        assert time.monotonic() < give_up_at, what
-        time.sleep(0.02)
 
 
 def workers(server: Served) -> list[psutil.Process]:
@@ -173,9 +166,13 @@ def test_a_killed_worker_is_replaced_and_its_siblings_serve_on(served, key, post
     assert len(cut_off) <= 1
     assert whole
     assert not cut_off & whole
-    until(lambda: len(workers(served)) == 2 and victim.pid not in server_pids(served), "the worker was not replaced")
+    until(
+        lambda: len(workers(served)) == 2 and victim.pid not in server_pids(served),
+        "the worker was not replaced",
+        within_s=PATIENCE_S,
+    )
     assert events(served, "worker_died")[-1]["pid"] == victim.pid
-    until(lambda: events(served, "worker_ready"), "the new worker did not get ready")
+    until(lambda: events(served, "worker_ready"), "the new worker did not get ready", within_s=PATIENCE_S)
 
 
 def test_a_worker_that_is_replaced_while_the_database_is_away_waits_for_it(tmp_path, upstream):
@@ -185,9 +182,9 @@ def test_a_worker_that_is_replaced_while_the_database_is_away_waits_for_it(tmp_p
         with serving(tmp_path, cluster.url("away"), upstream.base_url, configuration=SERVER) as server:
             cluster.halt()
             workers(server)[0].kill()
-            until(lambda: events(server, "worker_waits"), "the new worker did not wait")
+            until(lambda: events(server, "worker_waits"), "the new worker did not wait", within_s=PATIENCE_S)
             cluster.launch()
-            until(lambda: events(server, "worker_ready"), "the new worker did not get ready")
+            until(lambda: events(server, "worker_ready"), "the new worker did not get ready", within_s=PATIENCE_S)
             assert [event["status"] for event in events(server, "worker_died")] == [-signal.SIGKILL]
 
 
@@ -298,7 +295,7 @@ def test_workers_do_not_outlive_their_supervisor(passing, key):
     passing.process.kill()
     passing.process.wait()
     assert stream.to_its_end().endswith(b"data: [DONE]\n\n")
-    until(lambda: not any(child.is_running() for child in children), "a worker lived on")
+    until(lambda: not any(child.is_running() for child in children), "a worker lived on", within_s=PATIENCE_S)
 
 
 def test_a_worker_that_is_asked_to_end_is_replaced(passing, key):
@@ -308,7 +305,11 @@ def test_a_worker_that_is_asked_to_end_is_replaced(passing, key):
     victim.terminate()
     for stream in streams:
         assert stream.to_its_end().endswith(b"data: [DONE]\n\n")
-    until(lambda: len(workers(passing)) == 2 and victim.pid not in server_pids(passing), "it was not replaced")
+    until(
+        lambda: len(workers(passing)) == 2 and victim.pid not in server_pids(passing),
+        "it was not replaced",
+        within_s=PATIENCE_S,
+    )
     assert not events(passing, "worker_died")
 
 
@@ -383,7 +384,7 @@ def test_a_worker_that_keeps_dying_is_replaced_with_pauses(supervised):
     """One at a time, each time later: never in a loop that eats the machine."""
     process, file = supervised(1, "sys.exit(1)")
     assert process.stdout.readline() == b"ready\n"
-    until(lambda: len(file.read_text().split()) >= 4, "it was not replaced")
+    until(lambda: len(file.read_text().split()) >= 4, "it was not replaced", within_s=PATIENCE_S)
     starts = [float(line) for line in file.read_text().split()]
     gaps = [after - before for before, after in pairwise(starts)]
     assert gaps[0] >= PAUSE_S
@@ -410,7 +411,11 @@ def test_a_server_that_cannot_start_does_not_go_on_trying(supervised):
 def test_a_server_stops_in_order_while_a_worker_is_only_starting(supervised):
     """It has no calls to end."""
     process, file = supervised(1, "os._exit(1)", haste=0.01, sick="time.sleep(60)")
-    until(lambda: file.exists() and len(file.read_text().split()) == 2, "the dead worker was not replaced")
+    until(
+        lambda: file.exists() and len(file.read_text().split()) == 2,
+        "the dead worker was not replaced",
+        within_s=PATIENCE_S,
+    )
     process.send_signal(signal.SIGTERM)
     assert process.wait(PATIENCE_S) == 0
 
@@ -464,7 +469,7 @@ def test_a_server_with_notice_takes_calls_while_it_is_not_ready(tmp_path, upstre
         with server.client(key) as http, closing(server.client(key)) as idle:
             assert idle.get("/health/ready").status_code == 200
             server.process.send_signal(signal.SIGTERM)
-            until(lambda: http.get("/health/ready").status_code == 503, "readiness stayed green")
+            until(lambda: http.get("/health/ready").status_code == 503, "readiness stayed green", within_s=PATIENCE_S)
             answer = http.post("/v1/chat/completions", json={**body(), "stream": False})
             assert (answer.status_code, answer.headers["connection"]) == (200, "close")
             answer = idle.post("/v1/chat/completions", json={**body(), "stream": False})

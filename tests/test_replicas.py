@@ -1,15 +1,18 @@
 """Two processes on one PostgreSQL: what an admin says to one of them is soon done by the other."""
 
-import time
 from contextlib import ExitStack
+from functools import partial
 
 import pytest
 
 from tests.fakes.provider import run_in_thread
 from tests.serving import MODEL, serving
+from tests.waiting import until
 
 KNOWN_S_MAX = 3
 """A second, and the patience that a busy machine needs."""
+
+soon = partial(until, within_s=KNOWN_S_MAX)
 
 
 @pytest.fixture(scope="module")
@@ -31,16 +34,6 @@ def replicas(postgres, tmp_path_factory):
         yield admin, other, one.customer("customer@example.com")
 
 
-def soon(is_so) -> bool:
-    """Whether it is so before long."""
-    give_up_at = time.monotonic() + KNOWN_S_MAX
-    while not is_so():
-        if time.monotonic() >= give_up_at:
-            return False
-        time.sleep(0.05)
-    return True
-
-
 def test_a_markup_reaches_the_other_process(replicas):
     """Its next calls are charged at it."""
     admin, other, key = replicas
@@ -54,7 +47,7 @@ def test_a_markup_reaches_the_other_process(replicas):
 
     assert percent() == "15"
     assert admin.put("/api/v1/admin/markup", json={"percent": "33"}).status_code == 200
-    assert soon(lambda: percent() == "33")
+    soon(lambda: percent() == "33")
 
 
 def test_a_provider_that_is_switched_off_serves_no_more_in_the_other_process(replicas):
@@ -68,7 +61,7 @@ def test_a_provider_that_is_switched_off_serves_no_more_in_the_other_process(rep
 
     for action, expected in (("disable", False), ("enable", True)):
         assert admin.post(f"/api/v1/llm/providers/fake/{action}").status_code == 200
-        assert soon(lambda expected=expected: is_enabled() is expected)
+        soon(lambda expected=expected: is_enabled() is expected)
 
 
 def test_a_price_reaches_the_other_process(replicas):
@@ -81,4 +74,4 @@ def test_a_price_reaches_the_other_process(replicas):
         with other.client(key) as http:
             return http.get("/v1/models/fake/new").status_code == 200
 
-    assert soon(is_there)
+    soon(is_there)

@@ -7,11 +7,11 @@ import msgspec
 import pytest
 
 from proxy import reports
-from proxy.edge.credits import wallet_stats
 from proxy.errors import BadRequest
 from proxy.ledger.decide import Credit, CreditType, Receipt, Release
 from proxy.ledger.rollup import date_of_day, day_of_date
 from proxy.reports import DayRange, Group, GroupBy, Sums
+from proxy.shown.usage import wallet_stats
 from proxy.storage import database
 from proxy.units import MICROS_PER_DAY, now_micros
 from tests.books import Books, Person, release_of, reserve_of, settle_of

@@ -3,7 +3,6 @@
 import base64
 import gzip
 import json
-import threading
 from decimal import Decimal
 
 import pytest
@@ -13,6 +12,7 @@ from tests.fakes.provider import run_in_thread
 from tests.scripted import ERROR, scripted_provider
 from tests.serving import CONFIG, MODEL, serving
 from tests.test_endings import Leaver, awaited_charge, paid
+from tests.waiting import until
 
 CONFIGURATION = f"""{CONFIG}
 [providers.spare]
@@ -401,7 +401,7 @@ def test_a_client_that_leaves_pays_for_what_it_caused(served, key, upstream, is_
     if is_stream:
         client.read_until(b"delta")
     else:
-        wait_for(lambda: len(upstream.journal) > asked)
+        until(lambda: len(upstream.journal) > asked, within_s=3)
     client.leave()
     assert paid(charge()) == ("settled", "client_left", "reported")
 
@@ -415,16 +415,6 @@ def test_a_client_that_leaves_a_stream_that_can_be_counted_stops_the_provider(se
     assert paid(served.ended(key, client.request_id, within_s=3)) == ("settled", "client_left", "counted")
     assert upstream.journal[-1].ended.wait(3)
     assert upstream.journal[-1].client_left
-
-
-def wait_for(is_so) -> None:
-    """Look again until it is so, for three seconds."""
-    looked = threading.Event()
-    for _ in range(300):
-        if is_so():
-            return
-        looked.wait(0.01)
-    raise AssertionError("it never was")
 
 
 # ---- the rest of the simple API

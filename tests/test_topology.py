@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 import tomllib
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -30,6 +29,7 @@ from tests import debian
 from tests.balancer import COMPOSE, PATIENCE_S, REPLICAS, balancing, free_port, inline
 from tests.fakes.provider import run_in_thread
 from tests.serving import CONFIG, MODEL, Served, environment
+from tests.waiting import until
 
 SERVICES = COMPOSE["services"]
 
@@ -240,16 +240,11 @@ def test_a_replica_that_is_stopped_loses_no_call(topology):
     """It ends by itself with status 0 while its clients go on; when it is back it serves again."""
     replica = topology.replicas[0]
     with Callers(topology, 8) as callers:
-        give_up_at = time.monotonic() + PATIENCE_S
-        while callers.calls < 40:
-            assert time.monotonic() < give_up_at
-            time.sleep(0.02)
+        until(lambda: callers.calls >= 40, within_s=PATIENCE_S)
         replica.process.send_signal(signal.SIGTERM)
         assert replica.process.wait(PATIENCE_S) == 0, replica.log()
         at_end = callers.calls
-        while callers.calls < at_end + 40:
-            assert time.monotonic() < give_up_at + PATIENCE_S
-            time.sleep(0.02)
+        until(lambda: callers.calls >= at_end + 40, within_s=PATIENCE_S)
     assert callers.failures == []
     replica.process.stdout.close()
     replica.start()

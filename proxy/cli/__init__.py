@@ -4,7 +4,8 @@ Every command prints for people, or with `--json` one object for programs, with 
 wrong is one line on standard error: exit status 2 for the configuration or the command's own words, 1 for everything
 else. Changes go through the same functions as those by HTTP, and leave the same events.
 
-The modules import what is slow only when a command runs: whoever asks for help does not wait for a database's driver.
+What is slow to import, above all whatever reaches SQLAlchemy, is imported by the command that runs: whoever asks for
+help does not wait for it. Everything else stands at the top of its module.
 """
 
 import sqlite3
@@ -67,8 +68,8 @@ def _is_databases(error: Exception) -> bool:
     """Whether an error is the database's: it is damaged, not ours, or refuses us."""
     if isinstance(error, click.ClickException | click.exceptions.Exit | click.Abort):
         return False
-    from alembic.util import CommandError  # noqa: PLC0415 - only when something went wrong
-    from sqlalchemy.exc import SQLAlchemyError  # noqa: PLC0415 - likewise
+    from alembic.util import CommandError
+    from sqlalchemy.exc import SQLAlchemyError
 
     return isinstance(error, SQLAlchemyError | CommandError | sqlite3.Error)
 

@@ -18,30 +18,30 @@ class Books:
     """The database of a command, with the ledger when it is needed."""
 
     def __init__(self, configuration: Configuration) -> None:
-        from proxy.storage.database import connect  # noqa: PLC0415 - commands start fast
+        from proxy.storage.database import connect
 
         self.configuration = configuration
         self.engine = connect(configuration.database_url, pooled=False)
 
     async def user(self, email: str) -> "User":
         """The user with this address or id. Raises `NotFound`."""
-        from proxy.identity.users import find_user  # noqa: PLC0415
-        from proxy.storage.database import reading  # noqa: PLC0415
+        from proxy.identity.users import find_user
+        from proxy.storage.database import reading
 
         async with reading(self.engine) as connection:
             return await find_user(connection, email)
 
     async def catalog(self) -> "Catalog":
         """What is on offer just now, as a server on this database sees it."""
-        from proxy.app import catalog_loader  # noqa: PLC0415
+        from proxy.installation import catalog_loader
 
         return await catalog_loader(self.configuration, self.engine).load()
 
     @asynccontextmanager
     async def ledger(self) -> AsyncIterator["Ledger"]:
         """An open ledger on these books."""
-        from proxy.app import store  # noqa: PLC0415
-        from proxy.ledger.ledger import Ledger  # noqa: PLC0415
+        from proxy.installation import store
+        from proxy.ledger.ledger import Ledger
 
         ledger = Ledger(store(self.configuration, self.engine, is_server=False))
         ledger.start()
@@ -53,8 +53,8 @@ class Books:
 
 def with_books(work: Callable[[Books], Awaitable[Any]]) -> Any:
     """Run `work` on the configured database. Raises `SettingsError` when there is none yet, or an older one."""
-    from proxy.observability import configure_logs  # noqa: PLC0415
-    from proxy.storage.database import check_schema  # noqa: PLC0415
+    from proxy.observability import configure_logs
+    from proxy.storage.database import check_schema
 
     configuration = load(os.environ)
     configure_logs(configuration.settings.logs.format, configuration.settings.logs.level)
@@ -73,6 +73,6 @@ def with_books(work: Callable[[Books], Awaitable[Any]]) -> Any:
 
 def run(coroutine: Coroutine[Any, Any, Any]) -> Any:
     """What `coroutine` returns."""
-    import uvloop  # noqa: PLC0415
+    import uvloop
 
     return uvloop.run(coroutine)

@@ -24,7 +24,7 @@ def config_list(*, as_json: bool) -> None:
 
     The default is what the configuration says.
     """
-    from proxy.edge.admin_config import setting_list  # noqa: PLC0415 - commands start fast
+    from proxy.shown.config import setting_list
 
     async def work(books: Books) -> None:
         shown = plain(await setting_list(books.engine, books.configuration.settings))
@@ -45,9 +45,9 @@ def config_set(name: str, value: str, *, as_json: bool) -> None:
 
     Every process knows it within a second.
     """
-    from proxy.administration import COMMAND_LINE  # noqa: PLC0415
-    from proxy.administration.config import set_value  # noqa: PLC0415
-    from proxy.edge.admin_config import setting_item  # noqa: PLC0415
+    from proxy.administration import COMMAND_LINE
+    from proxy.administration.config import set_value
+    from proxy.shown.config import setting_item
 
     async def work(books: Books) -> None:
         settings = books.configuration.settings

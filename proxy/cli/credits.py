@@ -7,6 +7,7 @@ import click
 from proxy.cli.books import Books, with_books
 from proxy.cli.options import AMOUNT, DAY, Command, day_options, email_option, examples, json_option, page_options
 from proxy.cli.output import Column, block, numbers, page_text, plain, show, table, words
+from proxy.ledger.decide import CreditType
 
 if TYPE_CHECKING:
     from proxy.administration.credits import Order
@@ -101,9 +102,8 @@ def _book(  # noqa: PLR0913 - what is booked, and how it is shown
     as_json: bool,
 ) -> None:
     """Book into the wallet of a user, or for a refund into that of the call."""
-    from proxy.administration.credits import Order  # noqa: PLC0415 - commands start fast
-    from proxy.edge.credits import read_call  # noqa: PLC0415
-    from proxy.ledger.decide import CreditType  # noqa: PLC0415
+    from proxy.administration.credits import Order
+    from proxy.journal import read_call
 
     order = Order(
         type=CreditType(type_),
@@ -123,14 +123,14 @@ def _book(  # noqa: PLR0913 - what is booked, and how it is shown
 
 
 async def _booked(books: Books, email: str, order: "Order") -> tuple[dict[str, Any], bool]:
-    from proxy.administration import COMMAND_LINE  # noqa: PLC0415
-    from proxy.administration.credits import book  # noqa: PLC0415
-    from proxy.edge.credits import item_of  # noqa: PLC0415
+    from proxy.administration import COMMAND_LINE
+    from proxy.administration.credits import book
+    from proxy.shown.credits import transaction_item
 
     user = await books.user(email)
     async with books.ledger() as ledger:
         booked = await book(books.engine, ledger, COMMAND_LINE, user.id, order)
-    transaction = plain(item_of(booked.entry))
+    transaction = plain(transaction_item(booked.entry))
     shown = {
         "email": user.email,
         "amount": transaction["amount"],
@@ -152,9 +152,9 @@ def credits_balance(email: str, *, as_json: bool) -> None:
 
     Reserved is what open calls hold of it, available what is left for new ones.
     """
-    from proxy.edge.credits import read_balance  # noqa: PLC0415
-    from proxy.identity.users import find_user  # noqa: PLC0415
-    from proxy.storage.database import reading  # noqa: PLC0415
+    from proxy.identity.users import find_user
+    from proxy.shown.credits import read_balance
+    from proxy.storage.database import reading
 
     async def work(books: Books) -> None:
         async with reading(books.engine) as connection:
@@ -201,8 +201,7 @@ def credits_transactions(  # noqa: PLR0913 - one parameter an option
     as_json: bool,
 ) -> None:
     """Show everything that changed a balance, newest first."""
-    from proxy.edge.credits import filter_of, transaction_page, transactions_csv  # noqa: PLC0415
-    from proxy.ledger.decide import CreditType  # noqa: PLC0415
+    from proxy.shown.credits import filter_of, transaction_page, transactions_csv
 
     if as_csv and as_json:
         raise click.UsageError("--csv and --json do not go together")
@@ -234,7 +233,7 @@ def credits_stats(email: str, first: str | None, last: str | None, *, as_json: b
 
     In the last 30 days, unless others are named.
     """
-    from proxy.edge.credits import wallet_stats  # noqa: PLC0415
+    from proxy.shown.usage import wallet_stats
 
     async def work(books: Books) -> None:
         user = await books.user(email)
@@ -261,7 +260,8 @@ def credits_charge(request_id: str, *, as_json: bool) -> None:
 
     REQUEST_ID is the `x-request-id` of the call's answer.
     """
-    from proxy.edge.credits import charge_of, read_call  # noqa: PLC0415
+    from proxy.journal import read_call
+    from proxy.shown.charges import charge_of
 
     async def work(books: Books) -> None:
         shown = plain(charge_of(await read_call(books.engine, request_id)))
@@ -279,7 +279,7 @@ def credits_charges(email: str, limit: int, cursor: str | None, *, as_json: bool
 
     Those too that are open or cost nothing; `credits charge` shows all of one.
     """
-    from proxy.edge.credits import charge_page  # noqa: PLC0415
+    from proxy.shown.charges import charge_page
 
     async def work(books: Books) -> None:
         user = await books.user(email)

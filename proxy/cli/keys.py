@@ -19,6 +19,7 @@ from proxy.cli.options import (
     rate_options,
 )
 from proxy.cli.output import numbers, page_text, plain, show, words
+from proxy.units import now_micros
 
 key_option = click.option("--id", "key_id", required=True, help="The key's id, as `keys list` shows it.")
 
@@ -78,18 +79,21 @@ def _terms_options(command: Command) -> Command:
 @json_option
 def keys_create(*, email: str, name: str, scope: str, as_json: bool, **terms: Any) -> None:
     """Make an API key and print it, this once."""
-    from proxy.administration import COMMAND_LINE  # noqa: PLC0415 - commands start fast
-    from proxy.administration.keys import create  # noqa: PLC0415
-    from proxy.edge.keys import shown  # noqa: PLC0415
-    from proxy.identity.keys import KeyTerms, Scope  # noqa: PLC0415
-    from proxy.units import now_micros  # noqa: PLC0415
+    from proxy.administration import COMMAND_LINE
+    from proxy.administration.keys import create
+    from proxy.identity.keys import KeyTerms, Scope
+    from proxy.shown.keys import key_item
 
     wanted = KeyTerms(name=name, scope=Scope(scope), **given(terms))
 
     async def work(books: Books) -> None:
         user = await books.user(email)
         made, key = await create(books.engine, COMMAND_LINE, user.id, wanted)
-        show({"key": made.secret, "email": user.email, **shown(key, now_micros())}, made.secret, as_json=as_json)
+        show(
+            {"key": made.secret, "email": user.email, **plain(key_item(key, now_micros()))},
+            made.secret,
+            as_json=as_json,
+        )
 
     with_books(work)
 
@@ -100,7 +104,7 @@ def keys_create(*, email: str, name: str, scope: str, as_json: bool, **terms: An
 @json_option
 def keys_list(email: str, limit: int, cursor: str | None, *, as_json: bool) -> None:
     """Show a user's keys, newest first, by their ids and beginnings."""
-    from proxy.edge.keys import key_page  # noqa: PLC0415
+    from proxy.shown.keys import key_page
 
     async def work(books: Books) -> None:
         user = await books.user(email)
@@ -132,10 +136,9 @@ def keys_edit(*, email: str, key_id: str, as_json: bool, **changes: Any) -> None
 
     They hold for its very next call; what is left out stays.
     """
-    from proxy.administration import COMMAND_LINE  # noqa: PLC0415
-    from proxy.administration.keys import change  # noqa: PLC0415
-    from proxy.edge.keys import shown  # noqa: PLC0415
-    from proxy.units import now_micros  # noqa: PLC0415
+    from proxy.administration import COMMAND_LINE
+    from proxy.administration.keys import change
+    from proxy.shown.keys import key_item
 
     wanted = given(changes)
     if not wanted:
@@ -144,7 +147,7 @@ def keys_edit(*, email: str, key_id: str, as_json: bool, **changes: Any) -> None
     async def work(books: Books) -> None:
         user = await books.user(email)
         key = await change(books.engine, COMMAND_LINE, user.id, key_id, wanted)
-        show({"email": user.email, **shown(key, now_micros())}, f"Changed {key.prefix}….", as_json=as_json)
+        show({"email": user.email, **plain(key_item(key, now_micros()))}, f"Changed {key.prefix}….", as_json=as_json)
 
     with_books(work)
 
@@ -155,8 +158,8 @@ def keys_edit(*, email: str, key_id: str, as_json: bool, **changes: Any) -> None
 @json_option
 def keys_revoke(email: str, key_id: str, *, as_json: bool) -> None:
     """Close a key for good: its very next call is refused."""
-    from proxy.administration import COMMAND_LINE  # noqa: PLC0415
-    from proxy.administration.keys import revoke  # noqa: PLC0415
+    from proxy.administration import COMMAND_LINE
+    from proxy.administration.keys import revoke
 
     async def work(books: Books) -> None:
         user = await books.user(email)

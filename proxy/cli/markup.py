@@ -3,15 +3,17 @@
 from typing import TYPE_CHECKING, Any
 
 import click
+import msgspec
 
 from proxy.cli.books import Books, with_books
 from proxy.cli.options import Command, examples, json_option
 from proxy.cli.output import numbers, plain, show, table, words
+from proxy.errors import NotFound
+from proxy.pricing import MarkupKind
+from proxy.units import format_percent
 
 if TYPE_CHECKING:
     from proxy.administration import Rule
-    from proxy.pricing import MarkupKind
-
 
 _RULES = [*words("kind", "subject", "id"), *numbers("percent")]
 
@@ -28,8 +30,7 @@ def markup_show(*, as_json: bool) -> None:
 
     The most specific kind first: of users, of models, of providers.
     """
-    from proxy.administration import rules  # noqa: PLC0415
-    from proxy.units import format_percent  # noqa: PLC0415
+    from proxy.administration import rules
 
     async def work(books: Books) -> None:
         default = format_percent((await books.catalog()).rules.default_bps)
@@ -48,7 +49,7 @@ def markup_rules(*, as_json: bool) -> None:
 
     The most specific kind first: of users, of models, of providers.
     """
-    from proxy.administration import rules  # noqa: PLC0415
+    from proxy.administration import rules
 
     async def work(books: Books) -> None:
         found = await rules(books.engine)
@@ -71,17 +72,12 @@ def _subject_options(command: Command) -> Command:
 
 async def _subject(
     books: Books, user: str | None, model: str | None, provider: str | None
-) -> "tuple[MarkupKind, str] | None":
+) -> tuple[MarkupKind, str] | None:
     """The kind and the subject of a rule; None for the default one. Raises `NotFound` for a user that is not there."""
-    from proxy.identity.users import find_user  # noqa: PLC0415
-    from proxy.pricing import MarkupKind  # noqa: PLC0415
-    from proxy.storage.database import reading  # noqa: PLC0415
-
     if sum(subject is not None for subject in (user, model, provider)) > 1:
         raise click.UsageError("a rule is for a user, a model or a provider: name one of them")
     if user is not None:
-        async with reading(books.engine) as connection:
-            return MarkupKind.USER, (await find_user(connection, user)).id
+        return MarkupKind.USER, (await books.user(user)).id
     if model is not None:
         return MarkupKind.MODEL, model
     return None if provider is None else (MarkupKind.PROVIDER, provider)
@@ -104,8 +100,8 @@ def markup_set(percent: str, user: str | None, model: str | None, provider: str 
     With an option it is the one for a user, a model or a provider. The most specific rule counts: that of the user,
     else of the model, else of the provider, else the default one.
     """
-    from proxy.administration import COMMAND_LINE, add_rule, change_rule, find_rule  # noqa: PLC0415
-    from proxy.administration.config import set_default_markup  # noqa: PLC0415
+    from proxy.administration import COMMAND_LINE, add_rule, change_rule, find_rule
+    from proxy.administration.config import set_default_markup
 
     async def work(books: Books) -> None:
         subject = await _subject(books, user, model, provider)
@@ -129,8 +125,7 @@ def markup_set(percent: str, user: str | None, model: str | None, provider: str 
 @json_option
 def markup_remove(user: str | None, model: str | None, provider: str | None, *, as_json: bool) -> None:
     """Take the rule for a user, a model or a provider away."""
-    from proxy.administration import COMMAND_LINE, find_rule, remove_rule  # noqa: PLC0415
-    from proxy.errors import NotFound  # noqa: PLC0415
+    from proxy.administration import COMMAND_LINE, find_rule, remove_rule
 
     async def work(books: Books) -> None:
         subject = await _subject(books, user, model, provider)
@@ -167,11 +162,7 @@ def markup_preview(*, model: str, user: str | None, usage: tuple[str, ...], as_j
 
     Nothing is called. Of several candidates the first one is preferred.
     """
-    import msgspec  # noqa: PLC0415
-
-    from proxy.edge.admin import Hypothesis, quoted  # noqa: PLC0415
-    from proxy.identity.users import find_user  # noqa: PLC0415
-    from proxy.storage.database import reading  # noqa: PLC0415
+    from proxy.shown.markup import Hypothesis, quoted
 
     fields = {"model": model, "user": user, **more, **_fields(usage)}
     try:
@@ -180,10 +171,7 @@ def markup_preview(*, model: str, user: str | None, usage: tuple[str, ...], as_j
         raise click.BadParameter(str(exc), param_hint="--usage") from exc
 
     async def work(books: Books) -> None:
-        user_id = None
-        if user is not None:
-            async with reading(books.engine) as connection:
-                user_id = (await find_user(connection, user)).id
+        user_id = None if user is None else (await books.user(user)).id
         shown = plain(quoted(await books.catalog(), user_id, hypothesis))
         columns = [
             *words("provider", "model", "rule=rule.kind"),

@@ -7,8 +7,8 @@ from typing import Any
 
 import click
 
-PAGE_MAX = 200
-"""As `journal.PAGE_MAX`, which is slow to import."""
+from proxy.pages import PAGE_DEFAULT, PAGE_MAX
+from proxy.units import AmountError, micros_of, parse_credits
 
 _INSTANTS = ["%Y-%m-%d", "%Y-%m-%dT%H:%M:%S", "%Y-%m-%dT%H:%M:%S%z", "%Y-%m-%d %H:%M:%S"]
 
@@ -28,7 +28,7 @@ def page_options(command: Command) -> Command:
     """Which page of a list is wanted."""
     command = click.option("--cursor", help="Continue where the last page ended, as it said.")(command)
     return click.option(
-        "--limit", type=click.IntRange(1, PAGE_MAX), default=50, show_default=True, help="How many to show."
+        "--limit", type=click.IntRange(1, PAGE_MAX), default=PAGE_DEFAULT, show_default=True, help="How many to show."
     )(command)
 
 
@@ -68,8 +68,6 @@ class Amount(click.ParamType[int]):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         """Whole nano-credits; more than nine decimals are refused."""
-        from proxy.units import AmountError, parse_credits  # noqa: PLC0415 - commands start fast
-
         try:
             return parse_credits(value)
         except AmountError as exc:
@@ -86,8 +84,6 @@ class Instant(click.DateTime):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """The instant, in whole microseconds."""
-        from proxy.units import micros_of  # noqa: PLC0415 - commands start fast
-
         instant: datetime = super().convert(value, param, ctx)
         return micros_of(instant if instant.tzinfo is not None else instant.replace(tzinfo=UTC))
 

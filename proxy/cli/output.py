@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import click
+import msgspec
 
 from proxy.errors import SettingsError, TollgateError, Unavailable, reason_of
 
@@ -29,8 +30,6 @@ def fail(error: TollgateError) -> int:
 
 def plain(struct: Any) -> Any:
     """A struct as plain objects, as the HTTP API sends it."""
-    import msgspec  # noqa: PLC0415 - commands start fast
-
     return msgspec.to_builtins(struct)
 
 

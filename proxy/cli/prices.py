@@ -10,7 +10,7 @@ import click
 from proxy.cli.books import Books, with_books
 from proxy.cli.options import examples, json_option
 from proxy.cli.output import numbers, plain, progress, show, table, words
-from proxy.errors import SettingsError
+from proxy.errors import BadRequest, SettingsError
 
 if TYPE_CHECKING:
     from proxy.pricelist import Converted
@@ -30,8 +30,8 @@ def prices_sync(file: str | None, *, verbose: bool, as_json: bool) -> None:
 
     The list is that of the installed package genai-prices. Calls in flight keep their prices.
     """
-    from proxy.administration import COMMAND_LINE, sync_prices  # noqa: PLC0415
-    from proxy.pricebook import as_file  # noqa: PLC0415
+    from proxy.administration import COMMAND_LINE, sync_prices
+    from proxy.pricebook import as_file
 
     async def work(books: Books) -> int:
         return len(await sync_prices(books.engine, COMMAND_LINE, converted.prices))
@@ -52,8 +52,8 @@ def prices_sync(file: str | None, *, verbose: bool, as_json: bool) -> None:
 @json_option
 def prices_diff(*, as_json: bool) -> None:
     """Show what a sync would change."""
-    from proxy.pricebook import changes  # noqa: PLC0415
-    from proxy.storage.database import database_now, reading  # noqa: PLC0415
+    from proxy.pricebook import changes
+    from proxy.storage.database import database_now, reading
 
     converted = _price_list()
 
@@ -76,7 +76,7 @@ def prices_list(provider: str | None, model: str | None, *, as_json: bool) -> No
 
     In dollars per million tokens.
     """
-    from proxy.edge.admin import price_list  # noqa: PLC0415
+    from proxy.shown.prices import price_list
 
     async def work(books: Books) -> None:
         shown = plain(price_list(await books.catalog(), provider, model))
@@ -109,7 +109,7 @@ def prices_set(target: str, fields: tuple[str, ...], *, as_json: bool) -> None:
     It counts for new calls. The fields are those of `[prices]` in the configuration, in dollars per million tokens: at
     least `input` and `output`. Those that hold others are JSON.
     """
-    from proxy.administration import COMMAND_LINE, entry_from, set_price  # noqa: PLC0415
+    from proxy.administration import COMMAND_LINE, entry_from, set_price
 
     entry, parts = entry_from(_price_fields(fields)), _parts(target)
 
@@ -137,8 +137,7 @@ def _price_fields(fields: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _parts(target: str) -> tuple[str, str]:
-    from proxy.administration import parts_of  # noqa: PLC0415
-    from proxy.errors import BadRequest  # noqa: PLC0415
+    from proxy.administration import parts_of
 
     try:
         return parts_of(target)
@@ -151,7 +150,7 @@ def _parts(target: str) -> tuple[str, str]:
 @json_option
 def prices_remove(target: str, *, as_json: bool) -> None:
     """Take a price of your own back: that of the list counts again."""
-    from proxy.administration import COMMAND_LINE, set_price  # noqa: PLC0415
+    from proxy.administration import COMMAND_LINE, set_price
 
     parts = _parts(target)
 
@@ -170,8 +169,8 @@ def prices_history(target: str, *, as_json: bool) -> None:
 
     The newest first; amounts are nano-dollars per million.
     """
-    from proxy.administration import price_history  # noqa: PLC0415
-    from proxy.edge.admin import past_of  # noqa: PLC0415
+    from proxy.administration import price_history
+    from proxy.shown.prices import past_of
 
     parts = _parts(target)
 
@@ -196,8 +195,7 @@ def _write(file: Path, content: bytes) -> None:
 
 
 def _price_list() -> "Converted":
-
-    from proxy.pricelist import convert  # noqa: PLC0415 - slow to import
+    from proxy.pricelist import convert
 
     return convert(datetime.now(UTC).replace(microsecond=0))
 

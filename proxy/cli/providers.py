@@ -24,7 +24,7 @@ def providers_list(*, as_json: bool) -> None:
 
     Which candidates a server leaves alone for a while, because they fail, only that server knows.
     """
-    from proxy.edge.llm import provider_list  # noqa: PLC0415
+    from proxy.shown.providers import provider_list
 
     async def work(books: Books) -> None:
         catalog = await books.catalog()
@@ -70,7 +70,7 @@ def providers_disable(name: str, *, as_json: bool) -> None:
 
 
 def _switch(name: str, *, is_enabled: bool, as_json: bool) -> None:
-    from proxy.administration import COMMAND_LINE, set_provider  # noqa: PLC0415
+    from proxy.administration import COMMAND_LINE, set_provider
 
     async def work(books: Books) -> None:
         known = (await books.catalog()).providers

@@ -20,7 +20,9 @@ from proxy.cli.books import run
 from proxy.cli.options import config_option, examples, json_option
 from proxy.cli.output import fail, show
 from proxy.errors import TollgateError, Unavailable, reason_of
+from proxy.ledger.decide import Credit, CreditType
 from proxy.settings import WORKERS_MAX, Configuration, load
+from proxy.units import parse_credits
 
 if TYPE_CHECKING:
     from proxy.ledger.ledger import Ledger
@@ -41,9 +43,9 @@ FIRST_CREDITS = "10"
 @json_option
 def serve(config: str | None, host: str | None, port: int | None, workers: int | None, *, as_json: bool) -> None:
     """Serve until SIGTERM or SIGINT."""
-    from proxy.observability import configure_logs  # noqa: PLC0415 - commands start fast without the server's parts
-    from proxy.storage.database import sole_process  # noqa: PLC0415 - likewise
-    from proxy.supervisor import listen  # noqa: PLC0415 - likewise
+    from proxy.observability import configure_logs
+    from proxy.storage.database import sole_process
+    from proxy.supervisor import listen
 
     configuration = load(os.environ, config=config, host=host, port=port, workers=workers)
     configure_logs(configuration.settings.logs.format, configuration.settings.logs.level)
@@ -63,9 +65,9 @@ def serve(config: str | None, host: str | None, port: int | None, workers: int |
 @json_option
 def migrate(config: str | None, *, as_json: bool) -> None:
     """Create the schema, or bring it up to date."""
-    from proxy.app import prepare  # noqa: PLC0415
-    from proxy.observability import configure_logs  # noqa: PLC0415
-    from proxy.storage.database import SCHEMA_HEAD, sole_process  # noqa: PLC0415
+    from proxy.installation import prepare
+    from proxy.observability import configure_logs
+    from proxy.storage.database import SCHEMA_HEAD, sole_process
 
     configuration = load(os.environ, config=config)
     configure_logs(configuration.settings.logs.format, configuration.settings.logs.level)
@@ -90,10 +92,10 @@ def supervise(
     configuration: Configuration, sockets: list[socket.socket], *, as_json: bool, hung_s: float | None = None
 ) -> int:
     """Serve in as many processes as there are `sockets`; returns the exit status. `hung_s` is as in `Supervisor`."""
-    import proxy.app  # noqa: F401, PLC0415 - before the workers are forked, which share it then
-    from proxy.edge import server  # noqa: F401, PLC0415 - likewise
-    from proxy.metrics import DEATHS, HANGS, Metrics, SharedMemory  # noqa: PLC0415
-    from proxy.supervisor import HUNG_S, Lifeline, Supervisor  # noqa: PLC0415
+    import proxy.app  # noqa: F401 - before the workers are forked, which share it then
+    from proxy.edge import server  # noqa: F401 - likewise
+    from proxy.metrics import DEATHS, HANGS, Metrics, SharedMemory
+    from proxy.supervisor import HUNG_S, Lifeline, Supervisor
 
     settings = configuration.settings.server
     memory = SharedMemory(settings.workers + 1)  # with a region for the supervisor
@@ -130,7 +132,7 @@ def _serve_when_possible(serving: Callable[[], Coroutine[Any, Any, None]], lifel
     Whoever replaces another waits for a database that is away, as its siblings do: dying of it again and again would
     only make the pauses longer after which it is replaced. Raises `Unavailable` in a server that has never been ready.
     """
-    import structlog  # noqa: PLC0415
+    import structlog
 
     is_waiting = False
     while True:
@@ -151,7 +153,7 @@ def _serve_when_possible(serving: Callable[[], Coroutine[Any, Any, None]], lifel
 
 
 async def _check_schema(configuration: Configuration) -> None:
-    from proxy.storage.database import check_schema, connect  # noqa: PLC0415
+    from proxy.storage.database import check_schema, connect
 
     engine = connect(configuration.database_url, pooled=False)
     try:
@@ -169,9 +171,10 @@ async def _serve(
     metrics: "Metrics | None" = None,
 ) -> None:
     """Serve in this process until SIGTERM; of several `sockets` the one with the worker's number is its own."""
-    from proxy.app import Tollgate, build, prepare  # noqa: PLC0415
-    from proxy.edge.protocol import server_config  # noqa: PLC0415
-    from proxy.edge.server import Server, Stopping  # noqa: PLC0415
+    from proxy.app import Tollgate, build
+    from proxy.edge.protocol import server_config
+    from proxy.edge.server import Server, Stopping
+    from proxy.installation import prepare
 
     if configuration.is_embedded:
         await prepare(configuration)
@@ -205,7 +208,7 @@ async def _serve(
 @asynccontextmanager
 async def _beating(lifeline: "Lifeline | None") -> AsyncIterator[None]:
     """Let the supervisor know, where there is one, that the event loop turns; around all that is done in it."""
-    from proxy.supervisor import BEAT_S  # noqa: PLC0415
+    from proxy.supervisor import BEAT_S
 
     async def beat(lifeline: "Lifeline") -> None:
         while True:
@@ -233,12 +236,10 @@ def spare_the_collector() -> None:
 
 async def _first_start(engine: Any, ledger: "Ledger") -> str | None:
     """Make the first admin and its key; None when there are users already."""
-    from proxy.administration.credits import FIRST_START_KEY  # noqa: PLC0415
-    from proxy.identity.keys import KeyTerms, create_key  # noqa: PLC0415
-    from proxy.identity.users import create_user, has_users  # noqa: PLC0415
-    from proxy.ledger.decide import Credit, CreditType  # noqa: PLC0415
-    from proxy.storage.database import writing  # noqa: PLC0415
-    from proxy.units import parse_credits  # noqa: PLC0415
+    from proxy.administration.credits import FIRST_START_KEY
+    from proxy.identity.keys import KeyTerms, create_key
+    from proxy.identity.users import create_user, has_users
+    from proxy.storage.database import writing
 
     async with writing(engine) as connection:
         if await has_users(connection):

@@ -21,8 +21,8 @@ def sweep(*, as_json: bool) -> None:
     taken for dead, which takes 20 seconds. On SQLite everything open is a dead process's, unless a server runs: then
     nothing is touched.
     """
-    from proxy.ledger.recovery import Swept, sweep_by_hand  # noqa: PLC0415
-    from proxy.storage.database import sole_process  # noqa: PLC0415
+    from proxy.ledger.recovery import Swept, sweep_by_hand
+    from proxy.storage.database import sole_process
 
     async def work(books: Books) -> tuple[Swept, bool]:
         with ExitStack() as stack:
@@ -51,7 +51,7 @@ def sweep(*, as_json: bool) -> None:
 @json_option
 def audit(*, as_json: bool) -> None:
     """Check that the books add up; exit status 1 when they do not."""
-    from proxy.ledger.audit import audit as check  # noqa: PLC0415
+    from proxy.ledger.audit import audit as check
 
     async def work(books: Books) -> bool:
         with progress("Checking the books") as advance:
@@ -71,7 +71,7 @@ def backup(file: Path, *, as_json: bool) -> None:
 
     A server may run meanwhile. PostgreSQL has its own means: pg_dump, or a base backup and its write-ahead log.
     """
-    from proxy.storage.database import copy_sqlite  # noqa: PLC0415
+    from proxy.storage.database import copy_sqlite
 
     async def work(books: Books) -> None:
         if not books.configuration.is_embedded:
@@ -112,8 +112,8 @@ def events(  # noqa: PLR0913 - one parameter an option
 
     Every change by an admin or by a command is an event, with what was another way before.
     """
-    from proxy.administration.events import Filter  # noqa: PLC0415
-    from proxy.edge.admin_records import event_page  # noqa: PLC0415
+    from proxy.administration.events import Filter
+    from proxy.shown.records import event_page
 
     wanted = Filter(actor=actor, action=action, subject=subject, since=since, until=until)
 

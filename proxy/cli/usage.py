@@ -8,15 +8,13 @@ import click
 from proxy.cli.books import Books, with_books
 from proxy.cli.options import Command, day_options, examples, json_option
 from proxy.cli.output import Column, numbers, plain, show, table, words
-
-_GROUPS_MAX = 1000
-"""As `reports.GROUPS_MAX`, which is slow to import."""
+from proxy.pages import GROUPS_MAX
 
 
 def _group_options(default: str) -> Callable[[Command], Command]:
     def decorated(command: Command) -> Command:
         command = click.option("--cursor", help="Continue where the last page ended, as it said.")(command)
-        command = click.option("--limit", type=click.IntRange(1, _GROUPS_MAX), default=_GROUPS_MAX, show_default=True)(
+        command = click.option("--limit", type=click.IntRange(1, GROUPS_MAX), default=GROUPS_MAX, show_default=True)(
             command
         )
         return click.option(
@@ -44,7 +42,7 @@ def usage(**options: Any) -> None:
 
     The last 30 days, or 12 months, unless others are named.
     """
-    from proxy.edge.reports import usage_page  # noqa: PLC0415 - commands start fast
+    from proxy.shown.usage import usage_page
 
     columns = numbers(
         "calls",
@@ -73,7 +71,7 @@ def margin(**options: Any) -> None:
     The margin is what was charged less refunds and the providers' cost. Of the released calls, providers may have
     billed some, with at most so much.
     """
-    from proxy.edge.reports import margin_page  # noqa: PLC0415
+    from proxy.shown.usage import margin_page
 
     columns = numbers(
         "calls",
@@ -101,7 +99,7 @@ def _report(  # noqa: PLR0913 - what is asked for
     cursor: str | None,
     as_json: bool,
 ) -> None:
-    from proxy.reports import GroupBy  # noqa: PLC0415
+    from proxy.reports import GroupBy
 
     async def work(books: Books) -> None:
         shown = plain(await read(books.engine, (first, last), GroupBy(group_by), limit, cursor))

@@ -25,7 +25,7 @@ def group() -> None:
 @json_option
 def users_list(email: str | None, search: str | None, limit: int, cursor: str | None, *, as_json: bool) -> None:
     """Show users with their wallets, newest first."""
-    from proxy.edge.admin_users import user_page  # noqa: PLC0415 - commands start fast
+    from proxy.shown.users import user_page
 
     async def work(books: Books) -> None:
         shown = plain(await user_page(books.engine, limit, cursor, email=email, text=search))
@@ -43,8 +43,8 @@ def users_list(email: str | None, search: str | None, limit: int, cursor: str | 
 @json_option
 def users_show(email: str, *, as_json: bool) -> None:
     """Show a user with its wallet and its limits."""
-    from proxy.identity.users import read_standing  # noqa: PLC0415
-    from proxy.storage.database import reading  # noqa: PLC0415
+    from proxy.identity.users import read_standing
+    from proxy.storage.database import reading
 
     async def work(books: Books) -> None:
         user = await books.user(email)
@@ -76,9 +76,9 @@ def users_create(
     *, password: str | None, issuer: str | None, subject: str | None, as_json: bool, **wanted: Any
 ) -> None:
     """Add a user with an empty wallet."""
-    from proxy.administration import COMMAND_LINE  # noqa: PLC0415
-    from proxy.administration.users import create  # noqa: PLC0415
-    from proxy.identity.passwords import Passwords  # noqa: PLC0415
+    from proxy.administration import COMMAND_LINE
+    from proxy.administration.users import create
+    from proxy.identity.passwords import Passwords
 
     if (issuer is None) != (subject is None):
         raise click.UsageError("--issuer and --subject go together")
@@ -167,9 +167,9 @@ def users_password(email: str, password: str | None, *, as_json: bool) -> None:
 
     Whoever is logged in as this user has to do so again.
     """
-    from proxy.administration import COMMAND_LINE  # noqa: PLC0415
-    from proxy.administration.users import set_password  # noqa: PLC0415
-    from proxy.identity.passwords import Passwords  # noqa: PLC0415
+    from proxy.administration import COMMAND_LINE
+    from proxy.administration.users import set_password
+    from proxy.identity.passwords import Passwords
 
     if password is None:
         password = _asked()
@@ -192,8 +192,8 @@ def _asked() -> str:
 
 
 def _change(email: str, changes: dict[str, Any], said: str, *, as_json: bool) -> None:
-    from proxy.administration import COMMAND_LINE  # noqa: PLC0415
-    from proxy.administration.users import change  # noqa: PLC0415
+    from proxy.administration import COMMAND_LINE
+    from proxy.administration.users import change
 
     async def work(books: Books) -> None:
         user = await books.user(email)
@@ -204,7 +204,7 @@ def _change(email: str, changes: dict[str, Any], said: str, *, as_json: bool) ->
 
 
 def _shown(standing: "Standing") -> dict[str, Any]:
-    from proxy.edge.admin_users import user_item  # noqa: PLC0415
+    from proxy.shown.users import user_item
 
     shown: dict[str, Any] = plain(user_item(standing))
     return shown

@@ -10,13 +10,13 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from proxy.edge.addresses import Addresses
 from proxy.edge.authentication import needs
-from proxy.edge.credits import CallerRequest, read_balance
+from proxy.edge.credits import CallerRequest
 from proxy.edge.errors import documented
-from proxy.identity.accounts import Accounts, Login
+from proxy.identity.accounts import Accounts
 from proxy.identity.keys import Scope as KeyScope
-from proxy.identity.users import User, read_user
+from proxy.identity.users import read_user
+from proxy.shown.accounts import Account, Token, account_of, token_of
 from proxy.storage.database import reading
-from proxy.units import format_instant
 
 BODY_BYTES_MAX = 16_384
 """Of what people fill in: the longest password and everything beside it several times over."""
@@ -44,26 +44,6 @@ class PasswordChange(msgspec.Struct, forbid_unknown_fields=True):
     new_password: str
 
 
-class Account(msgspec.Struct):
-    """An account, to its owner. The balance is in credits."""
-
-    id: str
-    email: str | None
-    full_name: str | None
-    email_verified: bool
-    is_admin: bool
-    credits_balance: str
-    created_at: str
-
-
-class Token(msgspec.Struct):
-    """To be sent as `Authorization: Bearer …` wherever an API key is; `expires_in` is in seconds."""
-
-    access_token: str
-    expires_in: int
-    token_type: str = "bearer"  # noqa: S105 - a word, not a secret
-
-
 @post(
     "/register",
     summary="Make an account",
@@ -80,7 +60,7 @@ async def register(
     """Make an account with an empty wallet, or with the operator's starting credits."""
     address = _address(request, addresses)
     user = await accounts.register(data.email, data.password, data.full_name, address=address)
-    return await _account(engine, user)
+    return await account_of(engine, user)
 
 
 @post(
@@ -97,7 +77,7 @@ async def login(
     addresses: NamedDependency[Addresses],
 ) -> Token:
     """Answer a token for the right password."""
-    return _token(await accounts.login(data.email, data.password, address=_address(request, addresses)))
+    return token_of(await accounts.login(data.email, data.password, address=_address(request, addresses)))
 
 
 @get("/me", opt=needs(KeyScope.MANAGE), summary="Your account", responses=documented())
@@ -105,7 +85,7 @@ async def me(request: CallerRequest, engine: NamedDependency[AsyncEngine]) -> Ac
     """Who you are here, and what you have."""
     async with reading(engine) as connection:
         user = await read_user(connection, request.user.user_id)
-    return await _account(engine, user)
+    return await account_of(engine, user)
 
 
 @post(
@@ -124,28 +104,10 @@ async def change_password(
 ) -> Token:
     """Change the password. Every token issued before is void at once; the one answered is good."""
     address = _address(request, addresses)
-    return _token(
+    return token_of(
         await accounts.change_password(request.user, data.current_password, data.new_password, address=address)
     )
 
 
 def _address(request: Request[Any, Any, Any], addresses: Addresses) -> str:
     return addresses.holder_of(request.scope["client"], request.scope["headers"])
-
-
-def _token(login: Login) -> Token:
-    return Token(access_token=login.access_token, expires_in=login.expires_in_s)
-
-
-async def _account(engine: AsyncEngine, user: User) -> Account:
-    async with reading(engine) as connection:
-        found = await read_balance(connection, user.wallet_id)
-    return Account(
-        id=user.id,
-        email=user.email,
-        full_name=user.full_name,
-        email_verified=user.email_verified,
-        is_admin=user.is_admin,
-        credits_balance=found.balance,
-        created_at=format_instant(user.created_at),
-    )

@@ -13,34 +13,27 @@ from msgspec import Meta
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from proxy import administration
-from proxy.administration import NAME_CHARACTERS_MAX, PriceRecord, Rule, parts_of
+from proxy.administration import NAME_CHARACTERS_MAX, Rule, parts_of
 from proxy.administration.config import set_default_markup
 from proxy.catalog import Catalog
 from proxy.edge.authentication import needs
 from proxy.edge.errors import documented
-from proxy.edge.llm import ProviderItem, ProviderList, Refresh, provider_list
+from proxy.edge.llm import Refresh
 from proxy.edge.llm import disable as disable_provider
 from proxy.edge.llm import enable as enable_provider
-from proxy.edge.prices import shown_price
 from proxy.errors import BadRequest, NotFound
 from proxy.identity.keys import Caller, Scope
 from proxy.identity.users import find_user
-from proxy.pricing import TOOL_CLASSES, TOOL_USES_MAX, MarkupKind, cost, provider_cost
-from proxy.routing import Candidate, candidates
+from proxy.pricing import MarkupKind
 from proxy.settings import Settings
+from proxy.shown.markup import Hypothesis, Markup, Preview, RuleList, quoted
+from proxy.shown.prices import PriceItems, PricePast, PricePasts, past_of, price_list
+from proxy.shown.providers import ProviderItem, ProviderList, provider_list
 from proxy.storage.database import reading
-from proxy.units import Usage, format_credits, format_instant, format_percent
+from proxy.units import format_percent
 
 AdminRequest = Request[Caller, Any, Any]
 Percent = str | int | float
-Tokens = Annotated[int, Meta(ge=0, le=10**9)]
-ToolUses = Annotated[int, Meta(ge=0, le=TOOL_USES_MAX)]
-
-
-class Markup(msgspec.Struct):
-    """The default rule."""
-
-    percent: str
 
 
 class MarkupChange(msgspec.Struct, forbid_unknown_fields=True):
@@ -57,103 +50,11 @@ class NewRule(msgspec.Struct, forbid_unknown_fields=True):
     percent: Percent
 
 
-class RuleList(msgspec.Struct):
-    """The rules beside the default one, the most specific kind first."""
-
-    items: list[Rule]
-    next_cursor: None = None
-
-
-class Hypothesis(msgspec.Struct, forbid_unknown_fields=True):
-    """A call that might be made: by a user, or by somebody without a rule of their own."""
-
-    model: str
-    user: str | None = None
-    provider: str | None = None
-    service_tier: str | None = None
-    input_tokens: Tokens = 0
-    cached_input_tokens: Tokens = 0
-    cache_write_tokens: Tokens = 0
-    cache_write_1h_tokens: Tokens = 0
-    audio_input_tokens: Tokens = 0
-    output_tokens: Tokens = 0
-    audio_output_tokens: Tokens = 0
-    images: Annotated[int, Meta(ge=0, le=20_000)] = 0
-    web_search_uses: ToolUses = 0
-    file_search_uses: ToolUses = 0
-    code_interpreter_uses: ToolUses = 0
-
-
-class AppliedRule(msgspec.Struct):
-    """The rule that decides the markup; `subject` is null for the default one."""
-
-    kind: str
-    subject: str | None
-    percent: str
-
-
-class Quote(msgspec.Struct):
-    """What the call would cost at one provider."""
-
-    provider: str
-    model: str
-    rule: AppliedRule
-    prices: dict[str, Any]
-    provider_cost: str
-    markup: str
-    charged: str
-
-
-class Preview(msgspec.Struct):
-    """One quote for each who may serve the call, the preferred one first; `charged` and `rule` are of that one."""
-
-    model: str
-    charged: str
-    provider_cost: str
-    rule: AppliedRule
-    items: list[Quote]
-
-
 class PriceChange(msgspec.Struct, forbid_unknown_fields=True):
     """The operator's own price of `provider/model`, with the fields of `[prices]` in the configuration."""
 
     target: str
     price: dict[str, Any]
-
-
-class PriceItem(msgspec.Struct):
-    """A model on offer, at the provider's prices."""
-
-    target: str
-    prices: dict[str, Any]
-    service_tiers: dict[str, dict[str, Any]]
-    context_tokens: int | None
-    max_output_tokens: int | None
-    markup_percent: str
-
-
-class PriceItems(msgspec.Struct):
-    """What is on offer."""
-
-    items: list[PriceItem]
-    next_cursor: None = None
-
-
-class PricePast(msgspec.Struct):
-    """One row of the price book: from `valid_from` on; `entry` is null where a price was taken back."""
-
-    target: str
-    source: str
-    version: str
-    valid_from: str
-    entry: dict[str, Any] | None
-
-
-class PricePasts(msgspec.Struct):
-    """All that the book ever said of a model, the newest first; amounts in nano-dollars per million."""
-
-    items: list[PricePast]
-    next_cursor: None = None
 
 
 # ---- markup
@@ -242,53 +143,6 @@ async def preview(
     return quoted(catalog, None if data.user is None else await _user_id(engine, data.user), data)
 
 
-def quoted(catalog: Catalog, user_id: str | None, data: Hypothesis) -> Preview:
-    """What the call that `data` describes would be charged to a user. Raises `BadRequest`, `NotFound`."""
-    quotes = [
-        _quote(catalog, user_id, data, candidate)
-        for candidate in candidates(catalog.models, data.model)
-        if data.provider in {None, candidate.provider}
-    ]
-    if not quotes:
-        raise NotFound(f"The provider {data.provider!r} does not serve {data.model!r}.")
-    first = quotes[0]
-    return Preview(data.model, first.charged, first.provider_cost, first.rule, quotes)
-
-
-def _quote(catalog: Catalog, user_id: str | None, data: Hypothesis, candidate: Candidate) -> Quote:
-    rule = catalog.markup(user_id, data.model, candidate)
-    price = candidate.price if data.service_tier is None else candidate.price_bounding(data.service_tier)
-    if price is None:
-        raise BadRequest("That service tier is not priced here.", param="service_tier", code="unsupported_parameter")
-    usage = Usage(
-        input=data.input_tokens,
-        cached_input=data.cached_input_tokens,
-        cache_write=data.cache_write_tokens,
-        cache_write_1h=data.cache_write_1h_tokens,
-        audio_input=data.audio_input_tokens,
-        output=data.output_tokens,
-        audio_output=data.audio_output_tokens,
-        images=data.images,
-        requests=1,
-        web_search=data.web_search_uses,
-        file_search=data.file_search_uses,
-        code_interpreter=data.code_interpreter_uses,
-    )
-    for name in TOOL_CLASSES:
-        if getattr(usage, name) and getattr(price, name) is None:
-            raise BadRequest(f"'{name}' is not priced here.", param=f"{name}_uses", code="unsupported_parameter")
-    theirs, charged = provider_cost(usage, price), cost(usage, price, rule.bps)
-    return Quote(
-        provider=candidate.provider,
-        model=candidate.model,
-        rule=AppliedRule(rule.kind, rule.subject, format_percent(rule.bps)),
-        prices=shown_price(price),
-        provider_cost=format_credits(theirs),
-        markup=format_credits(charged - theirs),
-        charged=format_credits(charged),
-    )
-
-
 async def _user_id(engine: AsyncEngine, user: str) -> str:
     """The id of a user, given by it or by e-mail address. Raises `NotFound`, and `BadRequest` for neither."""
     async with reading(engine) as connection:
@@ -326,25 +180,6 @@ def prices(
     return price_list(catalog, provider, model)
 
 
-def price_list(catalog: Catalog, provider: str | None, model: str | None) -> PriceItems:
-    """The models on offer at the provider's prices, of one provider or of one model unless those are None."""
-    found = {candidate.target: candidate for offered in catalog.models.values() for candidate in offered}
-    return PriceItems(
-        [
-            PriceItem(
-                target=target,
-                prices=shown_price(candidate.price),
-                service_tiers={name: shown_price(price) for name, price in candidate.service_prices.items()},
-                context_tokens=candidate.context_tokens,
-                max_output_tokens=candidate.output_tokens_max,
-                markup_percent=format_percent(catalog.markup(None, target, candidate).bps),
-            )
-            for target, candidate in sorted(found.items())
-            if provider in {None, candidate.provider} and model in {None, candidate.model, target}
-        ]
-    )
-
-
 @get("/prices/history", summary="The history of a price", responses=_ERRORS)
 async def price_history(engine: NamedDependency[AsyncEngine], target: FromQuery[str]) -> PricePasts:
     """All that the price book ever said of `provider/model`."""
@@ -377,11 +212,6 @@ async def remove_price(
     """Take a price of your own back: that of the list counts again."""
     await administration.set_price(engine, request.user.user_id, catalog.providers, parts_of(target), None)
     await refresh()
-
-
-def past_of(row: PriceRecord) -> PricePast:
-    """A row of the price book, as it is shown."""
-    return PricePast(row.target, row.source, row.version, format_instant(row.valid_from), row.entry)
 
 
 router = Router(

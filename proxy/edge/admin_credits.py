@@ -14,17 +14,16 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from proxy.administration.credits import (
     DESCRIPTION_CHARACTERS_MAX,
     IDEMPOTENCY_KEY_CHARACTERS_MAX,
-    Booked,
     Order,
     book,
 )
 from proxy.edge.authentication import needs
-from proxy.edge.credits import TransactionItem, item_of
 from proxy.edge.errors import documented
 from proxy.errors import BadRequest
 from proxy.identity.keys import Caller, Scope
 from proxy.ledger.decide import CreditType
 from proxy.ledger.ledger import Ledger
+from proxy.shown.credits import CreditBooked, credit_booked
 from proxy.units import AmountError, parse_credits
 
 AdminRequest = Request[Caller, Any, Any]
@@ -45,13 +44,6 @@ class CreditOrder(msgspec.Struct, forbid_unknown_fields=True):
     amount: Annotated[str | int | None, Meta(examples=["2.5"])] = None
     description: Annotated[str, Meta(max_length=DESCRIPTION_CHARACTERS_MAX, examples=["invoice 2026-117"])] = ""
     request_id: str | None = None
-
-
-class CreditBooked(msgspec.Struct):
-    """The row of the journal, and the balance after it."""
-
-    transaction: TransactionItem
-    balance: Annotated[str, Meta(examples=["12.5"])]
 
 
 _EXAMPLES = [
@@ -99,7 +91,8 @@ async def book_credits(  # noqa: PLR0913, PLR0917 - what the framework hands to 
         request_id=data.request_id,
         idempotency_key=idempotency_key,
     )
-    return _answer(await book(engine, ledger, request.user.user_id, user_id, order))
+    booked = await book(engine, ledger, request.user.user_id, user_id, order)
+    return credit_booked(booked.entry)
 
 
 def _nanos(amount: str | int) -> int:
@@ -107,11 +100,6 @@ def _nanos(amount: str | int) -> int:
         return parse_credits(amount)
     except AmountError as exc:
         raise BadRequest(f"amount: {exc}.", param="amount", code="invalid_value") from exc
-
-
-def _answer(booked: Booked) -> CreditBooked:
-    transaction = item_of(booked.entry)
-    return CreditBooked(transaction, transaction.balance_after)
 
 
 router = Router("/api/v1/admin/users", opt=needs(Scope.ADMIN), route_handlers=[book_credits])

@@ -2,27 +2,26 @@
 
 import asyncio
 from datetime import datetime
-from typing import Annotated, Any
+from typing import Annotated
 
 import msgspec
 from litestar import Router, get
 from litestar.di import NamedDependency
 from litestar.openapi.spec.enums import OpenAPIFormat
 from litestar.params import FromQuery, QueryParameter
-from msgspec import Meta
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from proxy.administration.events import Event, Filter, events
+from proxy.administration.events import Filter
 from proxy.edge.authentication import needs
-from proxy.edge.credits import check_page
 from proxy.edge.errors import documented
 from proxy.errors import BadRequest, Unavailable
 from proxy.identity.flights import Flights
 from proxy.identity.keys import Scope
-from proxy.journal import PAGE_DEFAULT
-from proxy.ledger.audit import Finding, Report, Totals
+from proxy.ledger.audit import Report
 from proxy.ledger.audit import audit as check
-from proxy.units import format_instant, micros_of
+from proxy.pages import PAGE_DEFAULT
+from proxy.shown.records import AuditItem, EventPage, audit_item, event_page
+from proxy.units import micros_of
 
 AUDIT_S_MAX = 60.0
 """How long an audit by HTTP may take; that of the command line takes as long as the books need."""
@@ -30,34 +29,6 @@ AUDIT_S_MAX = 60.0
 SUBJECT_CHARACTERS_MAX = 300
 
 Instant = Annotated[str | None, QueryParameter(format=OpenAPIFormat.DATE_TIME)]  # a number is no instant
-
-
-class EventItem(msgspec.Struct):
-    """One change: `actor` is a user's id, or "command line"; `before` and `after` hold what was another way."""
-
-    id: str
-    actor: str
-    action: Annotated[str, Meta(examples=["user.change"])]
-    subject: str
-    before: Any
-    after: Any
-    created_at: str
-
-
-class EventPage(msgspec.Struct):
-    """Newest first. `next_cursor` asks for the next page; null on the last."""
-
-    items: list[EventItem]
-    next_cursor: str | None
-
-
-class AuditItem(msgspec.Struct):
-    """What an audit found; amounts in nano-credits (10⁻⁹), as `tollgate audit --json` has them."""
-
-    clean: bool
-    violations: list[Finding]
-    notes: list[Finding]
-    totals: Totals
 
 
 @get("/events", summary="Who changed what", responses=documented(400))
@@ -84,18 +55,6 @@ async def admin_events(  # noqa: PLR0913, PLR0917 - one parameter a filter
         until=_instant(until, "until"),
     )
     return await event_page(engine, wanted, limit, cursor)
-
-
-async def event_page(engine: AsyncEngine, wanted: Filter, limit: int, cursor: str | None) -> EventPage:
-    """A page of the events of a filter. Raises `BadRequest`."""
-    check_page(limit, cursor, "event")
-    found = await events(engine, wanted, limit=limit + 1, before=cursor)
-    items = [_item(event) for event in found[:limit]]
-    return EventPage(items, items[-1].id if len(found) > limit else None)
-
-
-def _item(event: Event) -> EventItem:
-    return EventItem(**{**msgspec.structs.asdict(event), "created_at": format_instant(event.created_at)})
 
 
 def _text(text: str | None, param: str) -> str | None:
@@ -143,8 +102,7 @@ async def audit(auditor: NamedDependency[Auditor]) -> AuditItem:
     `clean` says whether the books add up; `violations` show the rows that are wrong. Books that take longer than a
     minute are for `tollgate audit`.
     """
-    report = await auditor.report()
-    return AuditItem(report.is_clean, report.violations, report.notes, report.totals)
+    return audit_item(await auditor.report())
 
 
 router = Router("/api/v1/admin", opt=needs(Scope.ADMIN), route_handlers=[admin_events, audit])

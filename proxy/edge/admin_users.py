@@ -12,34 +12,29 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from proxy.administration import keys as keys_by_admins
 from proxy.administration import users as users_by_admins
 from proxy.edge.authentication import needs
-from proxy.edge.credits import check_page
 from proxy.edge.errors import documented
 from proxy.edge.keys import (
     BODY_BYTES_MAX,
     Changed,
-    KeyItem,
-    KeyMade,
-    KeyPage,
     Wanted,
     changes_of,
     given,
-    key_page,
-    shown,
     terms_of,
 )
 from proxy.identity.accounts import Accounts
 from proxy.identity.keys import Caller, Scope
-from proxy.identity.users import Standing, list_users, read_standing, read_user
-from proxy.journal import PAGE_DEFAULT
+from proxy.identity.users import read_standing, read_user
+from proxy.pages import PAGE_DEFAULT
+from proxy.shown.keys import KeyItem, KeyMade, KeyPage, key_item, key_made, key_page
+from proxy.shown.users import UserItem, UserPage, user_item, user_page
 from proxy.storage.database import reading
-from proxy.units import format_credits, format_instant, now_micros
+from proxy.units import now_micros
 
 AdminRequest = Request[Caller, Any, Any]
 
 Email = Annotated[str, Meta(examples=["ann@example.com"])]
 Models = Annotated[list[str], Meta(examples=[["gpt-4o*", "demo-chat"]])]
 Rate = Annotated[int, Meta(examples=[600])]
-Amount = Annotated[str, Meta(examples=["12.5"])]
 
 
 class NewUser(msgspec.Struct, forbid_unknown_fields=True):
@@ -76,40 +71,6 @@ class NewPassword(msgspec.Struct, forbid_unknown_fields=True):
     password: str
 
 
-class WalletItem(msgspec.Struct):
-    """Credits. `available` is `balance` − `reserved` − `owed`: what a new call may use."""
-
-    balance: Amount
-    reserved: Amount
-    owed: Amount
-    available: Amount
-
-
-class UserItem(msgspec.Struct):
-    """A user with its wallet, and the limits that hold for all of its keys and tokens; null is none."""
-
-    id: str
-    email: str | None
-    full_name: str | None
-    is_active: bool
-    is_admin: bool
-    email_verified: bool
-    requests_per_minute: int | None
-    tokens_per_minute: int | None
-    concurrent_calls_max: int | None
-    allowed_models: list[str] | None
-    wallet: WalletItem
-    created_at: str
-    updated_at: str
-
-
-class UserPage(msgspec.Struct):
-    """Newest first. `next_cursor` asks for the next page; null on the last."""
-
-    items: list[UserItem]
-    next_cursor: str | None
-
-
 _ERRORS = documented(400, 404, 409, 413)
 
 
@@ -126,17 +87,6 @@ async def users(
     `email` is a whole address, or the beginning of one. `q` is part of an address or of a name, or an id.
     """
     return await user_page(engine, limit, cursor, email=email, text=q)
-
-
-async def user_page(
-    engine: AsyncEngine, limit: int, cursor: str | None, *, email: str | None = None, text: str | None = None
-) -> UserPage:
-    """A page of all users, or of those that `list_users` finds. Raises `BadRequest`."""
-    check_page(limit, cursor, "usr")
-    async with reading(engine) as connection:
-        found = await list_users(connection, limit=limit + 1, before=cursor, email=email, text=text)
-    items = [user_item(standing) for standing in found[:limit]]
-    return UserPage(items, items[-1].id if len(found) > limit else None)
 
 
 @post("/", summary="Make a user", request_max_body_size=BODY_BYTES_MAX, responses=_ERRORS)
@@ -197,22 +147,6 @@ async def set_user_password(
     await users_by_admins.set_password(engine, accounts.passwords, request.user.user_id, found, data.password)
 
 
-def user_item(standing: Standing) -> UserItem:
-    """A user with its wallet, as they are shown."""
-    user, wallet = standing.user, standing.wallet
-    return UserItem(
-        **{name: getattr(user, name) for name in ("id", *users_by_admins.CHANGEABLE)},
-        wallet=WalletItem(
-            balance=format_credits(wallet.balance),
-            reserved=format_credits(wallet.reserved),
-            owed=format_credits(wallet.owed),
-            available=format_credits(wallet.available),
-        ),
-        created_at=format_instant(user.created_at),
-        updated_at=format_instant(user.updated_at),
-    )
-
-
 # ---- keys
 
 
@@ -236,7 +170,7 @@ async def make_user_key(
     """Make a key for a user and answer it, this once. A key that asks gives no more than it has."""
     admin = request.user
     made, key = await keys_by_admins.create(engine, admin.user_id, user_id, terms_of(data), by=admin)
-    return KeyMade(**shown(key, now_micros()), key=made.secret)
+    return key_made(key, made.secret, now_micros())
 
 
 @patch(
@@ -255,7 +189,7 @@ async def alter_user_key(
     """Give a key of a user other terms. They hold for its very next call."""
     admin = request.user
     key = await keys_by_admins.change(engine, admin.user_id, user_id, key_id, changes_of(data), by=admin)
-    return KeyItem(**shown(key, now_micros()))
+    return key_item(key, now_micros())
 
 
 @delete("/{user_id:str}/keys/{key_id:str}", summary="Revoke a user's key", responses=documented(400, 404))

@@ -22,7 +22,6 @@ from proxy.catalog import Catalog
 from proxy.edge.answer import AsgiAnswer, BodyLimits, read_body
 from proxy.edge.authentication import CHECKED_BY_LEDGER, Authentication, needs
 from proxy.edge.errors import answer_to, documented
-from proxy.edge.prices import shown_price
 from proxy.edge.protocol import CONNECTION, DirectAnswer, DirectCycle, LimitedProtocol, Way
 from proxy.errors import BadRequest, ModelNotFound, forget_frames
 from proxy.exchange import Exchange
@@ -32,6 +31,7 @@ from proxy.ledger.decide import allows
 from proxy.metrics import REFUSED, Metrics
 from proxy.pricing import dearest_price
 from proxy.routing import Candidate, candidates
+from proxy.shown.prices import shown_price
 from proxy.storage.database import reading
 from proxy.units import new_id
 from proxy.wire.requests import Endpoint

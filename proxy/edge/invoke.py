@@ -21,7 +21,6 @@ from proxy.calls import Call
 from proxy.catalog import Catalog
 from proxy.edge.answer import AsgiAnswer, BodyLimits, Headers, read_body
 from proxy.edge.authentication import CHECKED_BY_LEDGER, needs
-from proxy.edge.credits import read_balance
 from proxy.edge.errors import answer_to
 from proxy.edge.inference import answered, client_request_id
 from proxy.edge.protocol import CONNECTION
@@ -38,6 +37,7 @@ from proxy.exchange import Exchange
 from proxy.identity.keys import Scope as KeyScope
 from proxy.ledger.decide import Receipt, Settled
 from proxy.metrics import Metrics
+from proxy.shown.credits import read_balance
 from proxy.storage.database import reading
 from proxy.units import Usage, format_credits
 from proxy.upstream.encodings import decoded_whole

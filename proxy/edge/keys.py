@@ -10,23 +10,16 @@ from litestar.params import FromPath, FromQuery, JSONBody
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from proxy.edge.authentication import needs
-from proxy.edge.credits import CallerRequest, check_page
+from proxy.edge.credits import CallerRequest
 from proxy.edge.errors import documented
 from proxy.errors import BadRequest
-from proxy.identity.keys import Key, KeyTerms, change_key, create_key, list_keys, read_key, revoke_key
+from proxy.identity.keys import KeyTerms, change_key, create_key, read_key, revoke_key
 from proxy.identity.keys import Scope as KeyScope
 from proxy.identity.users import read_user
-from proxy.journal import PAGE_DEFAULT
-from proxy.storage.database import reading, writing
-from proxy.units import (
-    AmountError,
-    Micros,
-    format_credits,
-    format_instant,
-    micros_of,
-    now_micros,
-    parse_credits,
-)
+from proxy.pages import PAGE_DEFAULT
+from proxy.shown.keys import KeyItem, KeyMade, KeyPage, key_item, key_made, key_page
+from proxy.storage.database import writing
+from proxy.units import AmountError, micros_of, now_micros, parse_credits
 
 BODY_BYTES_MAX = 65_536
 """Of a key's terms: a hundred names of models at most."""
@@ -63,41 +56,6 @@ class Changed(msgspec.Struct, forbid_unknown_fields=True):
     concurrent_calls_max: int | msgspec.UnsetType | None = msgspec.UNSET
 
 
-class KeyItem(msgspec.Struct):
-    """A key without itself; `prefix` is how it begins. `period_spent` is what counts against the limit."""
-
-    id: str
-    name: str
-    scope: str
-    prefix: str
-    is_active: bool
-    created_at: str
-    expires_at: str | None
-    last_used_at: str | None
-    allowed_models: list[str] | None
-    limit_amount: str | None
-    limit_period: str | None
-    spent: str
-    period_spent: str
-    reserved: str
-    requests_per_minute: int | None
-    tokens_per_minute: int | None
-    concurrent_calls_max: int | None
-
-
-class KeyMade(KeyItem, kw_only=True):
-    """A new key with `key`, this once."""
-
-    key: str
-
-
-class KeyPage(msgspec.Struct):
-    """Newest first. `next_cursor` asks for the next page; null on the last."""
-
-    items: list[KeyItem]
-    next_cursor: str | None
-
-
 @get("/api/v1/keys", opt=needs(KeyScope.MANAGE), summary="Your keys", responses=documented(400))
 async def keys(
     request: CallerRequest,
@@ -123,7 +81,7 @@ async def make_key(request: CallerRequest, engine: NamedDependency[AsyncEngine],
         user = await read_user(connection, request.user.user_id)
         made = await create_key(connection, user, terms, by=request.user)
         key = await read_key(connection, user.id, made.id)
-    return KeyMade(**shown(key, now_micros()), key=made.secret)
+    return key_made(key, made.secret, now_micros())
 
 
 @patch(
@@ -141,7 +99,7 @@ async def alter_key(
         key = await read_key(connection, request.user.user_id, key_id)
         await change_key(connection, key, changes_of(data), by=request.user)
         key = await read_key(connection, request.user.user_id, key_id)
-    return KeyItem(**shown(key, now_micros()))
+    return key_item(key, now_micros())
 
 
 @delete("/api/v1/keys/{key_id:str}", opt=needs(KeyScope.MANAGE), summary="Revoke a key", responses=documented(400, 404))
@@ -150,16 +108,6 @@ async def drop_key(request: CallerRequest, engine: NamedDependency[AsyncEngine],
     async with writing(engine) as connection:
         key = await read_key(connection, request.user.user_id, key_id)
         await revoke_key(connection, key, by=request.user)
-
-
-async def key_page(engine: AsyncEngine, user_id: str, limit: int, cursor: str | None) -> KeyPage:
-    """A page of a user's keys. Raises `BadRequest`."""
-    check_page(limit, cursor, "key")
-    async with reading(engine) as connection:
-        found = await list_keys(connection, user_id, limit=limit + 1, before=cursor)
-    now = now_micros()
-    items = [KeyItem(**shown(key, now)) for key in found[:limit]]
-    return KeyPage(items, items[-1].id if len(found) > limit else None)
 
 
 def terms_of(wanted: Wanted) -> KeyTerms:
@@ -188,30 +136,3 @@ def _terms(given: dict[str, Any]) -> dict[str, Any]:
     if instant is not None:
         given["expires_at"] = micros_of(instant)
     return given
-
-
-def shown(key: Key, now: Micros) -> dict[str, Any]:
-    """The fields of a `KeyItem`, with amounts in credits and instants in ISO 8601."""
-
-    def instant(at: Micros | None) -> str | None:
-        return None if at is None else format_instant(at)
-
-    return {
-        "id": key.id,
-        "name": key.name,
-        "scope": str(key.scope),
-        "prefix": key.prefix,
-        "is_active": key.is_active,
-        "created_at": format_instant(key.created_at),
-        "expires_at": instant(key.expires_at),
-        "last_used_at": instant(key.last_used_at),
-        "allowed_models": key.allowed_models,
-        "limit_amount": None if key.limit_amount is None else format_credits(key.limit_amount),
-        "limit_period": key.limit_period,
-        "spent": format_credits(key.spent),
-        "period_spent": format_credits(key.spent_in_period(now)),
-        "reserved": format_credits(key.reserved),
-        "requests_per_minute": key.requests_per_minute,
-        "tokens_per_minute": key.tokens_per_minute,
-        "concurrent_calls_max": key.concurrent_calls_max,
-    }

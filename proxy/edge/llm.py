@@ -3,7 +3,6 @@
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-import msgspec
 from litestar import Request, Router, get, post
 from litestar.di import NamedDependency
 from litestar.params import FromPath
@@ -12,46 +11,14 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from proxy import administration
 from proxy.catalog import Catalog
 from proxy.edge.authentication import needs
-from proxy.edge.credits import Balance, read_balance
 from proxy.edge.errors import documented
 from proxy.identity.keys import Caller, Scope
+from proxy.shown.credits import Balance, read_balance
+from proxy.shown.providers import ProviderList, ProviderSwitched, provider_list
 from proxy.storage.database import reading
 
 CallerRequest = Request[Caller, Any, Any]
 Refresh = Callable[[], Awaitable[None]]
-
-
-class ProviderItem(msgspec.Struct):
-    """A provider, and the models that it serves just now."""
-
-    name: str
-    enabled: bool
-    models: list[str]
-
-
-class ProviderList(msgspec.Struct):
-    """All providers of the configuration."""
-
-    items: list[ProviderItem]
-    next_cursor: None = None
-
-
-class ProviderSwitched(msgspec.Struct):
-    """A provider as it is from now on."""
-
-    name: str
-    enabled: bool
-
-
-def provider_list(catalog: Catalog) -> ProviderList:
-    """Every provider, with the models that it serves, as it knows them."""
-    models: dict[str, set[str]] = {name: set() for name in catalog.providers}
-    for found in catalog.models.values():
-        for candidate in found:
-            models[candidate.provider].add(candidate.model)
-    return ProviderList(
-        [ProviderItem(name, state.is_enabled, sorted(models[name])) for name, state in catalog.providers.items()]
-    )
 
 
 async def switch(  # noqa: PLR0913 - what the framework hands to a handler

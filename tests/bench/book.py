@@ -23,10 +23,10 @@ from sqlalchemy import make_url
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from proxy import journal, reports
-from proxy.edge.credits import CSV_ROWS, read_balance
 from proxy.journal import Filter
 from proxy.ledger.audit import audit
 from proxy.reports import DayRange, GroupBy
+from proxy.shown.credits import CSV_ROWS, read_balance
 from proxy.storage import database
 from proxy.units import MICROS_PER_DAY, new_id, now_micros
 from tests.books import PRICE

@@ -64,13 +64,7 @@ def closed(served, funded) -> Callable[[str], dict]:
     """The charge of a call, once it is not open any more."""
 
     def charge_once_closed(request_id: str) -> dict:
-        with served.client(funded) as http:
-            for _ in range(400):
-                charge = http.get(f"/api/v1/credits/charges/{request_id}").json()
-                if charge["state"] != "open":
-                    return charge
-                time.sleep(0.05)
-        raise AssertionError(f"{request_id} stayed open")
+        return served.ended(funded, request_id, within_s=20)
 
     return charge_once_closed
 

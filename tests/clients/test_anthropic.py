@@ -1,6 +1,5 @@
 """Claude behind chat completions, by its own Messages API, through clients that nobody here wrote."""
 
-import time
 from decimal import Decimal
 
 import pytest
@@ -9,6 +8,7 @@ from tests.clients.programs import CHAT
 from tests.fakes.provider import Served
 from tests.fakes.provider.messages import fault_of
 from tests.serving import MODEL, serving
+from tests.waiting import until
 
 CONFIG = """
 [server]
@@ -115,7 +115,4 @@ def test_a_cancelled_stream_is_settled(visit, claude, keys):
 def test_a_call_given_up_before_its_answer(visit, claude, keys):
     """Nothing stays held."""
     assert visit[0]["timed_out"]["classes"]
-    give_up_at = time.monotonic() + 20
-    while claude.balance(keys[0])["reserved"] != "0":
-        assert time.monotonic() < give_up_at
-        time.sleep(0.02)
+    until(lambda: claude.holds_nothing(keys[0]), "something stayed held", within_s=20)
