@@ -52,10 +52,10 @@ def forget_frames(error: BaseException) -> None:
 
 
 def reason_of(error: BaseException) -> str:
-    """What a driver says of its error, or of the one that caused `error`, in one line."""
+    """What a driver says of its error, or of the one that caused `error`, and where, in one line for operators."""
     cause = error.__cause__ if isinstance(error, TollgateError) and error.__cause__ is not None else error
     lines = str(getattr(cause, "orig", None) or cause).strip().splitlines()
-    return lines[0] if lines else type(cause).__name__
+    return " at ".join([lines[0] if lines else type(cause).__name__, *getattr(error, "__notes__", ())])
 
 
 class BadRequest(TollgateError):

@@ -91,9 +91,8 @@ class Supervisor:
 
     `work` serves until SIGTERM and returns the exit status. `on_ready` is called once, when all workers take calls for
     the first time, `on_death` whenever one has died, `on_hang` before one is killed because it was silent for `hung_s`
-    seconds. `sockets` are what the workers listen on; they are closed here
-    when the server stops, so that the last worker to close them closes the port. After `stop_s_max` seconds of
-    stopping, what still runs is killed.
+    seconds. `sockets` are what the workers listen on; they are closed here when the server stops, so that the last
+    worker to close them closes the port. After `stop_s_max` seconds of stopping, what still runs is killed.
     """
 
     def __init__(  # noqa: PLR0913 - the parts of one server
@@ -250,6 +249,7 @@ class Supervisor:
                 log.error("worker_killed", worker=place.number, pid=place.pid)
                 self._on_hang()
                 os.kill(place.pid, signal.SIGKILL)
+                place.silent_s = 0.0  # where the kernel itself is stuck on it, that takes its time
             elif place.silent_s >= self._hung_s:
                 log.error("worker_hung", worker=place.number, pid=place.pid, silent_s=round(place.silent_s, 1))
                 os.kill(place.pid, _WHERE)  # it has until the next look to say where it is

@@ -35,7 +35,7 @@ def one_line(done, *words: str) -> None:
         ("postgresql+asyncpg://u@127.0.0.1:99999/x", ["database.url", "host:port/database"]),
         ("postgresql+asyncpg://u@127.0.0.1:1", ["database.url", "host:port/database"]),
         ("postgresql+asyncpg://u@127.0.0.1:1/x?timeout=9", ["database.url", "timeout"]),
-        ("postgresql+asyncpg://u@127.0.0.1:1/x", ["out of reach"]),
+        ("postgresql+asyncpg://u:secret@127.0.0.1:1/x", ["out of reach", "u:***@127.0.0.1:1/x"]),
         ("postgresql+asyncpg://u@127.0.0.1:1/x?sslmode=require", ["out of reach"]),
     ],
 )

@@ -96,7 +96,7 @@ async def reading(engine: AsyncEngine, *, is_snapshot: bool = False) -> AsyncIte
 
     On SQLite they always do. Raises `Unavailable` when the database is out of reach.
     """
-    async with _reachable(), engine.connect() as connection:
+    async with _reachable(engine), engine.connect() as connection:
         if is_snapshot and connection.dialect.name == "postgresql":
             await connection.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
         async with connection.begin():
@@ -106,29 +106,31 @@ async def reading(engine: AsyncEngine, *, is_snapshot: bool = False) -> AsyncIte
 @asynccontextmanager
 async def writing(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
     """A transaction that may write, committed at its end. Raises `Unavailable` when the database is out of reach."""
-    async with _reachable(), engine.connect() as connection:
+    async with _reachable(engine), engine.connect() as connection:
         await connection.execution_options(is_writing=True)
         async with connection.begin():
             yield connection
 
 
 @asynccontextmanager
-async def _reachable() -> AsyncIterator[None]:
+async def _reachable(engine: AsyncEngine) -> AsyncIterator[None]:
     try:
         yield
     except (OSError, PoolTimeoutError) as exc:
-        raise _unavailable(exc) from exc
+        raise _unavailable(exc, engine) from exc
     except DBAPIError as exc:
         state = str(getattr(exc.orig, "sqlstate", None) or "")
         if isinstance(exc, OperationalError | InterfaceError) or exc.connection_invalidated or state[:2] in _PASSING:
-            raise _unavailable(exc) from exc
+            raise _unavailable(exc, engine) from exc
         raise
 
 
-def _unavailable(error: Exception) -> Unavailable:
+def _unavailable(error: Exception, engine: AsyncEngine) -> Unavailable:
     """What a driver's `error` is to us. Its frames hold each other, and a TLS context for each try to connect."""
     forget_frames(error)
-    return Unavailable("The database is out of reach just now.", retry_after_s=2)
+    unavailable = Unavailable("The database is out of reach just now.", retry_after_s=2)
+    unavailable.add_note(name_of(engine))  # which operators are told, and callers never
+    return unavailable
 
 
 _PASSING = ("08", "40", "53", "55", "57")

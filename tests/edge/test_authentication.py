@@ -284,6 +284,7 @@ class Away:
 
     def __init__(self, engine) -> None:
         self._engine = engine
+        self.url = engine.url
         self.is_away = False
         self.gate: asyncio.Event | None = None
         self.asked = 0
