@@ -18,6 +18,9 @@ from tests.waiting import until
 MODEL = "fake-model"
 UPSTREAM_KEY = "sk-upstream-secret"
 
+SQLITE = "sqlite+aiosqlite:///served.db"
+"""The URL of a file in the data folder of the server that is told of it."""
+
 CONFIG = """
 [server]
 port = 0
@@ -190,3 +193,15 @@ def serving(folder: Path, database_url: str, upstream_url: str, configuration: s
         if served.process.poll() is None:
             served.stop(signal.SIGKILL)
         served.errors.close()
+
+
+@contextmanager
+def audited(
+    folder: Path, database_url: str, upstream_url: str, configuration: str = CONFIG, *, calls_min: int = 0
+) -> Iterator[Served]:
+    """Likewise; when the tests are through with it its books add up, with at least so many calls in them."""
+    with serving(folder, database_url, upstream_url, configuration) as served:
+        yield served
+        report = served.command("audit")
+        assert report["clean"], report
+        assert report["totals"]["calls"] >= calls_min

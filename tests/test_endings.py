@@ -21,8 +21,7 @@ import asyncpg
 import pytest
 
 from proxy.wire.requests import Endpoint
-from tests.fakes.provider import run_in_thread
-from tests.serving import serving
+from tests.serving import SQLITE, audited, serving
 from tests.waiting import until
 
 CONFIG = """
@@ -82,29 +81,10 @@ def request(endpoint, model="opaque", *, stream=False, tokens_max=5000, **behavi
 
 
 @pytest.fixture(scope="module")
-def upstream():
-    with run_in_thread() as provider:
-        yield provider
-
-
-@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
-def database(request, tmp_path_factory):
-    """The URL of a new database, on SQLite and on PostgreSQL in turn."""
-    if request.param == "sqlite":
-        return "sqlite+aiosqlite:///served.db"
-    postgres = request.getfixturevalue("postgres")
-    name = f"endings_{tmp_path_factory.mktemp('endings').name}"
-    postgres.create_database(name)
-    return postgres.url(name)
-
-
-@pytest.fixture(scope="module")
 def served(database, tmp_path_factory, upstream):
     """A running server with short limits, audited when the tests are through with it."""
-    with serving(tmp_path_factory.mktemp("served"), database, upstream.base_url, configuration=CONFIG) as server:
+    with audited(tmp_path_factory.mktemp("served"), database, upstream.base_url, CONFIG) as server:
         yield server
-        report = server.command("audit")
-        assert report["clean"], report
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +97,7 @@ def customer(served):
 def key(served, customer):
     """The customer's key, behind which nothing is held at the end of the test."""
     yield customer
-    assert served.balance(customer)["reserved"] == "0"
+    assert served.holds_nothing(customer)
 
 
 class Leaver:
@@ -549,7 +529,7 @@ def test_an_end_that_can_be_booked_in_time_is_only_late(served, key, upstream, d
 
 def test_a_plain_answer_that_a_stopping_server_cannot_send_costs_nothing(database, upstream, tmp_path):
     """When the time for calls in flight is over, what waits for its charge is never sent: so it is given back."""
-    url = f"{database}_stopped" if database.startswith("postgresql") else "sqlite+aiosqlite:///served.db"
+    url = f"{database}_stopped" if database.startswith("postgresql") else SQLITE
     if database.startswith("postgresql"):
         postgres_of(database)(f'CREATE DATABASE "{url.rpartition("/")[2]}"')
     config = CONFIG.replace("settle_wait_s = 1\n", "settle_wait_s = 30\ndrain_s = 1\n")

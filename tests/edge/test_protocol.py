@@ -12,14 +12,14 @@ import pytest
 from uvicorn.server import ServerState
 
 from proxy.edge.protocol import CONNECTION, HEAD_BYTES_MAX, HEAD_S_MAX, LimitedProtocol, server_config
-from tests.serving import serving
+from tests.serving import SQLITE, serving
 
 BODY = b'{"model": "demo-chat", "messages": [{"role": "user", "content": "hi"}]}'
 
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
-    with serving(tmp_path_factory.mktemp("served"), "sqlite+aiosqlite:///served.db", "http://127.0.0.1:9/v1") as server:
+    with serving(tmp_path_factory.mktemp("served"), SQLITE, "http://127.0.0.1:9/v1") as server:
         yield server
 
 
