@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import httpx2
 
@@ -76,6 +77,12 @@ class Served:
         self.base_url = ""
         self.first_key: str | None = None
         self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed with the server
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Its host and port."""
+        url = urlsplit(self.base_url)
+        return url.hostname, url.port
 
     def program(self) -> list[str]:
         """What serves: it prints its address as JSON when it is ready."""

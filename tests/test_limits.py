@@ -116,8 +116,7 @@ def test_an_encoded_body(client):
 
 def exchanged(served, *parts: bytes) -> bytes:
     """What the server answers to `parts` on a connection of its own, up to its close or a second of silence."""
-    host, _, port = served.base_url.removeprefix("http://").removesuffix("/v1").partition(":")
-    with socket.create_connection((host, int(port)), timeout=5) as connection:
+    with socket.create_connection(served.address, timeout=5) as connection:
         for part in parts:
             connection.sendall(part)
         answer = b""
@@ -178,8 +177,7 @@ def test_a_body_that_stops(served, key, upstream, lines):
 def test_a_client_that_leaves_inside_its_body(served, key, client, upstream):
     """Nothing is called and nothing reserved; the server goes on."""
     before = len(upstream.journal)
-    host, _, port = served.base_url.removeprefix("http://").removesuffix("/v1").partition(":")
-    with socket.create_connection((host, int(port)), timeout=5) as connection:
+    with socket.create_connection(served.address, timeout=5) as connection:
         connection.sendall(head(key, "Content-Length: 50") + b"{}")
     assert client.get("/v1/models").status_code == 200
     assert len(upstream.journal) == before

@@ -179,16 +179,11 @@ def test_a_worker_that_is_stuck_loses_nobody(served, key):
     victim.suspend()
     try:
         for _ in range(20):
-            with socket.create_connection(served_address(served), timeout=PATIENCE_S) as connection:
+            with socket.create_connection(served.address, timeout=PATIENCE_S) as connection:
                 connection.sendall(b"GET /health/live HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
                 assert connection.recv(100).startswith(b"HTTP/1.1 200")
     finally:
         victim.resume()
-
-
-def served_address(server: Served) -> tuple[str, int]:
-    url = httpx2.URL(server.base_url)
-    return url.host, url.port
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -202,7 +197,7 @@ def test_a_stopping_server_finishes_its_calls(passing, key, number):
     assert passing.process.wait(PATIENCE_S) == 0, passing.log()
     assert not any(child.is_running() for child in children)
     with pytest.raises(ConnectionRefusedError):
-        socket.create_connection(served_address(passing)).close()
+        socket.create_connection(passing.address).close()
     assert not events(passing, "ending_calls")
 
 
@@ -248,7 +243,7 @@ def test_a_worker_that_is_asked_to_end_is_replaced(passing, key):
 
 def test_a_taken_port_is_refused(served, tmp_path, postgres_database):
     """Also when its owner shares it among its workers, which would share it with ours."""
-    _, port = served_address(served)
+    _, port = served.address
     other = Served(environment(tmp_path, postgres_database, configuration=SERVER))
     for count in ("1", "2"):
         done = other.run("serve", "--port", str(port), "--workers", count)

@@ -8,9 +8,9 @@ from decimal import Decimal
 import pytest
 
 from proxy.edge.invoke import INVOKE_PATH, TEST_PATH
+from tests.leaver import Leaver, awaited_charge, paid
 from tests.scripted import ERROR, scripted_provider
 from tests.serving import CONFIG, MODEL, audited
-from tests.test_endings import Leaver, awaited_charge, paid
 from tests.waiting import until
 
 CONFIGURATION = f"""{CONFIG}

@@ -6,7 +6,6 @@ import json
 import socket
 import time
 import weakref
-from urllib.parse import urlsplit
 
 import pytest
 from uvicorn.server import ServerState
@@ -29,8 +28,7 @@ def key(served) -> str:
 
 
 def connected(served) -> socket.socket:
-    url = urlsplit(served.base_url)
-    return socket.create_connection((url.hostname, url.port), timeout=HEAD_S_MAX + 10)
+    return socket.create_connection(served.address, timeout=HEAD_S_MAX + 10)
 
 
 def everything(client: socket.socket) -> bytes:
