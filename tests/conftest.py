@@ -12,7 +12,9 @@ import pytest
 
 from proxy.units import new_id
 from tests.books import Books, migrate_now, opened_books
+from tests.fakes.provider import FakeProvider, run_in_thread
 from tests.postgres import server_for_tests
+from tests.serving import SQLITE
 
 pytest_plugins = ("tests.skips",)
 
@@ -55,11 +57,29 @@ def database_url(request, tmp_path) -> Iterator[str]:
         shutil.copy(request.getfixturevalue("sqlite_template"), file)
         yield f"sqlite+aiosqlite:///{file}"
         return
-    server = request.getfixturevalue("postgres")
-    name = new_id("test")
-    server.create_database(name, template=request.getfixturevalue("postgres_template"))
-    yield server.url(name)
-    server.drop_database(name)
+    template = request.getfixturevalue("postgres_template")
+    with request.getfixturevalue("postgres").lent_database(template) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def postgres_database(postgres) -> Iterator[str]:
+    """The URL of an empty database on PostgreSQL, of the module's own."""
+    with postgres.lent_database() as url:
+        yield url
+
+
+@pytest.fixture(scope="module", params=DATABASES)
+def database(request) -> str:
+    """The URL of an empty database for the module's own server, on SQLite and on PostgreSQL in turn."""
+    return SQLITE if request.param == "sqlite" else request.getfixturevalue("postgres_database")
+
+
+@pytest.fixture(scope="module")
+def upstream() -> Iterator[FakeProvider]:
+    """A provider on a socket, of the module's own."""
+    with run_in_thread() as provider:
+        yield provider
 
 
 @pytest.fixture

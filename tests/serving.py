@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import httpx2
 
@@ -17,6 +18,9 @@ from tests.waiting import until
 
 MODEL = "fake-model"
 UPSTREAM_KEY = "sk-upstream-secret"
+
+SQLITE = "sqlite+aiosqlite:///served.db"
+"""The URL of a file in the data folder of the server that is told of it."""
 
 CONFIG = """
 [server]
@@ -73,6 +77,12 @@ class Served:
         self.base_url = ""
         self.first_key: str | None = None
         self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed with the server
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Its host and port."""
+        url = urlsplit(self.base_url)
+        return url.hostname, url.port
 
     def program(self) -> list[str]:
         """What serves: it prints its address as JSON when it is ready."""
@@ -190,3 +200,15 @@ def serving(folder: Path, database_url: str, upstream_url: str, configuration: s
         if served.process.poll() is None:
             served.stop(signal.SIGKILL)
         served.errors.close()
+
+
+@contextmanager
+def audited(
+    folder: Path, database_url: str, upstream_url: str, configuration: str = CONFIG, *, calls_min: int = 0
+) -> Iterator[Served]:
+    """Likewise; when the tests are through with it its books add up, with at least so many calls in them."""
+    with serving(folder, database_url, upstream_url, configuration) as served:
+        yield served
+        report = served.command("audit")
+        assert report["clean"], report
+        assert report["totals"]["calls"] >= calls_min

@@ -9,10 +9,9 @@ import pytest
 from click.testing import CliRunner
 
 from proxy.cli import cli
-from tests.fakes.provider import run_in_thread
 from tests.identity.tokens import AUDIENCE, ISSUER, SECRET, IssuerKey, external_claims, key_set, unsigned
 from tests.issuer import publishing
-from tests.serving import CONFIG, MODEL, serving
+from tests.serving import CONFIG, MODEL, audited
 from tests.waiting import until
 
 PASSWORD = "a password of some length"
@@ -43,34 +42,21 @@ KEY = IssuerKey()
 
 
 @pytest.fixture(scope="module")
-def upstream():
-    with run_in_thread() as provider:
-        yield provider
-
-
-@pytest.fixture(scope="module")
 def issuer():
     with publishing() as issuer:
         issuer.body = key_set(KEY)
         yield issuer
 
 
-@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
-def served(request, tmp_path_factory, upstream, issuer):
+@pytest.fixture(scope="module")
+def served(database, tmp_path_factory, upstream, issuer):
     """A running server whose log holds no secret, and whose books add up, when the tests are through with it."""
     folder = tmp_path_factory.mktemp("access")
-    url = "sqlite+aiosqlite:///access.db"
-    if request.param == "postgresql":
-        postgres = request.getfixturevalue("postgres")
-        name = f"access_{folder.name}"
-        postgres.create_database(name)
-        url = postgres.url(name)
     server = f'port = 0\ntrusted_proxies = ["127.0.0.0/8"]\ncors_origins = ["{APP}"]'
     config = CONFIG.replace("port = 0", server) + ACCESS.replace("JWKS_URL", issuer.url)
-    with serving(folder, url, upstream.base_url, config) as served:
+    with audited(folder, database, upstream.base_url, config) as served:
         yield served
         log = served.log()
-        assert served.command("audit")["clean"]
         for secret in (PASSWORD, SECRET, "$argon2", "eyJ", "key_hash"):
             assert secret not in log, secret
         assert "internal_error" not in log

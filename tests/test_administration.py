@@ -13,9 +13,8 @@ import pytest
 
 from proxy.cli.serve import FIRST_ADMIN
 from proxy.units import new_id
-from tests.fakes.provider import run_in_thread
 from tests.identity.tokens import SECRET
-from tests.serving import CONFIG, MODEL, serving
+from tests.serving import CONFIG, MODEL, SQLITE, serving
 from tests.waiting import until
 
 PASSWORD = "a password of some length"
@@ -32,26 +31,15 @@ soon = partial(until, within_s=SOON_S_MAX, pause_s=0.1)  # of registrations ther
 
 
 @pytest.fixture(scope="module")
-def upstream():
-    with run_in_thread() as provider:
-        yield provider
-
-
-@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
-def servers(request, tmp_path_factory, upstream):
+def servers(database, tmp_path_factory, upstream):
     """The running servers of one database; its books add up, and their logs are clean, when the tests are through."""
     folder = tmp_path_factory.mktemp("administration")
-    places, url = ["one"], f"sqlite+aiosqlite:///{folder}/served.db"
-    if request.param == "postgresql":
-        postgres = request.getfixturevalue("postgres")
-        name = f"administration_{folder.name}"
-        postgres.create_database(name)
-        places, url = ["one", "other"], postgres.url(name)
+    places = ["one"] if database == SQLITE else ["one", "other"]
     with ExitStack() as stack:
         servers = []
         for place in places:
             (folder / place).mkdir()
-            servers.append(stack.enter_context(serving(folder / place, url, upstream.base_url, CONFIG + SETTINGS)))
+            servers.append(stack.enter_context(serving(folder / place, database, upstream.base_url, CONFIG + SETTINGS)))
         yield servers
         report = servers[0].command("audit")
         assert report["clean"], report

@@ -6,10 +6,9 @@ from decimal import Decimal
 import openai
 import pytest
 
-from tests.fakes.provider import run_in_thread
 from tests.fakes.provider.messages import fault_of, signed
 from tests.published_messages import STREAMS
-from tests.serving import UPSTREAM_KEY, serving
+from tests.serving import SQLITE, UPSTREAM_KEY, audited, serving
 from tests.waiting import until
 
 CONFIG = """
@@ -64,32 +63,19 @@ is_reasoning = true
 
 MODEL = "claude/claude-haiku-4-5"
 MARKUP = Decimal("1.15")
-once = pytest.mark.parametrize("served", ["sqlite"], indirect=True)
+once = pytest.mark.parametrize("database", ["sqlite"], indirect=True)
 """For what has nothing to do with the database."""
 
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
 
 
 @pytest.fixture(scope="module")
-def upstream():
-    fault_of({})  # the SDK's types are there before anybody waits for them
-    with run_in_thread() as provider:
-        yield provider
-
-
-@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
-def served(request, tmp_path_factory, upstream):
+def served(database, tmp_path_factory, upstream):
     """A running server, audited when the tests are through with it."""
+    fault_of({})  # the SDK's types are there before anybody waits for them
     folder = tmp_path_factory.mktemp("anthropic")
-    url = "sqlite+aiosqlite:///served.db"
-    if request.param == "postgresql":
-        postgres = request.getfixturevalue("postgres")
-        postgres.create_database(folder.name)
-        url = postgres.url(folder.name)
-    with serving(folder, url, upstream.base_url, configuration=CONFIG) as server:
+    with audited(folder, database, upstream.base_url, CONFIG) as server:
         yield server
-        report = server.command("audit")
-        assert report["clean"], report
 
 
 @pytest.fixture(scope="module")
@@ -478,7 +464,7 @@ def test_the_reservation_bounds_the_charge(served, funded, client, fields):
 def test_a_key_is_enough(tmp_path):
     """With the name of its variable alone, the server starts and offers Claude at the prices that ship."""
     text = '[server]\nport = 0\n[providers.anthropic]\nkind = "anthropic"\napi_key_env = "UPSTREAM_KEY"\n'
-    with serving(tmp_path, "sqlite+aiosqlite:///served.db", "", configuration=text) as server:
+    with serving(tmp_path, SQLITE, "", configuration=text) as server:
         key = server.customer("a@example.com")
         with server.client(key) as http:
             model = http.get("/v1/models/claude-opus-5").json()

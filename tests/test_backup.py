@@ -7,7 +7,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx2
-import pytest
 
 from proxy.units import new_id
 from tests.postgres import program
@@ -17,19 +16,6 @@ from tests.waiting import until
 CONFIGURATION = CONFIG + "\n[database]\nlease_s = 1\n"
 NOWHERE = "http://127.0.0.1:9/v1"
 BODY = {"model": "demo-chat", "messages": [{"role": "user", "content": "hi"}]}
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-def database(request) -> str:
-    """The URL of a database that the server is to migrate."""
-    if request.param == "sqlite":
-        yield "sqlite+aiosqlite:///books.db"
-        return
-    postgres = request.getfixturevalue("postgres")
-    name = new_id("backup")
-    postgres.create_database(name)
-    yield postgres.url(name)
-    postgres.drop_database(name)
 
 
 def test_a_copy_taken_under_load_is_whole(database, tmp_path, request):
@@ -110,7 +96,7 @@ def copy(served: Served, database: str, folder: Path, request) -> str:
         file = folder / "copy.db"
         served.command("backup", str(file))
         (folder / "copy" / "data").mkdir()
-        shutil.copy(file, folder / "copy" / "data" / "books.db")
+        shutil.copy(file, folder / "copy" / "data" / "served.db")
         return database
     postgres = request.getfixturevalue("postgres")
     source, target = database.rpartition("/")[2], new_id("restored")

@@ -11,8 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from proxy.wire.requests import Endpoint
-from tests.fakes.provider import run_in_thread
-from tests.serving import serving
+from tests.serving import SQLITE, audited
 
 CONFIGURATION = """
 [server]
@@ -77,20 +76,10 @@ WALLETS = ("1000", "5", "0.5")
 
 
 @pytest.fixture(scope="module")
-def upstream():
-    with run_in_thread() as provider:
-        yield provider
-
-
-@pytest.fixture(scope="module")
 def served(tmp_path_factory, upstream):
     """A running server whose books are in order at the end, without a loss to the operator."""
-    folder = tmp_path_factory.mktemp("bound")
-    url = "sqlite+aiosqlite:///served.db"
-    with serving(folder, url, upstream.base_url, configuration=CONFIGURATION) as server:
+    with audited(tmp_path_factory.mktemp("bound"), SQLITE, upstream.base_url, CONFIGURATION) as server:
         yield server
-        report = server.command("audit")
-        assert report["clean"], report
 
 
 @pytest.fixture(scope="module")

@@ -2,8 +2,7 @@
 
 import pytest
 
-from tests.fakes.provider import run_in_thread
-from tests.serving import UPSTREAM_KEY, serving
+from tests.serving import SQLITE, UPSTREAM_KEY, serving
 
 CONFIG = """
 [server]
@@ -42,12 +41,6 @@ BODIES = {
 }
 
 
-@pytest.fixture(scope="module")
-def upstream():
-    with run_in_thread() as provider:
-        yield provider
-
-
 @pytest.fixture(scope="module", params=["lean", "httpx"])
 def client(request, tmp_path_factory, upstream):
     """A customer's, of a server that speaks to providers by each of the two clients of HTTP."""
@@ -56,7 +49,7 @@ def client(request, tmp_path_factory, upstream):
     configuration += "".join(PRICE.format(name=name) for name in NAMES)
     folder = tmp_path_factory.mktemp("compatible")
     with (
-        serving(folder, "sqlite+aiosqlite:///served.db", upstream.base_url, configuration) as server,
+        serving(folder, SQLITE, upstream.base_url, configuration) as server,
         server.client(server.customer("customer@example.com")) as http,
     ):
         yield http

@@ -7,27 +7,18 @@ from decimal import Decimal
 
 import pytest
 
-from tests.fakes.provider import run_in_thread
-from tests.serving import MODEL, serving
+from tests.serving import MODEL, audited
 
 CALL = {"model": MODEL, "messages": [{"role": "user", "content": "Say something."}]}
 TRANSACTIONS = "/api/v1/credits/transactions"
 ADMIN_PATHS = ("/api/v1/admin/usage", "/api/v1/admin/margin", "/api/v1/llm/usage")
 
 
-@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
-def served(request, tmp_path_factory):
+@pytest.fixture(scope="module")
+def served(database, tmp_path_factory, upstream):
     """A running server whose books add up when the tests are through with it."""
-    folder = tmp_path_factory.mktemp("credits")
-    url = "sqlite+aiosqlite:///credits.db"
-    if request.param == "postgresql":
-        postgres = request.getfixturevalue("postgres")
-        name = f"credits_{folder.name}"
-        postgres.create_database(name)
-        url = postgres.url(name)
-    with run_in_thread() as upstream, serving(folder, url, upstream.base_url) as server:
+    with audited(tmp_path_factory.mktemp("credits"), database, upstream.base_url) as server:
         yield server
-        assert server.command("audit")["clean"]
         assert "internal_error" not in server.log()
 
 

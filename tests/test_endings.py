@@ -7,22 +7,19 @@ import asyncio
 import json
 import re
 import signal
-import socket
 import sqlite3
-import struct
 import threading
 import time
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from decimal import Decimal
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import asyncpg
 import pytest
 
 from proxy.wire.requests import Endpoint
-from tests.fakes.provider import run_in_thread
-from tests.serving import serving
+from tests.leaver import Leaver, awaited_charge, paid
+from tests.serving import SQLITE, audited, serving
 from tests.waiting import until
 
 CONFIG = """
@@ -82,29 +79,10 @@ def request(endpoint, model="opaque", *, stream=False, tokens_max=5000, **behavi
 
 
 @pytest.fixture(scope="module")
-def upstream():
-    with run_in_thread() as provider:
-        yield provider
-
-
-@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
-def database(request, tmp_path_factory):
-    """The URL of a new database, on SQLite and on PostgreSQL in turn."""
-    if request.param == "sqlite":
-        return "sqlite+aiosqlite:///served.db"
-    postgres = request.getfixturevalue("postgres")
-    name = f"endings_{tmp_path_factory.mktemp('endings').name}"
-    postgres.create_database(name)
-    return postgres.url(name)
-
-
-@pytest.fixture(scope="module")
 def served(database, tmp_path_factory, upstream):
     """A running server with short limits, audited when the tests are through with it."""
-    with serving(tmp_path_factory.mktemp("served"), database, upstream.base_url, configuration=CONFIG) as server:
+    with audited(tmp_path_factory.mktemp("served"), database, upstream.base_url, CONFIG) as server:
         yield server
-        report = server.command("audit")
-        assert report["clean"], report
 
 
 @pytest.fixture(scope="module")
@@ -117,77 +95,7 @@ def customer(served):
 def key(served, customer):
     """The customer's key, behind which nothing is held at the end of the test."""
     yield customer
-    assert served.balance(customer)["reserved"] == "0"
-
-
-class Leaver:
-    """A client on a bare socket, that reads what it wants and leaves when it wants."""
-
-    def __init__(self, served, key, endpoint, body, *, buffer_bytes=None) -> None:
-        url = urlsplit(served.base_url)
-        self.socket = socket.socket()
-        self.socket.settimeout(20)
-        if buffer_bytes is not None:
-            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer_bytes)
-        self.socket.connect((url.hostname, url.port))
-        payload = body if isinstance(body, bytes) else json.dumps(body).encode()
-        path = endpoint if endpoint.startswith("/") else f"/v1/{endpoint}"
-        self.client_id = f"leaver-{time.monotonic_ns()}"
-        self.request = (
-            f"POST {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {key}\r\n"
-            f"X-Client-Request-Id: {self.client_id}\r\nContent-Length: {len(payload)}\r\n\r\n".encode()
-            + payload
-        )
-        self.read = b""
-        self.ask()
-
-    def ask(self) -> None:
-        """Send the request, be it once more."""
-        self.socket.sendall(self.request)
-
-    def read_until(self, text: bytes) -> None:
-        while text not in self.read:
-            piece = self.socket.recv(65536)
-            assert piece, self.read
-            self.read += piece
-
-    def read_to_its_end(self) -> bytes:
-        """Everything up to where the connection is closed or cut off."""
-        with suppress(ConnectionResetError):
-            while piece := self.socket.recv(65536):
-                self.read += piece
-        return self.read
-
-    @property
-    def request_id(self) -> str:
-        self.read_until(b"\r\n\r\n")
-        return re.search(rb"x-request-id: (\S+)", self.read)[1].decode()
-
-    def leave(self, *, is_abrupt: bool = False) -> None:
-        if is_abrupt:
-            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        self.socket.close()
-
-
-def awaited_charge(served, key):
-    """A function that waits for the receipt of the customer's next call that is charged."""
-
-    def newest() -> str | None:
-        with served.client(key) as http:
-            items = http.get("/api/v1/credits/transactions?limit=1").json()["items"]
-        return items[0]["request_id"]
-
-    before = newest()
-
-    def charge() -> dict:
-        charged = until(lambda: (found := newest()) != before and found, "nothing was charged", within_s=12)
-        return served.ended(key, charged)
-
-    return charge
-
-
-def paid(charge) -> tuple:
-    return charge["state"], charge["outcome"], charge["usage_source"]
+    assert served.holds_nothing(customer)
 
 
 @pytest.mark.parametrize("is_abrupt", [False, True])
@@ -549,7 +457,7 @@ def test_an_end_that_can_be_booked_in_time_is_only_late(served, key, upstream, d
 
 def test_a_plain_answer_that_a_stopping_server_cannot_send_costs_nothing(database, upstream, tmp_path):
     """When the time for calls in flight is over, what waits for its charge is never sent: so it is given back."""
-    url = f"{database}_stopped" if database.startswith("postgresql") else "sqlite+aiosqlite:///served.db"
+    url = f"{database}_stopped" if database.startswith("postgresql") else SQLITE
     if database.startswith("postgresql"):
         postgres_of(database)(f'CREATE DATABASE "{url.rpartition("/")[2]}"')
     config = CONFIG.replace("settle_wait_s = 1\n", "settle_wait_s = 30\ndrain_s = 1\n")

@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 
 from proxy.wire.requests import Endpoint
 from tests import json_texts
-from tests.fakes.provider import run_in_thread
 from tests.published import DONE, PLAIN, STREAMS
-from tests.serving import CONFIG, MODEL, UPSTREAM_KEY, serving
+from tests.serving import CONFIG, MODEL, SQLITE, UPSTREAM_KEY, audited
 
 CONFIGURATION = f"""{CONFIG}
 [models."alias é"]
@@ -84,22 +83,14 @@ def request(endpoint, text):
 
 
 @pytest.fixture(scope="module")
-def line(tmp_path_factory):
+def line(tmp_path_factory, upstream):
     """The whole line, whose books are in order at the end."""
-    folder = tmp_path_factory.mktemp("fidelity")
-    url = "sqlite+aiosqlite:///served.db"
-    with (
-        run_in_thread() as upstream,
-        serving(folder, url, upstream.base_url, configuration=CONFIGURATION) as served,
-    ):
+    with audited(tmp_path_factory.mktemp("fidelity"), SQLITE, upstream.base_url, CONFIGURATION) as served:
         key = served.customer("faithful@example.com", "1000")
         line = Line(upstream, served, key)
         yield line
         line.close()
-        with served.client(key) as http:
-            assert http.get("/api/v1/credits/balance").json()["reserved"] == "0"
-        report = served.command("audit")
-        assert report["clean"], report
+        assert served.holds_nothing(key)
 
 
 def without_cost(octets: bytes, charged: str) -> bytes:

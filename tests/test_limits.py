@@ -11,8 +11,7 @@ from decimal import Decimal
 import pytest
 
 from proxy.wire.requests import Endpoint
-from tests.fakes.provider import run_in_thread
-from tests.serving import CONFIG, MODEL, serving
+from tests.serving import CONFIG, MODEL, SQLITE, audited
 
 LIMITS = """[server]
 body_bytes_max = 20000
@@ -28,20 +27,10 @@ CONFIGURATION = (
 
 
 @pytest.fixture(scope="module")
-def upstream():
-    with run_in_thread() as provider:
-        yield provider
-
-
-@pytest.fixture(scope="module")
 def served(tmp_path_factory, upstream):
     """A running server with low limits, whose books are in order at the end."""
-    folder = tmp_path_factory.mktemp("limits")
-    url = "sqlite+aiosqlite:///served.db"
-    with serving(folder, url, upstream.base_url, configuration=CONFIGURATION) as server:
+    with audited(tmp_path_factory.mktemp("limits"), SQLITE, upstream.base_url, CONFIGURATION) as server:
         yield server
-        report = server.command("audit")
-        assert report["clean"], report
 
 
 @pytest.fixture(scope="module")
@@ -127,8 +116,7 @@ def test_an_encoded_body(client):
 
 def exchanged(served, *parts: bytes) -> bytes:
     """What the server answers to `parts` on a connection of its own, up to its close or a second of silence."""
-    host, _, port = served.base_url.removeprefix("http://").removesuffix("/v1").partition(":")
-    with socket.create_connection((host, int(port)), timeout=5) as connection:
+    with socket.create_connection(served.address, timeout=5) as connection:
         for part in parts:
             connection.sendall(part)
         answer = b""
@@ -189,8 +177,7 @@ def test_a_body_that_stops(served, key, upstream, lines):
 def test_a_client_that_leaves_inside_its_body(served, key, client, upstream):
     """Nothing is called and nothing reserved; the server goes on."""
     before = len(upstream.journal)
-    host, _, port = served.base_url.removeprefix("http://").removesuffix("/v1").partition(":")
-    with socket.create_connection((host, int(port)), timeout=5) as connection:
+    with socket.create_connection(served.address, timeout=5) as connection:
         connection.sendall(head(key, "Content-Length: 50") + b"{}")
     assert client.get("/v1/models").status_code == 200
     assert len(upstream.journal) == before

@@ -9,8 +9,7 @@ import httpx2
 import openai
 import pytest
 
-from tests.fakes.provider import run_in_thread
-from tests.serving import MODEL, UPSTREAM_KEY, serving
+from tests.serving import MODEL, UPSTREAM_KEY, audited
 from tests.skips import needs
 
 MESSAGES = [{"role": "user", "content": "Say something."}]
@@ -23,27 +22,10 @@ def wish(**behaviour) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def upstream():
-    with run_in_thread() as provider:
-        yield provider
-
-
-@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
-def served(request, tmp_path_factory, upstream):
+def served(database, tmp_path_factory, upstream):
     """A running server, audited when the tests are through with it."""
-    folder = tmp_path_factory.mktemp("served")
-    if request.param == "sqlite":
-        url = "sqlite+aiosqlite:///served.db"
-    else:
-        postgres = request.getfixturevalue("postgres")
-        name = f"served_{folder.name}"
-        postgres.create_database(name)
-        url = postgres.url(name)
-    with serving(folder, url, upstream.base_url) as server:
+    with audited(tmp_path_factory.mktemp("served"), database, upstream.base_url, calls_min=1) as server:
         yield server
-        report = server.command("audit")
-        assert report["clean"], report
-        assert report["totals"]["calls"] > 0
 
 
 @pytest.fixture(scope="module")

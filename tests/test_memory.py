@@ -9,8 +9,7 @@ import psutil
 import pytest
 
 from proxy.errors import Unavailable, forget_frames
-from tests.fakes.provider import run_in_thread
-from tests.serving import CONFIG, serving
+from tests.serving import CONFIG, SQLITE, serving
 
 BODY_BYTES = 1_000_000
 CALLS = 30
@@ -60,12 +59,10 @@ context_tokens = 9000000
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory):
+def served(tmp_path_factory, upstream):
     """A running server whose model takes long prompts."""
-    with run_in_thread() as upstream:
-        folder = tmp_path_factory.mktemp("served")
-        with serving(folder, "sqlite+aiosqlite:///memory.db", upstream.base_url, CONFIGURATION) as server:
-            yield server
+    with serving(tmp_path_factory.mktemp("served"), SQLITE, upstream.base_url, CONFIGURATION) as server:
+        yield server
 
 
 @pytest.fixture(scope="module")

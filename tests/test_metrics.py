@@ -21,7 +21,6 @@ from proxy.metrics import (
     SharedMemory,
 )
 from proxy.storage.database import SCHEMA_HEAD
-from tests.fakes.provider import run_in_thread
 from tests.serving import CONFIG, MODEL, UPSTREAM_KEY, Served, environment, serving
 from tests.waiting import until
 
@@ -128,16 +127,8 @@ def test_names_follow_the_custom():
 
 
 @pytest.fixture(scope="module")
-def upstream():
-    with run_in_thread() as provider:
-        yield provider
-
-
-@pytest.fixture(scope="module")
-def served(postgres, tmp_path_factory, upstream):
-    folder = tmp_path_factory.mktemp("metrics")
-    postgres.create_database(name := f"metrics_{folder.name}")
-    with serving(folder, postgres.url(name), upstream.base_url, configuration=SERVER) as server:
+def served(postgres_database, tmp_path_factory, upstream):
+    with serving(tmp_path_factory.mktemp("metrics"), postgres_database, upstream.base_url, SERVER) as server:
         yield server
 
 

@@ -8,8 +8,7 @@ from decimal import Decimal
 import pytest
 
 from proxy.wire.requests import Endpoint
-from tests.fakes.provider import run_in_thread
-from tests.serving import CONFIG, MODEL, serving
+from tests.serving import CONFIG, MODEL, SQLITE, audited
 
 CONFIGURATION = f"""{CONFIG}
 [prices."fake/classes"]
@@ -26,20 +25,10 @@ MARKUP = Decimal("1.15")
 
 
 @pytest.fixture(scope="module")
-def upstream():
-    with run_in_thread() as provider:
-        yield provider
-
-
-@pytest.fixture(scope="module")
 def served(tmp_path_factory, upstream):
     """A running server whose books are in order at the end."""
-    folder = tmp_path_factory.mktemp("oddities")
-    url = "sqlite+aiosqlite:///served.db"
-    with serving(folder, url, upstream.base_url, configuration=CONFIGURATION) as server:
+    with audited(tmp_path_factory.mktemp("oddities"), SQLITE, upstream.base_url, CONFIGURATION) as server:
         yield server
-        report = server.command("audit")
-        assert report["clean"], report
 
 
 @pytest.fixture(scope="module")

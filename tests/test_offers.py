@@ -9,9 +9,8 @@ import sqlalchemy as sa
 
 from proxy.routing import FAILURES_MAX
 from proxy.storage import database as storage
-from tests.fakes.provider import run_in_thread
 from tests.scripted import scripted_provider
-from tests.serving import serving
+from tests.serving import SQLITE, audited, serving
 
 CONFIG = """
 [server]
@@ -122,37 +121,17 @@ candidates = ["gone/m", "steady/m"]
 
 
 @pytest.fixture(scope="module")
-def upstream():
-    with run_in_thread() as provider:
-        yield provider
-
-
-@pytest.fixture(scope="module")
 def flaky():
     with scripted_provider() as scripted:
         yield scripted
-
-
-@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
-def database(request, tmp_path_factory):
-    """The URL of a new database, on SQLite and on PostgreSQL in turn."""
-    if request.param == "sqlite":
-        return "sqlite+aiosqlite:///served.db"
-    postgres = request.getfixturevalue("postgres")
-    name = f"offers_{tmp_path_factory.mktemp('offers').name}"
-    postgres.create_database(name)
-    return postgres.url(name)
 
 
 @pytest.fixture(scope="module")
 def served(database, tmp_path_factory, upstream, flaky):
     """A running server, audited when the tests are through with it."""
     folder = tmp_path_factory.mktemp("served")
-    with serving(folder, database, upstream.base_url, config(flaky[1])) as server:
+    with audited(folder, database, upstream.base_url, config(flaky[1]), calls_min=1) as server:
         yield server
-        report = server.command("audit")
-        assert report["clean"], report
-        assert report["totals"]["calls"] > 0
 
 
 @pytest.fixture(scope="module")
@@ -258,7 +237,7 @@ def test_it_is_sent_again_if_the_operator_pays_twice_for_it(tmp_path, flaky, ups
     """He who allows it serves the call; the client pays for one answer."""
     flaky[0].answers_with(0)
     paying = config(flaky[1]).replace("may_pay_twice = false", "may_pay_twice = true")
-    with serving(tmp_path, "sqlite+aiosqlite:///served.db", upstream.base_url, paying) as served:
+    with serving(tmp_path, SQLITE, upstream.base_url, paying) as served:
         key = served.customer("customer@example.com")
         answer = call(served, key, "closed")
         assert (answer.status_code, answer.headers["x-tollgate-provider"]) == (200, "steady")

@@ -10,8 +10,7 @@ import pytest
 
 from proxy import __version__
 from proxy.wire.requests import Endpoint
-from tests.fakes.provider import run_in_thread
-from tests.serving import CONFIG, MODEL, serving
+from tests.serving import CONFIG, MODEL, SQLITE, serving
 from tests.skips import needs
 
 METHODS = {"get", "post", "put", "patch", "delete"}
@@ -21,16 +20,10 @@ EXAMPLES = ("gpt-4o-mini", "gpt-3.5-turbo-instruct", "text-embedding-3-small")
 CONFIGURATION = CONFIG + "".join(f'[models."{name}"]\ncandidates = ["fake/{MODEL}"]\n' for name in EXAMPLES)
 
 
-@pytest.fixture(scope="module")
-def upstream():
-    with run_in_thread() as provider:
-        yield provider
-
-
 @contextmanager
 def opened(folder, upstream):
     """A running server, and the key of an admin with credits: to it no route is closed."""
-    with serving(folder, "sqlite+aiosqlite:///served.db", upstream.base_url, configuration=CONFIGURATION) as server:
+    with serving(folder, SQLITE, upstream.base_url, configuration=CONFIGURATION) as server:
         server.command("users", "create", "--email", "documented@example.com", "--admin")
         server.command("credits", "grant", "--email", "documented@example.com", "--amount", "1000")
         made = server.command("keys", "create", "--email", "documented@example.com", "--scope", "admin")

@@ -18,7 +18,6 @@ import psutil
 import pytest
 
 from proxy.supervisor import HUNG_S, PAUSE_S, PAUSE_S_MAX, YOUNG_DEATHS_MAX, listen, pause_before
-from tests.fakes.provider import run_in_thread
 from tests.postgres import Cluster
 from tests.serving import CONFIG, MODEL, Served, environment, serving
 from tests.waiting import until
@@ -44,22 +43,9 @@ def body(**behaviour) -> dict:
 
 
 @pytest.fixture(scope="module")
-def upstream():
-    with run_in_thread() as provider:
-        yield provider
-
-
-@pytest.fixture(scope="module")
-def database(postgres, tmp_path_factory):
-    name = f"processes_{tmp_path_factory.mktemp('processes').name}"
-    postgres.create_database(name)
-    return postgres.url(name)
-
-
-@pytest.fixture(scope="module")
-def served(database, tmp_path_factory, upstream):
+def served(postgres_database, tmp_path_factory, upstream):
     """A running server of two workers."""
-    with serving(tmp_path_factory.mktemp("served"), database, upstream.base_url, configuration=SERVER) as server:
+    with serving(tmp_path_factory.mktemp("served"), postgres_database, upstream.base_url, SERVER) as server:
         yield server
 
 
@@ -69,9 +55,9 @@ def key(served):
 
 
 @pytest.fixture
-def passing(database, tmp_path, upstream, served):
+def passing(postgres_database, tmp_path, upstream, served):
     """Another server on the same database, which the test may end as it likes."""
-    server = Served(environment(tmp_path, database, upstream.base_url, configuration=SERVER))
+    server = Served(environment(tmp_path, postgres_database, upstream.base_url, configuration=SERVER))
     server.start()
     yield server
     for child in server_pids(server):
@@ -136,7 +122,7 @@ def test_a_missing_schema_is_refused_once(tmp_path, postgres, served):
     assert "run `tollgate migrate` first" in done.stderr
 
 
-def test_connections_are_spread_over_the_workers(served, key, postgres, database):
+def test_connections_are_spread_over_the_workers(served, key, postgres, postgres_database):
     """Each worker gets a good part of connections that are made at once, by a lease of its own."""
     assert len(workers(served)) == 2
     found = []
@@ -145,13 +131,13 @@ def test_connections_are_spread_over_the_workers(served, key, postgres, database
             answer = http.post("/v1/chat/completions", json={**body(), "stream": False})
         assert answer.status_code == 200
         found.append(answer.headers["x-request-id"])
-    owners = dict(postgres.execute("SELECT id, owner_id FROM reservations", database.rpartition("/")[2]))
+    owners = dict(postgres.execute("SELECT id, owner_id FROM reservations", postgres_database.rpartition("/")[2]))
     counts = Counter(owners[request_id] for request_id in found)
     assert len(counts) == 2
     assert min(counts.values()) >= 5, counts
 
 
-def test_a_killed_worker_is_replaced_and_its_siblings_serve_on(served, key, postgres, database):
+def test_a_killed_worker_is_replaced_and_its_siblings_serve_on(served, key, postgres, postgres_database):
     """No new connection fails meanwhile; only the calls of the dead one are cut off."""
     victim = workers(served)[0]
     streams = [Stream(served, key, tokens=30, pace_s=0.05) for _ in range(6)]
@@ -160,7 +146,7 @@ def test_a_killed_worker_is_replaced_and_its_siblings_serve_on(served, key, post
         with served.client(key) as http:
             assert http.post("/v1/chat/completions", json={**body(), "stream": False}).status_code == 200
     ends = {stream.request_id: stream.to_its_end() for stream in streams}
-    owners = dict(postgres.execute("SELECT id, owner_id FROM reservations", database.rpartition("/")[2]))
+    owners = dict(postgres.execute("SELECT id, owner_id FROM reservations", postgres_database.rpartition("/")[2]))
     cut_off = {owners[request_id] for request_id, end in ends.items() if not end.endswith(b"data: [DONE]\n\n")}
     whole = {owners[request_id] for request_id, end in ends.items() if end.endswith(b"data: [DONE]\n\n")}
     assert len(cut_off) <= 1
@@ -194,7 +180,7 @@ def test_a_worker_that_is_stuck_loses_nobody(served, key):
     victim.suspend()
     try:
         for _ in range(20):
-            with socket.create_connection(served_address(served), timeout=PATIENCE_S) as connection:
+            with socket.create_connection(served.address, timeout=PATIENCE_S) as connection:
                 connection.sendall(b"GET /health/live HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
                 assert connection.recv(100).startswith(b"HTTP/1.1 200")
     finally:
@@ -253,11 +239,6 @@ def test_a_hung_worker_is_replaced_and_its_calls_are_freed(tmp_path, postgres, u
         server.errors.close()
 
 
-def served_address(server: Served) -> tuple[str, int]:
-    url = httpx2.URL(server.base_url)
-    return url.host, url.port
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stopping_server_finishes_its_calls(passing, key, number):
     """Streams come to their end, nobody new gets in, the exit status is 0, and no process and no hold is left."""
@@ -269,7 +250,7 @@ def test_a_stopping_server_finishes_its_calls(passing, key, number):
     assert passing.process.wait(PATIENCE_S) == 0, passing.log()
     assert not any(child.is_running() for child in children)
     with pytest.raises(ConnectionRefusedError):
-        socket.create_connection(served_address(passing)).close()
+        socket.create_connection(passing.address).close()
     assert not events(passing, "ending_calls")
 
 
@@ -313,10 +294,10 @@ def test_a_worker_that_is_asked_to_end_is_replaced(passing, key):
     assert not events(passing, "worker_died")
 
 
-def test_a_taken_port_is_refused(served, tmp_path, database):
+def test_a_taken_port_is_refused(served, tmp_path, postgres_database):
     """Also when its owner shares it among its workers, which would share it with ours."""
-    _, port = served_address(served)
-    other = Served(environment(tmp_path, database, configuration=SERVER))
+    _, port = served.address
+    other = Served(environment(tmp_path, postgres_database, configuration=SERVER))
     for count in ("1", "2"):
         done = other.run("serve", "--port", str(port), "--workers", count)
         assert (done.returncode, done.stderr.count("\n")) == (2, 1)

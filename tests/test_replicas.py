@@ -5,7 +5,6 @@ from functools import partial
 
 import pytest
 
-from tests.fakes.provider import run_in_thread
 from tests.serving import MODEL, serving
 from tests.waiting import until
 
@@ -16,17 +15,14 @@ soon = partial(until, within_s=KNOWN_S_MAX)
 
 
 @pytest.fixture(scope="module")
-def replicas(postgres, tmp_path_factory):
+def replicas(postgres_database, tmp_path_factory, upstream):
     """Two running servers, and an admin's client on the first."""
     folder = tmp_path_factory.mktemp("replicas")
-    name = f"replicas_{folder.name}"
-    postgres.create_database(name)
     with ExitStack() as stack:
-        upstream = stack.enter_context(run_in_thread())
         servers = []
         for place in ("one", "other"):
             (folder / place).mkdir()
-            servers.append(stack.enter_context(serving(folder / place, postgres.url(name), upstream.base_url)))
+            servers.append(stack.enter_context(serving(folder / place, postgres_database, upstream.base_url)))
         one, other = servers
         one.command("users", "create", "--email", "boss@example.com", "--admin")
         made = one.command("keys", "create", "--email", "boss@example.com", "--scope", "admin")

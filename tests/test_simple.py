@@ -8,10 +8,9 @@ from decimal import Decimal
 import pytest
 
 from proxy.edge.invoke import INVOKE_PATH, TEST_PATH
-from tests.fakes.provider import run_in_thread
+from tests.leaver import Leaver, awaited_charge, paid
 from tests.scripted import ERROR, scripted_provider
-from tests.serving import CONFIG, MODEL, serving
-from tests.test_endings import Leaver, awaited_charge, paid
+from tests.serving import CONFIG, MODEL, audited
 from tests.waiting import until
 
 CONFIGURATION = f"""{CONFIG}
@@ -65,12 +64,6 @@ MARKUP = Decimal("1.15")
 
 
 @pytest.fixture(scope="module")
-def upstream():
-    with run_in_thread() as provider:
-        yield provider
-
-
-@pytest.fixture(scope="module")
 def scripted():
     """A provider that answers by script, whatever it is asked."""
     with scripted_provider() as script_and_url:
@@ -82,21 +75,13 @@ def script(scripted):
     return scripted[0]
 
 
-@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
-def served(request, tmp_path_factory, upstream, scripted):
+@pytest.fixture(scope="module")
+def served(database, tmp_path_factory, upstream, scripted):
     """A running server on a database of each kind, audited when the tests are through with it."""
     folder = tmp_path_factory.mktemp("simple")
-    url = "sqlite+aiosqlite:///served.db"
-    if request.param == "postgresql":
-        postgres = request.getfixturevalue("postgres")
-        name = f"simple_{folder.name}"
-        postgres.create_database(name)
-        url = postgres.url(name)
     configuration = CONFIGURATION.replace("SCRIPTED", scripted[1])
-    with serving(folder, url, upstream.base_url, configuration=configuration) as server:
+    with audited(folder, database, upstream.base_url, configuration) as server:
         yield server
-        report = server.command("audit")
-        assert report["clean"], report
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +98,7 @@ def broke(served):
 def key(served, customer):
     """The customer's key, behind which nothing is held at the end of the test."""
     yield customer
-    assert served.balance(customer)["reserved"] == "0"
+    assert served.holds_nothing(customer)
 
 
 @pytest.fixture

@@ -5,9 +5,8 @@ from decimal import Decimal
 
 import pytest
 
-from tests.fakes.provider import run_in_thread
 from tests.fakes.provider.responses import FOUND_TOKENS
-from tests.serving import serving
+from tests.serving import audited
 
 CONFIG = """
 [server]
@@ -62,24 +61,10 @@ CODE = {"type": "code_interpreter", "container": {"type": "auto"}}
 
 
 @pytest.fixture(scope="module")
-def upstream():
-    with run_in_thread() as provider:
-        yield provider
-
-
-@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
-def served(request, tmp_path_factory, upstream):
+def served(database, tmp_path_factory, upstream):
     """A running server, audited when the tests are through with it."""
-    url, folder = "sqlite+aiosqlite:///served.db", tmp_path_factory.mktemp("tools")
-    if request.param == "postgresql":
-        postgres = request.getfixturevalue("postgres")
-        postgres.create_database(f"tools_{folder.name}")
-        url = postgres.url(f"tools_{folder.name}")
-    with serving(folder, url, upstream.base_url, CONFIG) as server:
+    with audited(tmp_path_factory.mktemp("tools"), database, upstream.base_url, CONFIG, calls_min=1) as server:
         yield server
-        report = server.command("audit")
-        assert report["clean"], report
-        assert report["totals"]["calls"] > 0
 
 
 @pytest.fixture(scope="module")

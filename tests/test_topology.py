@@ -27,7 +27,6 @@ from proxy.metrics import FAMILIES
 from proxy.settings import ServerSettings
 from tests import debian
 from tests.balancer import COMPOSE, PATIENCE_S, REPLICAS, balancing, free_port, inline
-from tests.fakes.provider import run_in_thread
 from tests.serving import CONFIG, MODEL, Served, environment
 from tests.waiting import until
 
@@ -103,15 +102,13 @@ def token() -> str:
 
 
 @pytest.fixture(scope="module")
-def topology(postgres, tmp_path_factory, token) -> Iterator[Topology]:
+def topology(postgres_database, tmp_path_factory, upstream, token) -> Iterator[Topology]:
     folder = tmp_path_factory.mktemp("topology")
-    postgres.create_database(name := f"topology_{folder.name}")
     with ExitStack() as stack:
-        upstream = stack.enter_context(run_in_thread())
         replicas = []
         for place in REPLICAS:
             (folder / place).mkdir()
-            environ = environ_of(folder / place, postgres.url(name), upstream.base_url, token)
+            environ = environ_of(folder / place, postgres_database, upstream.base_url, token)
             replicas.append(Replica(environ))
         replicas[0].command("migrate")
         for replica in replicas:

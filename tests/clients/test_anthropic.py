@@ -7,7 +7,7 @@ import pytest
 from tests.clients.programs import CHAT
 from tests.fakes.provider import Served
 from tests.fakes.provider.messages import fault_of
-from tests.serving import MODEL, serving
+from tests.serving import MODEL, SQLITE, serving
 from tests.waiting import until
 
 CONFIG = """
@@ -48,7 +48,7 @@ def claude(tmp_path_factory, upstream):
     """A running server whose model is Claude, and whose books add up in the end."""
     fault_of({})  # the SDK's types are there before anybody waits for them
     folder = tmp_path_factory.mktemp("claude")
-    with serving(folder, "sqlite+aiosqlite:///served.db", upstream.base_url, configuration=CONFIG) as server:
+    with serving(folder, SQLITE, upstream.base_url, configuration=CONFIG) as server:
         yield server
         report = server.command("audit")
         assert report["clean"], report

@@ -18,7 +18,7 @@ from pathlib import Path
 import openai
 import pytest
 
-from tests.serving import serving
+from tests.serving import SQLITE, serving
 from tests.skips import needs
 
 pytestmark = needs("node")
@@ -115,7 +115,7 @@ def configured(providers) -> str:
 def billing(providers, tmp_path_factory):
     """A server of ours before both, whose books add up in the end, and a customer's key."""
     folder = tmp_path_factory.mktemp("before-them")
-    with serving(folder, "sqlite+aiosqlite:///served.db", "", configured(providers)) as server:
+    with serving(folder, SQLITE, "", configured(providers)) as server:
         yield server, server.customer("customer@example.com")
         report = server.command("audit")
         assert report["clean"], report

@@ -6,20 +6,19 @@ import json
 import socket
 import time
 import weakref
-from urllib.parse import urlsplit
 
 import pytest
 from uvicorn.server import ServerState
 
 from proxy.edge.protocol import CONNECTION, HEAD_BYTES_MAX, HEAD_S_MAX, LimitedProtocol, server_config
-from tests.serving import serving
+from tests.serving import SQLITE, serving
 
 BODY = b'{"model": "demo-chat", "messages": [{"role": "user", "content": "hi"}]}'
 
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
-    with serving(tmp_path_factory.mktemp("served"), "sqlite+aiosqlite:///served.db", "http://127.0.0.1:9/v1") as server:
+    with serving(tmp_path_factory.mktemp("served"), SQLITE, "http://127.0.0.1:9/v1") as server:
         yield server
 
 
@@ -29,8 +28,7 @@ def key(served) -> str:
 
 
 def connected(served) -> socket.socket:
-    url = urlsplit(served.base_url)
-    return socket.create_connection((url.hostname, url.port), timeout=HEAD_S_MAX + 10)
+    return socket.create_connection(served.address, timeout=HEAD_S_MAX + 10)
 
 
 def everything(client: socket.socket) -> bytes:

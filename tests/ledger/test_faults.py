@@ -15,7 +15,6 @@ import pytest
 
 from proxy.units import NANOS_PER_CREDIT, format_credits
 from tests.books import Books, opened_books
-from tests.fakes.provider import run_in_thread
 from tests.ledger.faulty_server import Point
 from tests.serving import MODEL, Served, environment
 
@@ -50,12 +49,6 @@ class FaultyServed(Served):
 
     def program(self) -> list[str]:
         return [sys.executable, "-m", "tests.ledger.faulty_server", self.point]
-
-
-@pytest.fixture(scope="module")
-def upstream():
-    with run_in_thread() as provider:
-        yield provider
 
 
 @pytest.fixture
