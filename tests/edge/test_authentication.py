@@ -360,6 +360,7 @@ async def test_a_database_that_hangs_is_not_waited_for(tollgate, door, monkeypat
     with pytest.raises(Unavailable):
         await authentication.caller(sent(keys["plain manage"]), from_memory=True)
     away.gate.set()
+    monkeypatch.undo()
     assert (await authentication.caller(sent(keys["plain manage"]), from_memory=True)).key_id
 
 
