@@ -534,9 +534,9 @@ async def test_cancelled_calls_leak_no_connection(client_class, caller, sent, ma
                 await gone.get()
         assert held_by(client) == 0
         is_stalling = False
-        responses = [await send(client, url, timeouts=FAST) for _ in range(3)]
+        responses = [await send(client, url) for _ in range(3)]
         assert [await body_of(response) for response in responses] == [b"ok"] * 3
-        bodies = [body_of(await send(client, url, timeouts=FAST)) for _ in range(3)]
+        bodies = [body_of(await send(client, url)) for _ in range(3)]
         assert await asyncio.gather(*bodies) == [b"ok"] * 3
     await client.aclose()
 
@@ -648,7 +648,7 @@ async def test_an_idle_connection_makes_room_for_another_provider(client_class):
     client = client_class(connections_max=1)
     async with serving(handler) as first, serving(answering) as second, asyncio.timeout(5):
         assert await body_of(await send(client, first)) == b"ok"
-        assert await body_of(await send(client, second, timeouts=FAST)) == b"ok"
+        assert await body_of(await send(client, second)) == b"ok"
         await gone.wait()
     await client.aclose()
 

@@ -19,6 +19,7 @@ from proxy.upstream.lean import BUFFER_BYTES, LeanClient
 from tests.upstream.servers import (
     CHUNKED_HEAD,
     FAST,
+    PATIENT,
     PLAIN,
     answering,
     body_of,
@@ -125,7 +126,7 @@ async def test_a_connection_is_free_before_its_answer_is_read(client_class):
     """A complete answer does not keep the next call waiting."""
     client = client_class(connections_max=1)
     async with serving(answering) as url, asyncio.timeout(5):
-        responses = [await send(client, url, timeouts=FAST) for _ in range(3)]
+        responses = [await send(client, url) for _ in range(3)]
         assert client._pool.in_use == 0
         assert [await body_of(response) for response in responses] == [b"ok"] * 3
     await client.aclose()
@@ -267,9 +268,9 @@ async def test_answers_without_a_body(client):
             writer.write(b"HTTP/1.1 %b\r\n%b\r\n" % (status, b"" if b"x-none" in head else b"content-length: 9\r\n"))
 
     async with serving(handler) as url, asyncio.timeout(5):
-        response = await client.send(provider="acme", method="HEAD", url=url, headers=[], body=b"", timeouts=FAST)
+        response = await client.send(provider="acme", method="HEAD", url=url, headers=[], body=b"", timeouts=PATIENT)
         assert (response.status, await body_of(response)) == (200, b"")
-        response = await send(client, url, headers=[(b"x-none", b"1")], timeouts=FAST)
+        response = await send(client, url, headers=[(b"x-none", b"1")])
         assert (response.status, await body_of(response)) == (204, b"")
 
 
