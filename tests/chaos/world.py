@@ -372,7 +372,10 @@ class World:
         if workers:
             killed_at = time.time()
             self.kills.append(Kill(proxy.base_url, killed_at))
-            workers[0 if is_eldest else -1].kill()
+            worker = workers[0 if is_eldest else -1]
+            worker.kill()
+            with suppress(psutil.TimeoutExpired):
+                worker.wait(PATIENCE_S)  # a server that is told to stop before it knows would not end in order
             self.absences.append(Span(killed_at, time.time()))
 
     def renew(self, proxy: Proxy) -> None:
