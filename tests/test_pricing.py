@@ -91,6 +91,18 @@ def test_what_is_within_the_bound_costs_no_more_than_the_bound(usage, price, bps
     assert cost(billed(usage, price, images), price, bps) <= held
 
 
+@given(usages, prices, markups, images)
+def test_a_call_that_writes_no_cache_is_bounded_without_it(usage, price, bps, images):
+    """By no more than with it, and its charge at the whole price is still within the bound."""
+    unwritten = msgspec.structs.replace(usage, cache_write=0, cache_write_1h=0)
+    total = (unwritten.input_tokens, unwritten.output_tokens)
+    beside = {"images": images, "tools": TOOL_CLASSES, "tool_uses": usage.tool_uses}
+    held = bound(*total, price.without_writes, bps, **beside)
+    assert cost(billed(unwritten, price, images), price, bps) <= held <= bound(*total, price, bps, **beside)
+    dearer = msgspec.structs.replace(price, cache_write_1h=10**15, long_context=())
+    assert dearer.without_writes.dearest_input == max(price.input, price.cached_input, price.audio_input)
+
+
 @given(tokens, tokens, prices, markups, images, tools, uses)
 def test_the_dearest_usage_costs_its_bound(input_tokens, output_tokens, price, bps, images, tools, uses):
     """What is charged where nobody knows the usage is what was held for it."""
