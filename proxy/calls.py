@@ -50,7 +50,10 @@ class Answer(relay.Answer, Protocol):
 
 
 class OpenCall(msgspec.Struct):
-    """A call with its reservation, from the reserve to its settle or release; `offer` is who serves it just now."""
+    """A call with its reservation, from the reserve to its settle or release; `offer` is who serves it just now.
+
+    `reserved` is in nano-credits; `started`, `deadline` and `first_byte` are instants of `now`, in seconds.
+    """
 
     call: Call
     request: PaidRequest

@@ -36,11 +36,7 @@ from proxy.errors import (
     UpstreamUnreachable,
     forget_frames,
 )
-from proxy.estimate import (
-    Estimate,
-    estimate,
-    maximum_affordable,
-)
+from proxy.estimate import Estimate, estimate, maximum_affordable
 from proxy.ledger.decide import Release, Reserve, Settled
 from proxy.ledger.ledger import Ledger
 from proxy.metering import (

@@ -196,7 +196,7 @@ from proxy.supervisor import listen
 
 configuration = load(os.environ)
 configure_logs("json", "info")
-sys.exit(supervise(configuration, listen("127.0.0.1", 0, 2), as_json=True, hung_s=2.5))
+sys.exit(supervise(configuration, listen("127.0.0.1", 0, 2), as_json=True, hung_s=4))
 """
 
 
@@ -219,7 +219,7 @@ def test_a_hung_worker_is_replaced_and_its_calls_are_freed(tmp_path, postgres, u
         streams = [Stream(server, own_key, tokens=160, pace_s=0.05) for _ in range(6)]
         victim, sibling = workers(server)
         victim.suspend()
-        until(lambda: events(server, "worker_ready"), "the hung worker was not replaced")
+        until(lambda: events(server, "worker_ready"), "the hung worker was not replaced", within_s=20)
         assert [event["pid"] for event in events(server, "worker_hung")] == [victim.pid]
         assert [event["status"] for event in events(server, "worker_died")] == [-signal.SIGKILL]
         assert sibling.pid in server_pids(server)
@@ -416,7 +416,7 @@ def test_a_worker_that_is_stuck_says_where_and_is_replaced(supervised, tmp_path)
     for event in (b"worker_hung", b"worker_killed", b"worker_died"):
         assert event in process.stdout.readline()
     assert "in work" in (tmp_path / "errors").read_text()
-    until(lambda: len(file.read_text().split()) == 2, "it was not replaced")
+    until(lambda: len(file.read_text().split()) >= 2, "it was not replaced")
 
 
 def test_a_machine_that_was_suspended_loses_no_worker(supervised):
@@ -432,7 +432,7 @@ def test_a_machine_that_was_suspended_loses_no_worker(supervised):
     assert worker.status() != psutil.STATUS_ZOMBIE
     stopped_at = time.monotonic()
     worker.suspend()
-    until(lambda: len(file.read_text().split()) == 2, "a hung worker was not replaced afterwards")
+    until(lambda: len(file.read_text().split()) >= 2, "a hung worker was not replaced afterwards")
     assert time.monotonic() - stopped_at > 0.9
 
 

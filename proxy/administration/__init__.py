@@ -30,6 +30,7 @@ BY_HAND = "by hand"
 
 
 NAME_CHARACTERS_MAX = 300
+"""Of a provider, a model, or whatever else a rule is for."""
 
 
 class Rule(msgspec.Struct, frozen=True):

@@ -26,11 +26,9 @@ async def check_body(request: Request[Any, Any, Any]) -> None:
     expected = request.route_handler.parsed_data_field
     if expected is None:
         return
-    try:
-        msgspec.json.decode(body, type=expected.annotation)
-    except msgspec.ValidationError as exc:
-        with suppress(*UNREADABLE):
-            msgspec.json.decode(body, type=expected.annotation, strict=False)
+    with suppress(*UNREADABLE):
+        msgspec.json.decode(body, type=expected.annotation, strict=False)
+        try:
+            msgspec.json.decode(body, type=expected.annotation)
+        except msgspec.ValidationError as exc:
             raise bad_request(exc) from exc
-    except UNREADABLE:
-        return

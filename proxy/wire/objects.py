@@ -161,29 +161,25 @@ def patch(body: bytes, changes: Mapping[str, bytes | None]) -> bytes:
     except UNREADABLE as exc:
         raise bad_request(exc) from exc
     position = body.index(b"{") + 1
-    names = {name for name, _, _ in members}
-    pieces = [body[:position]]
+    head = body[:position]
+    names = {name for name, _ in members}
     inserted = [
         msgspec.json.encode(field) + b":" + value
         for field, value in changes.items()
         if value is not None and field not in names
     ]
-    pieces.append(b",".join(inserted))
-    is_first = True
-    for name, raw, starts_at in members if not names.isdisjoint(changes) else ():
+    kept: list[bytes] = []
+    for name, raw in members if not names.isdisjoint(changes) else ():
+        match = _MEMBER_START.match(body, position)
+        assert match is not None, "what has been decoded is well-formed"  # noqa: S101 - msgspec read it just now
         value = changes.get(name, raw)
         if value is not None:
-            start = body[position:starts_at]
-            if is_first:
-                start = _FIRST_COMMA.sub(rb"\1", start)
-                pieces.append(b"," if inserted else b"")
-                is_first = False
-            pieces += (start, value)
-        position = starts_at + len(raw)
-    if inserted and members and names.isdisjoint(changes):
-        pieces.append(b",")
-    pieces.append(body[position:])
-    return b"".join(pieces)
+            start = body[position : match.end()]
+            kept.append((start if kept else _FIRST_COMMA.sub(rb"\1", start)) + value)
+        position = match.end() + len(raw)
+    is_followed = bool(kept) or (bool(members) and names.isdisjoint(changes))
+    between = b"," if inserted and is_followed else b""
+    return b"".join([head, b",".join(inserted), between, *kept, body[position:]])
 
 
 def error_body(message: str, type_: str, param: str | None, code: str | None, **extra: Any) -> bytes:
@@ -235,51 +231,20 @@ def _top(path: str) -> str | None:
     return re.split(r"[.\[]", path, maxsplit=1)[0] or None
 
 
-def _members(body: bytes) -> list[tuple[str, Raw, int]]:
-    """The members of an object in their order, with those that are there twice, and where the value of each begins."""
-    fields = decode_fields(body)
-    places = _places(body, fields)
-    if places is not None:
-        return [(name, raw, place) for (name, raw), place in zip(fields.items(), places, strict=True)]
-    members: list[tuple[str, Raw, int]] = []
-    position = body.index(b"{") + 1
-    for name, raw in _decode_members(body).items():
-        match = _MEMBER_START.match(body, position)
-        assert match is not None, "what has been decoded is well-formed"  # noqa: S101 - msgspec read it just now
-        members.append((name.text, raw, match.end()))
-        position = match.end() + len(raw)
-    return members
+def _members(raw: bytes | Raw) -> list[tuple[str, Raw]]:
+    """The members of an object in their order, with those that are there twice."""
+    fields = decode_fields(raw)
+    if len(raw) == _compact_bytes(1, fields, fields.values()):
+        return list(fields.items())
+    return [(name.text, value) for name, value in _decode_members(raw).items()]
 
 
 def unique_fields(raw: bytes | Raw, param: str | None = None) -> Fields:
     """The fields of an object. Raises `BadRequest` when a name is there twice."""
     fields = decode_fields(raw)
-    if len(raw) != _compact_bytes(1, fields, fields.values()) and _places(bytes(raw), fields) is None:
+    if len(raw) != _compact_bytes(1, fields, fields.values()):
         _refuse_duplicates(_decode_members(raw), param)
     return fields
-
-
-def _places(body: bytes, fields: Fields) -> list[int] | None:
-    """Where the value of each field begins in an object that is written in one of the two usual ways, else None.
-
-    Without white space, or with a space after each comma and colon as Python has it. The body is compared with that
-    from its first byte to its last, so no name in it is there twice or has an escape.
-    """
-    if not fields:
-        return None
-    first = next(iter(fields))
-    comma, colon = (", ", ": ") if body.startswith(b": ", len(first) + 3) else (",", ":")
-    places = []
-    position, before = 0, "{"
-    for name, value in fields.items():
-        start = f'{before}"{name}"{colon}'.encode()
-        if not body.startswith(start, position):
-            return None
-        position += len(start)
-        places.append(position)
-        position += len(value)
-        before = comma
-    return places if position + 1 == len(body) else None
 
 
 def _compact_bytes(objects: int, names: Collection[str], values: Iterable[Raw]) -> int:

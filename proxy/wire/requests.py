@@ -53,9 +53,9 @@ class PaidRequest(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     text in the body; `images` counts the images in it, which have `image_bytes` of the body, and `has_only_images` says
     that they are all of it. `has_instructions` says that a provider may explain to the model, in words of its own, what
     the request has: tools, or a format of the answer. `asks_for_caches` unless no part of it says that it is to be
-    cached. `tools` are those that the provider runs, by what they are priced
-    as, with what the request calls them; `tool_calls_max` bounds the uses of all of them together. `wants_audio` says
-    that the answer may be spoken, `must_unstore` that the provider would keep it unless it is told not to.
+    cached. `tools` are those that the provider runs, by what they are priced as, with what the request calls them;
+    `tool_calls_max` bounds the uses of all of them together. `wants_audio` says that the answer may be spoken,
+    `must_unstore` that the provider would keep it unless it is told not to.
     """
 
     endpoint: Endpoint
