@@ -86,12 +86,9 @@ def test_the_curl_line_works_as_printed(first):
     assert done.stdout.endswith("data: [DONE]\n\n")
 
 
-def test_the_python_lines_work_as_printed(first):
-    """Three lines, pasted into a Python prompt."""
-    _, environ, text = first
-    lines = block(text, "from openai import", "print(")
-    assert len(lines.splitlines()) == 3
-    done = subprocess.run(
+def pasted_into_python(lines: str, environ: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """What a Python prompt makes of `lines`."""
+    return subprocess.run(
         [sys.executable, "-ic", ""],
         input=lines + "\n",
         env=environ,
@@ -100,13 +97,22 @@ def test_the_python_lines_work_as_printed(first):
         check=True,
         timeout=60,
     )
+
+
+def test_the_python_lines_work_as_printed(first):
+    """Three lines, pasted into a Python prompt."""
+    _, environ, text = first
+    lines = block(text, "from openai import", "print(")
+    assert len(lines.splitlines()) == 3
+    done = pasted_into_python(lines, environ)
     assert "You said: “Hello!”." in done.stdout
     assert "Error" not in done.stderr
 
 
 def test_the_first_calls_are_in_the_books(first):
     """The admin has ten credits less what was charged, and the audit is clean beside the running server."""
-    _, environ, _ = first
+    _, environ, text = first
+    pasted_into_python(block(text, "from openai import", "print("), environ)
 
     def command(*words: str) -> dict:
         return json.loads(
