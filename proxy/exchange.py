@@ -17,9 +17,10 @@ import msgspec
 import structlog
 
 from proxy import tokens
-from proxy.calls import Answer, AtProvider, Call, OpenCall, milliseconds, now
+from proxy.calls import Answer, AtProvider, Call, OpenCall, now
 from proxy.catalog import Catalog
 from proxy.charging import assumed, releasing, settlement, tokens_plausible_max, usage_bound
+from proxy.ended import note_end
 from proxy.errors import (
     BadRequest,
     InsufficientCredits,
@@ -55,7 +56,6 @@ from proxy.metrics import (
     IMPLAUSIBLE,
     PROVIDER_ERRORS,
     REFUSED_OPERATOR,
-    CallEnd,
     Charge,
     Metrics,
 )
@@ -132,7 +132,8 @@ class Exchange:
         self._catalog = catalog
         self._limits = limits
         self._background: set[asyncio.Task[object]] = set()
-        self._calls: dict[asyncio.Task[object] | None, OpenCall] = {}
+        self._calls: dict[str, OpenCall] = {}
+        """Those in flight, by their ids."""
         self._counting = asyncio.Semaphore(COUNTS_AT_ONCE_MAX)
         self._health = Health()
         self._draw = random.Random().random  # noqa: S311 - it spreads calls, and guards nothing
@@ -149,8 +150,7 @@ class Exchange:
         check_nesting(call.body, self._limits.nesting_max)
         request = decode(call.endpoint, call.body)
         opened = await self._preflight(call, request)
-        task = asyncio.current_task()
-        self._calls[task] = opened
+        self._calls[call.request_id] = opened
         answer.on_gone(opened.leave)
         try:
             await self._try_each(opened, answer)
@@ -163,7 +163,7 @@ class Exchange:
                 if not opened.is_closed:
                     await self._release(opened)
             finally:
-                del self._calls[task]
+                del self._calls[call.request_id]
 
     def calls_by_provider(self) -> dict[str, int]:
         """How many calls are in flight, by who serves them."""
@@ -179,10 +179,10 @@ class Exchange:
         Returns when they have ended, after `wait_s` seconds at the latest. What waits for its charge, and nothing else,
         is left alone.
         """
-        at_provider = [(task, opened) for task, opened in self._calls.items() if opened.provider_time is not None]
+        limits = [opened.provider_time for opened in self._calls.values()]
+        ending = [limit.task for limit in limits if limit is not None and limit.task is not None]
         for opened in self._calls.values():
             opened.end()
-        ending = [task for task, _ in at_provider if task is not None]
         if ending:
             await asyncio.wait(ending, timeout=wait_s)
 
@@ -207,14 +207,14 @@ class Exchange:
             await check_media(call.body, resolves=all(candidate.resolves_media for candidate in local))
         estimated = estimate(request, len(call.body), offered)
         try:
-            reserved = await self._reserve(call, request, estimated, offered)
+            reserved = await self._ledger.reserve(_reserve(call, request, estimated, offered))
         except NotCovered as exc:
             counted = await self._counted(call, request, offered, exc)
             if counted is None:
                 raise _with_affordable(exc, estimated, offered) from None
             estimated = counted
             try:
-                reserved = await self._reserve(call, request, estimated, offered)
+                reserved = await self._ledger.reserve(_reserve(call, request, estimated, offered))
             except NotCovered as again:
                 raise _with_affordable(again, estimated, offered) from None
         return OpenCall(
@@ -222,7 +222,7 @@ class Exchange:
             request=request,
             estimated=estimated,
             offered=offered,
-            reserved=reserved,
+            reserved=reserved.amount,
             started=started,
             deadline=started + self._limits.call_s,
             offer=offered[0],
@@ -250,27 +250,6 @@ class Exchange:
             if not request.tools:
                 self._offers[key] = offered
         return offered
-
-    async def _reserve(self, call: Call, request: PaidRequest, estimated: Estimate, offered: Offers) -> int:
-        """Hold what `estimated` says; returns the amount. Raises what `Ledger.reserve` does."""
-        reserved = await self._ledger.reserve(
-            Reserve(
-                id=call.request_id,
-                wallet_id=call.caller.wallet_id,
-                user_id=call.caller.user_id,
-                key_id=call.caller.key_id,
-                at_least=estimated.at_least,
-                at_most=estimated.at_most,
-                window_tokens=estimated.window_tokens,
-                models=offered.targets,
-                original_model=request.model,
-                is_stream=request.is_stream,
-                token_version=call.caller.token_version,
-                client_request_id=call.client_request_id,
-                offers=offered.terms,
-            )
-        )
-        return reserved.amount
 
     async def _counted(self, call: Call, request: PaidRequest, offered: Offers, refused: NotCovered) -> Estimate | None:
         """An estimate by counted tokens where bytes are too coarse; None where counting cannot help."""
@@ -332,9 +311,10 @@ class Exchange:
             with AtProvider(opened):
                 response = await self._providers[provider].send(provider_call(opened))
                 if response.status < 300:
-                    if content_type(response.headers).startswith(b"text/html"):
+                    kind = content_type(response.headers)
+                    if kind.startswith(b"text/html"):
                         raise UpstreamBroken("The provider answered with a web page.", provider=provider)
-                    if not is_event_stream(response.headers, is_asked=opened.request.is_stream):
+                    if not is_event_stream(kind, is_asked=opened.request.is_stream):
                         body = await _read_all(response, self._limits.answer_bytes_max, provider)
             if response.status >= 300:
                 raise await self._rejection(opened, response)
@@ -397,38 +377,28 @@ class Exchange:
             raise _refused(opened.candidate, response, failed, content)
         self._begin(opened)
         headers = [*answer_headers(opened, response), (b"content-length", str(len(body)).encode())]
-        metered = await self._metered_plain(opened, content)
+        metered = _reported_plain(opened, content) or await self._counted_plain(opened, content)
         if metered.is_empty and not opened.is_client_gone:
             await self._release(opened)
             headers.append((b"x-credits-charged", b"0"))
         else:
-            settled = await self._settle_plain(opened, metered)
+            try:
+                settled = await self._settle(opened, metered, _outcome(opened))
+            except (Unavailable, asyncio.CancelledError):
+                self._take_back(opened)  # what is not charged in time is never sent
+                raise
             headers.append((b"x-credits-charged", format_credits(settled.charged).encode()))
             headers.append((b"x-credits-balance", format_credits(settled.balance).encode()))
         await answer.start(response.status, headers)
         await answer.end(body)
 
-    async def _settle_plain(self, opened: OpenCall, metered: Metered) -> Settled:
-        """Charge for a whole answer. Raises `Unavailable` when that is not durable in time.
-
-        Then, and when the wait for it is cancelled, the answer is never sent: the charge is taken back.
-        """
-        try:
-            return await self._settle(opened, metered, _outcome(opened))
-        except (Unavailable, asyncio.CancelledError):
-            self._take_back(opened)
-            raise
-
     def _content(self, response: UpstreamResponse, body: bytes) -> bytes:
         """What `body` says, should it be encoded in spite of our request."""
         return decoded_whole(body, response.headers, self._limits.answer_bytes_max)
 
-    async def _metered_plain(self, opened: OpenCall, content: bytes) -> Metered:
+    async def _counted_plain(self, opened: OpenCall, content: bytes) -> Metered:
+        """What an answer consumed that does not simply report it."""
         tokens_max = tokens_plausible_max(opened)
-        if not opened.request.tools:
-            reported = meter_reported(opened.call.endpoint, content, tokens_max=tokens_max)
-            if reported is not None:
-                return reported
 
         def metered(counter: tokens.TokenCounter | None = None) -> Metered:
             return meter_plain(
@@ -580,18 +550,16 @@ class Exchange:
             raise
         if opened.call.on_settled is not None:
             opened.call.on_settled(operation.receipt, settled)
-        self._note_end(
-            opened,
-            outcome,
-            Charge(usage, metered.source, settled.charged, operation.receipt.provider_cost or 0, settled.shortfall),
-        )
+        paid = operation.receipt.provider_cost or 0
+        charge = Charge(usage, metered.source, settled.charged, paid, settled.shortfall)
+        note_end(self._metrics, opened, outcome, charge)
         return settled
 
     async def _release(self, opened: OpenCall) -> None:
         opened.is_closed = True
         outcome = "perhaps_billed" if opened.is_perhaps_billed else "nothing_delivered"
         await self._released(releasing(opened, outcome))
-        self._note_end(opened, outcome, None)
+        note_end(self._metrics, opened, outcome, None)
 
     async def _released(self, operation: Release) -> None:
         """Free what a call holds; what is not booked in time is booked later."""
@@ -602,50 +570,25 @@ class Exchange:
             self._metrics.add(DEFERRED)
             log.warning("release_deferred", request_id=operation.id)
 
-    def _note_end(self, opened: OpenCall, outcome: str, charge: Charge | None) -> None:
-        """Count the call and log it: who called what, and what came of it, never what was said."""
-        call, candidate, first_byte_s = opened.call, opened.candidate, None
-        duration_s = now() - opened.started
-        if opened.first_byte is not None:
-            first_byte_s = opened.first_byte - opened.started
-        end = CallEnd(
-            call.endpoint,
-            candidate.provider,
-            candidate.model,
-            outcome,
-            opened.request.is_stream,
-            duration_s,
-            duration_s - opened.provider_s,
-            first_byte_s,
-        )
-        self._metrics.ended(end, charge)
-        fields: dict[str, object] = {}
-        if charge is not None:
-            fields = {
-                "usage_source": charge.source,
-                "input_tokens": charge.usage.input_tokens,
-                "output_tokens": charge.usage.output_tokens,
-                "provider_cost": format_credits(charge.provider_cost),
-                "charged": format_credits(charge.charged),
-                "shortfall": format_credits(charge.shortfall),
-            }
-        log.info(
-            "call",
-            request_id=call.request_id,
-            client_request_id=call.client_request_id,
-            user_id=call.caller.user_id,
-            key_id=call.caller.key_id,
-            endpoint=call.endpoint,
-            stream=end.is_stream,
-            model=opened.request.model,
-            provider=end.provider,
-            provider_model=end.model,
-            outcome=outcome,
-            **fields,
-            first_byte_ms=None if first_byte_s is None else milliseconds(first_byte_s),
-            overhead_ms=round(end.overhead_s * 1000, 1),
-            duration_ms=milliseconds(duration_s),
-        )
+
+def _reserve(call: Call, request: PaidRequest, estimated: Estimate, offered: Offers) -> Reserve:
+    """What holds for the call what `estimated` says."""
+    caller = call.caller
+    return Reserve(
+        id=call.request_id,
+        wallet_id=caller.wallet_id,
+        user_id=caller.user_id,
+        key_id=caller.key_id,
+        at_least=estimated.at_least,
+        at_most=estimated.at_most,
+        window_tokens=estimated.window_tokens,
+        models=offered.targets,
+        original_model=request.model,
+        is_stream=request.is_stream,
+        token_version=caller.token_version,
+        client_request_id=call.client_request_id,
+        offers=offered.terms,
+    )
 
 
 def _with_affordable(refused: NotCovered, estimated: Estimate, offered: Offers) -> NotCovered:
@@ -666,6 +609,13 @@ def _refused(candidate: Candidate, response: UpstreamResponse, status: int, body
         )
     headers = [(name, value) for name, value in relayed_headers(response.headers) if not name.startswith(b"content-")]
     return UpstreamRejected(provider=candidate.provider, status=status, body=body, headers=headers)
+
+
+def _reported_plain(opened: OpenCall, content: bytes) -> Metered | None:
+    """What an answer reports, if that is all there is to it: uses of tools must be looked for."""
+    if opened.request.tools:
+        return None
+    return meter_reported(opened.call.endpoint, content, tokens_max=tokens_plausible_max(opened))
 
 
 def _token_counter(opened: OpenCall) -> tokens.TokenCounter | None:

@@ -12,6 +12,7 @@ import mmap
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import accumulate
+from operator import attrgetter
 from typing import Literal
 
 import msgspec
@@ -262,10 +263,11 @@ FAMILIES = tuple(value for value in list(globals().values()) if isinstance(value
 """All that can be on the page, in its order."""
 
 _TOKENS = (*TOKEN_CLASSES, "reasoning")
+_token_counts = attrgetter(*_TOKENS)
 _NO_LABELS: frozenset[Labels] = frozenset()
 
 
-class CallEnd(msgspec.Struct, frozen=True):
+class CallEnd(msgspec.Struct, frozen=True, gc=False):
     """A paid call at its end; times in seconds, amounts in nano-credits."""
 
     endpoint: str
@@ -278,7 +280,7 @@ class CallEnd(msgspec.Struct, frozen=True):
     first_byte_s: float | None
 
 
-class Charge(msgspec.Struct, frozen=True):
+class Charge(msgspec.Struct, frozen=True, gc=False):
     """What a call was charged, in nano-credits, and for what."""
 
     usage: Usage
@@ -289,16 +291,19 @@ class Charge(msgspec.Struct, frozen=True):
 
 
 class _EndPlaces(msgspec.Struct):
-    """Where what calls of one kind count is: the kind's labels, and the places of its series; -1 for none."""
+    """Where what calls of one kind count is: the places of their series. Of a charge only where there is one."""
 
     kind: Labels
     calls: int
     duration: int
     overhead: int
+    first_byte: int = -1
     charged: int = -1
     cost: int = -1
     shortfall: int = -1
     usage: int = -1
+    tokens: list[int] = []
+    """By the classes of `_TOKENS`; -1 where none were ever counted."""
 
 
 class Metrics:
@@ -366,18 +371,20 @@ class Metrics:
         self._note(places.duration, DURATION.bounds, int(call.duration_s * MICROS))
         self._note(places.overhead, OVERHEAD.bounds, int(call.overhead_s * MICROS))
         if call.first_byte_s is not None:
-            self.observe(FIRST_BYTE, places.kind, int(call.first_byte_s * MICROS))
+            if places.first_byte < 0:
+                places.first_byte = self._place(FIRST_BYTE, places.kind)
+            self._note(places.first_byte, FIRST_BYTE.bounds, int(call.first_byte_s * MICROS))
         if charge is None:
             return
         values[places.charged] += charge.charged
         values[places.cost] += charge.provider_cost
         values[places.shortfall] += charge.shortfall
         values[places.usage] += 1
-        place = (call.provider, call.model)
-        for name in _TOKENS:
-            tokens = getattr(charge.usage, name)
+        for number, tokens in enumerate(_token_counts(charge.usage)):
             if tokens:
-                self.add(TOKENS, (*place, name), tokens)
+                if places.tokens[number] < 0:
+                    places.tokens[number] = self._place(TOKENS, (call.provider, call.model, _TOKENS[number]))
+                values[places.tokens[number]] += tokens
 
     def _end_places(self, call: CallEnd, source: str | None) -> "_EndPlaces":
         kind = (call.endpoint, "true" if call.is_stream else "false")
@@ -393,6 +400,7 @@ class Metrics:
             places.cost = self._place(COST, place)
             places.shortfall = self._place(SHORTFALL, place)
             places.usage = self._place(USAGE, (source,))
+            places.tokens = [-1] * len(_TOKENS)
         return places
 
     def batch(self, operations: int, duration_s: float) -> None:

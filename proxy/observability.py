@@ -13,6 +13,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, MutableMapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from functools import lru_cache
 from threading import Lock
@@ -25,7 +26,13 @@ _SECRETS = re.compile(
     r"\b(sk-[A-Za-z0-9_-]{4})[A-Za-z0-9_-]{8,}|(?<=Bearer )\S+|\beyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]*"
     r"|\$argon2\S+"
 )
+_encode = msgspec.json.Encoder().encode
+log = structlog.get_logger(__name__)
 _LIBRARIES = ("httpx2", "httpcore2", "uvicorn", "asyncio", "litestar")
+
+
+_direct: "_Lines | None" = None
+"""Where lines go that need nothing but to be written: None where logs are for the console, or news are not wanted."""
 
 
 def configure_logs(format_: Literal["auto", "json", "console"] = "auto", level: str = "info") -> None:
@@ -55,6 +62,8 @@ def configure_logs(format_: Literal["auto", "json", "console"] = "auto", level: 
         logger_factory=lambda *_: lines,
         cache_logger_on_first_use=True,
     )
+    global _direct  # noqa: PLW0603 - as structlog's own configuration, it is the process's
+    _direct = None if is_console or logging.getLevelName(level.upper()) > logging.INFO else lines
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
@@ -65,6 +74,20 @@ def configure_logs(format_: Literal["auto", "json", "console"] = "auto", level: 
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
     for name in _LIBRARIES:
         logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def log_event(event: msgspec.Struct) -> None:
+    """Log, as news, an event whose tag is its name: like any other, at a third of the price."""
+    if _direct is not None:
+        with suppress(UnicodeEncodeError, OverflowError):  # as below
+            line = _encode(event).decode()
+            line = f'{line[:-1]},"level":"info","timestamp":"{_timestamp()}"}}'
+            if not _may_hold_secret(line):
+                _direct.info(line)
+                return
+    fields = msgspec.structs.asdict(event)
+    name = event.__struct_config__.tag
+    log.info(str(name), **{field: value for field, value in fields.items() if value is not msgspec.UNSET})
 
 
 class _Lines:
@@ -114,14 +137,18 @@ _format_exception = structlog.processors.format_exc_info
 def _line(logger: Any, method: str, event: MutableMapping[str, Any]) -> str:
     """All the steps of a line in JSON at once: each call writes one."""
     event["level"] = method
-    seconds, nanos = divmod(time.time_ns(), 10**9)
-    event["timestamp"] = f"{_second(seconds)}.{nanos // 1000:06d}Z"
+    event["timestamp"] = _timestamp()
     if "exc_info" in event:
         event = _format_exception(logger, method, event)
     line = _as_json(event, default=repr)
     if _may_hold_secret(line):  # what JSON escapes is in no mark
         line = _as_json(_redact(logger, method, event), default=repr)
     return line
+
+
+def _timestamp() -> str:
+    seconds, nanos = divmod(time.time_ns(), 10**9)
+    return f"{_second(seconds)}.{nanos // 1000:06d}Z"
 
 
 @lru_cache(maxsize=1)

@@ -151,3 +151,47 @@ asyncio.run(main())
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=30)
     assert done.stdout.strip() == "1"
+
+
+EVENT = """
+import sys
+import msgspec
+from msgspec import UNSET, UnsetType
+from proxy.observability import configure_logs, log_event
+
+class Line(msgspec.Struct, tag_field="event", tag="call"):
+    model: object
+    none: str | None = None
+    unset: str | UnsetType = UNSET
+
+configure_logs(format_={format_!r}, level={level!r})
+log_event(Line({model}))
+"""
+
+
+@pytest.mark.parametrize(
+    ("model", "shown"),
+    [
+        ("'gpt-4o'", "gpt-4o"),
+        ("2**70", 2**70),
+        ("'half \\ud800'", "half \ud800"),
+        (repr(f"the key {SECRET}"), "the key sk-tg-0…"),
+    ],
+)
+def test_an_event_that_is_known_is_logged_like_any_other(model, shown):
+    """With its fields but for those that are not set, and without secrets."""
+    program = EVENT.format(format_="json", level="info", model=model)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=30)
+    line = json.loads(done.stderr)
+    assert line.pop("timestamp").endswith("Z")
+    assert line == {"event": "call", "level": "info", "model": shown, "none": None}
+
+
+@pytest.mark.parametrize(("format_", "level", "is_there"), [("console", "info", True), ("json", "warning", False)])
+def test_an_event_that_is_known_keeps_to_the_settings(format_, level, is_there):
+    """On a console it is a line for people; where only worse is wanted it is none."""
+    program = EVENT.format(format_=format_, level=level, model="'gpt-4o'")
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=30)
+    assert ("gpt-4o" in done.stderr) is is_there
+    assert "unset" not in done.stderr
+    assert not done.stderr.startswith("{")

@@ -4,7 +4,7 @@ The paid paths have two ways: raw ASGI inside of the app, and past the framework
 authentication to the same exchange. A routed handler would cost more than all the rest of a call.
 """
 
-from collections.abc import Awaitable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 import msgspec
@@ -148,33 +148,26 @@ def _paid_handler(
     async def serve(scope: Scope, receive: Receive, send: Send) -> None:
         request_id = scope["state"]["request_id"]
         answer = AsgiAnswer(request_id, send, scope["state"][CONNECTION], stall_s=stall_s)
-
-        async def serve_call() -> None:
+        try:
             await exchange.serve(await _call(endpoint, cast("HTTPScope", scope), receive, body_limits), answer)
-
-        await answered(serve_call(), answer, request_id, metrics)
+        except Exception as exc:
+            if not await is_told(exc, answer, request_id, metrics):
+                raise
+        finally:
+            answer.close()
 
     options = {**needs(KeyScope.INFERENCE), CHECKED_BY_LEDGER: True}
     return asgi(f"/v1/{endpoint}", opt=options, copy_scope=False)(serve)
 
 
-async def answered(
-    serving: Awaitable[None], answer: AsgiAnswer | DirectAnswer, request_id: str, metrics: Metrics
-) -> None:
-    """Wait for `serving`, whose error is the answer unless that has begun; it is counted and logged then.
-
-    Raises what comes after the answer has begun: its connection is cut off.
-    """
-    try:
-        await serving
-    except Exception as exc:
-        if answer.is_started:
-            log.exception("answer_cut_off", request_id=request_id)
-            raise
-        await _refuse(exc, answer, request_id, metrics)
-        forget_frames(exc)
-    finally:
-        answer.close()
+async def is_told(error: Exception, answer: AsgiAnswer | DirectAnswer, request_id: str, metrics: Metrics) -> bool:
+    """Let `error` be the answer, counted and logged; false where that has begun, so that its connection is cut off."""
+    if answer.is_started:
+        log.error("answer_cut_off", request_id=request_id, exc_info=error)
+        return False
+    await _refuse(error, answer, request_id, metrics)
+    forget_frames(error)
+    return True
 
 
 async def _refuse(error: Exception, answer: Answer, request_id: str, metrics: Metrics) -> None:
@@ -209,15 +202,16 @@ def _paid_way(  # noqa: PLR0913 - what a way is made of
     async def serve(connection: LimitedProtocol, cycle: DirectCycle) -> None:
         request_id = new_id("req")
         answer = DirectAnswer(request_id, connection, cycle, stall_s=stall_s)
-
-        async def serve_call() -> None:
-            headers = cycle.headers
+        headers = cycle.headers
+        try:
             caller = await authentication.payer(headers)
             body = await cycle.body(connection, body_limits)
-            call = Call(endpoint, request_id, client_request_id(headers), caller, headers, body)
-            await exchange.serve(call, answer)
-
-        await answered(serve_call(), answer, request_id, metrics)
+            await exchange.serve(Call(endpoint, request_id, client_request_id(headers), caller, headers, body), answer)
+        except Exception as exc:
+            if not await is_told(exc, answer, request_id, metrics):
+                raise
+        finally:
+            answer.close()
 
     return serve
 

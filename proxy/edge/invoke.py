@@ -22,7 +22,7 @@ from proxy.catalog import Catalog
 from proxy.edge.answer import AsgiAnswer, BodyLimits, Headers, read_body
 from proxy.edge.authentication import CHECKED_BY_LEDGER, needs
 from proxy.edge.errors import answer_to
-from proxy.edge.inference import answered, client_request_id
+from proxy.edge.inference import client_request_id, is_told
 from proxy.edge.protocol import CONNECTION
 from proxy.errors import (
     BadRequest,
@@ -453,10 +453,13 @@ class Simple:
             http_scope = cast("HTTPScope", scope)
             answer = AsgiAnswer(request_id, send, scope["state"][CONNECTION], stall_s=stall_s)
 
-            async def serve_call() -> None:
+            try:
                 await serve(http_scope, await self._body(http_scope, receive), answer)
-
-            await answered(serve_call(), answer, request_id, self._metrics)
+            except Exception as exc:
+                if not await is_told(exc, answer, request_id, self._metrics):
+                    raise
+            finally:
+                answer.close()
 
         return asgi(path, opt={**needs(KeyScope.INFERENCE), CHECKED_BY_LEDGER: True}, copy_scope=False)(served)
 

@@ -102,6 +102,8 @@ class DirectCycle:
         self.is_body_wanted = False
         self.pieces: list[bytes] = []
         self.size_bytes = 0
+        self.task: asyncio.Task[None] | None = None
+        """That answers it, while it does."""
         self._expects_continue = expects_continue
         self._waiter: asyncio.Future[None] | None = None
 
@@ -180,16 +182,25 @@ class DirectAnswer(WatchedAnswer):
 
     async def write(self, chunk: bytes) -> None:
         """Send `chunk`; returns when the client's connection can take more."""
-        connection = self._connection
-        if self._is_gone or connection.flow.write_paused or connection.wire.is_closing():
-            await self._send(self._framed(chunk))
-        elif data := self._framed(chunk):
-            connection.wire.write(data)
+        if (data := self._framed(chunk)) and not self._has_sent(data):
+            await self._send_later(data)
 
     async def end(self, chunk: bytes = b"") -> None:
         """Send `chunk` and the end of the answer."""
-        await self._send(self._framed(chunk) + b"0\r\n\r\n" if self._is_chunked else self._framed(chunk))
+        data = self._framed(chunk) + b"0\r\n\r\n" if self._is_chunked else self._framed(chunk)
+        if data and not self._has_sent(data):
+            await self._send_later(data)
         self._connection.answered(self._cycle)
+
+    def _has_sent(self, data: bytes) -> bool:
+        """Send `data` if that need not wait, or nobody is there to take it."""
+        connection = self._connection
+        if self._is_gone or connection.wire.is_closing():
+            return True
+        if connection.flow.write_paused:
+            return False
+        connection.wire.write(data)
+        return True
 
     def _framed(self, chunk: bytes) -> bytes:
         head, self._head = self._head, b""
@@ -197,26 +208,21 @@ class DirectAnswer(WatchedAnswer):
             return b"%b%x\r\n%b\r\n" % (head, len(chunk), chunk)
         return head + chunk
 
-    async def _send(self, data: bytes) -> None:
+    async def _send_later(self, data: bytes) -> None:
+        """Send `data` once the client takes what was sent before."""
         connection = self._connection
-        wire = connection.wire
-        if self._is_gone or wire.is_closing():
+        self.is_waiting = True
+        try:
+            with within(self._stall_s):
+                await connection.flow.drain()
+        except TimeoutError:
+            connection.abort()
+            self._lose()
             return
-        if connection.flow.write_paused:
-            self.is_waiting = True
-            try:
-                with within(self._stall_s):
-                    await connection.flow.drain()
-            except TimeoutError:
-                connection.abort()
-                self._lose()
-                return
-            finally:
-                self.is_waiting = False
-            if wire.is_closing():
-                return
-        if data:
-            wire.write(data)
+        finally:
+            self.is_waiting = False
+        if not connection.wire.is_closing():
+            connection.wire.write(data)
 
 
 class _Joining:
@@ -447,15 +453,17 @@ class LimitedProtocol(HttpToolsProtocol):
     def _begin(self, cycle: DirectCycle) -> None:
         """Let the request be answered."""
         cycle.is_begun = True
-        task = self.loop.create_task(self._answer(cycle))
-        task.add_done_callback(self.tasks.discard)
-        self.tasks.add(task)
+        cycle.task = self.loop.create_task(self._answer(cycle))
+        self.tasks.add(cycle.task)
 
     async def _answer(self, cycle: DirectCycle) -> None:
         try:
             await cycle.way(self, cycle)
         except BaseException:
             log.exception("connection_cut_off")
+        finally:
+            task, cycle.task = cycle.task, None
+            self.tasks.discard(task)
         if not cycle.response_complete and not self.transport.is_closing():
             self.transport.close()
 

@@ -15,12 +15,14 @@ Headers = list[tuple[bytes, bytes]]
 
 def content_type(headers: Headers) -> bytes:
     """The type of a body, in lower case; nothing where it has none."""
-    return next((value.strip().lower() for name, value in headers if name == b"content-type"), b"")
+    for name, value in headers:
+        if name == b"content-type":
+            return value.strip().lower()
+    return b""
 
 
-def is_event_stream(headers: Headers, *, is_asked: bool) -> bool:
-    """Whether an answer is a stream of events: it says so, or it was asked for and does not say that it is not."""
-    kind = content_type(headers)
+def is_event_stream(kind: bytes, *, is_asked: bool) -> bool:
+    """Whether an answer of that type is a stream of events: it says so, or that was asked for and it denies nothing."""
     return kind.startswith(b"text/event-stream") or (is_asked and b"json" not in kind)
 
 

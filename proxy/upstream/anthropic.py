@@ -10,7 +10,7 @@ from typing import Final
 
 from proxy import __version__
 from proxy.errors import BadRequest, UpstreamBroken
-from proxy.upstream import Headers, ProviderCall, UpstreamResponse, is_event_stream
+from proxy.upstream import Headers, ProviderCall, UpstreamResponse, content_type, is_event_stream
 from proxy.upstream.client import HttpClient, Timeouts
 from proxy.upstream.encodings import decoded
 from proxy.upstream.openai import checked_base_url, checked_headers, checked_key
@@ -123,7 +123,9 @@ class _Translated:
         self._answer_bytes_max = answer_bytes_max
         self._event_bytes_max = event_bytes_max
         self._caches_for_an_hour = caches_for_an_hour
-        self._is_stream = response.status < _FAILED_STATUS and is_event_stream(response.headers, is_asked=is_asked)
+        self._is_stream = response.status < _FAILED_STATUS and is_event_stream(
+            content_type(response.headers), is_asked=is_asked
+        )
         self.status = response.status
         self.headers = _relayed(response.headers, is_stream=self._is_stream)
 

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import msgspec
 
 from proxy.calls import Call, OpenCall
+from proxy.ended import note_end
 from proxy.estimate import estimate
-from proxy.exchange import Exchange
 from proxy.identity.keys import Caller, Scope, hash_key
 from proxy.ledger.decide import Key, Receipt, Reserve, Settle, State, User, Wallet, decide
 from proxy.ledger.store import _as_json, _writes
@@ -155,12 +155,12 @@ def count_and_log(opened: OpenCall) -> float:
     """All that is observed of one call: its end, a batch of the ledger, and its line, to a file in memory."""
 
     async def measured() -> float:
-        exchange = Exchange(None, {}, dict, None, metrics := Metrics())
+        metrics = Metrics()
         charge = Charge(Usage(input=400, output=100), "reported", 12_345, 11_111, 0)
 
         def observed() -> None:
             metrics.batch(PAIRS, 0.001)
-            exchange._note_end(opened, "completed", charge)
+            note_end(metrics, opened, "completed", charge)
 
         return cpu_us(observed)
 
