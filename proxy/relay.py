@@ -170,7 +170,10 @@ class StreamRelay:
             async for chunk in chunks:
                 forwarded, is_done = self._take(self._splitter.feed(chunk))
                 if forwarded:
-                    await self._write(forwarded)
+                    if not self._answer.is_started:
+                        await self._start()
+                    await self._answer.write(forwarded)
+                    self._written_at = self._loop.time()
                 if is_done:
                     self.tail.hold(self._splitter.rest)
                     return
@@ -210,29 +213,37 @@ class StreamRelay:
                 self.tail.hold(event)
                 continue
             kind = self._meter.feed(event)
-            if kind is EventKind.ERROR:
-                self._note_failure(event)
-            self._begin()
-            self._has_data = self._has_data or kind is not EventKind.OTHER
-            match kind:
-                case EventKind.DONE:
-                    self.tail.hold(event)
-                    is_done = True
-                case EventKind.USAGE_ONLY:
-                    if self._shows_usage:
-                        self.tail.hold_usage(event)
-                case EventKind.USAGE if self._shows_usage:
-                    self.tail.hold_usage(event)
-                case EventKind.OTHER if self.tail.has_usage:
-                    self.tail.hold(event)
-                case _:
-                    if self.tail.holds:
-                        forwarded += self.tail.let_go()
-                    forwarded.append(event)
-                    self._first = self._first or (b"" if kind is EventKind.OTHER else event)
-                    # The openai SDK takes a comment after an id for an event without data.
-                    self._may_comment = self._may_comment and b"id:" not in event
+            # The openai SDK takes a comment after an id for an event without data.
+            if self._may_comment and b"id:" in event:
+                self._may_comment = False
+            if kind is EventKind.CONTENT and self._first and not self.tail.holds:  # by far the most
+                forwarded.append(event)
+            elif kind is EventKind.DONE:
+                self._begin()
+                self._has_data = True
+                self.tail.hold(event)
+                is_done = True
+            else:
+                forwarded += self._sorted_out(event, kind)
         return b"".join(forwarded), is_done
+
+    def _sorted_out(self, event: bytes, kind: EventKind) -> list[bytes]:
+        """What to forward now that this `event` has come: with it, or nothing where it has to be held."""
+        if kind is EventKind.ERROR:
+            self._note_failure(event)
+        self._begin()
+        self._has_data = self._has_data or kind is not EventKind.OTHER
+        match kind:
+            case EventKind.USAGE_ONLY | EventKind.USAGE if self._shows_usage:
+                self.tail.hold_usage(event)
+            case EventKind.USAGE_ONLY:
+                pass
+            case EventKind.OTHER if self.tail.has_usage:
+                self.tail.hold(event)
+            case _:
+                self._first = self._first or (b"" if kind is EventKind.OTHER else event)
+                return [*self.tail.let_go(), event]
+        return []
 
     def _begin(self) -> None:
         if not self._has_begun:

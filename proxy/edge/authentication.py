@@ -143,12 +143,15 @@ class Authentication:
 
 
 def _bearer(headers: Iterable[tuple[bytes, bytes]]) -> str:
-    values = [value for name, value in headers if name == b"authorization"]
-    if not values:
+    found: bytes | None = None
+    for name, value in headers:
+        if name == b"authorization":
+            if found is not None:
+                raise Unauthenticated("More than one Authorization header was sent.")
+            found = value
+    if found is None:
         raise Unauthenticated(f"No API key was sent. {_ASK}")
-    if len(values) > 1:
-        raise Unauthenticated("More than one Authorization header was sent.")
-    scheme, _, sent = values[0].decode("latin-1").partition(" ")
+    scheme, _, sent = found.decode("latin-1").partition(" ")
     sent = sent.strip()
     if scheme.lower() != "bearer" or not (sent.startswith(PREFIX) or is_token(sent)):
         raise Unauthenticated(f"That is not an API key or token of Tollgate. {_ASK}")

@@ -388,20 +388,21 @@ class LimitedProtocol(HttpToolsProtocol):
         self._is_in_head = False
         self._has_begun = False
         self._head_bytes = 0
-        if sum(map(len, chain.from_iterable(self.headers))) + len(self.url) > HEAD_BYTES_MAX:
+        headers = self.headers
+        if sum(map(len, chain.from_iterable(headers))) + len(self.url) > HEAD_BYTES_MAX:
             raise ValueError("the head is too large")  # the parser turns it into its own error, and that into a 400
         way = self._ways.get(self.url)
-        is_stopping = cast("ServerConfig", self.config).is_stopping
+        is_stopping: bool = self.config.is_stopping  # type: ignore[attr-defined]  # it is a `ServerConfig`
         if way is not None and self._is_direct():
             self.cycle = DirectCycle(
                 way,
-                self.headers,
+                headers,
                 keep_alive=self.parser.should_keep_alive() and not is_stopping,
                 expects_continue=self.expect_100_continue,
             )
             self._cycles = [self.cycle]
             return
-        url, headers, expects_continue = self.url, self.headers, self.expect_100_continue
+        url, expects_continue = self.url, self.expect_100_continue
         super().on_message_begin()
         self.url, self.expect_100_continue = url, expects_continue
         self.headers.extend(headers)
@@ -420,7 +421,7 @@ class LimitedProtocol(HttpToolsProtocol):
             self.parser.get_method() == b"POST"
             and self.parser.get_http_version() == "1.1"
             and (self.cycle is None or self.cycle.response_complete)
-            and not any(name == b"origin" for name, _ in self.headers)
+            and b"origin" not in [name for name, _ in self.headers]
         )
 
     def on_body(self, body: bytes) -> None:

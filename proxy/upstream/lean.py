@@ -24,6 +24,7 @@ import os
 import select
 import socket
 import ssl
+import time
 from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import suppress
@@ -85,7 +86,7 @@ class LeanClient:
         self, *, provider: str, method: str, url: str, headers: Headers, body: bytes, timeouts: Timeouts
     ) -> UpstreamResponse:
         """Send one request; see `HttpClient.send`."""
-        deadline = asyncio.get_running_loop().time() + timeouts.first_byte_s
+        deadline = time.monotonic() + timeouts.first_byte_s
         try:
             place = address(url)
         except ValueError as exc:
@@ -112,8 +113,7 @@ class LeanClient:
 
         Raises `UpstreamUnreachable`.
         """
-        now = asyncio.get_running_loop().time
-        if not await self._pool.acquire(min(connect_s, deadline - now())):
+        if not await self._pool.acquire(min(connect_s, deadline - time.monotonic())):
             raise UpstreamUnreachable(ALL_IN_USE, provider=provider)
         try:
             return self._pool.take_idle(place.origin) or await self._connect(place, connect_s, deadline)
@@ -338,7 +338,7 @@ class _Connection(asyncio.Protocol):
         self.origin = origin
         self.idle_since = 0.0
         self._pool = pool
-        self._loop = asyncio.get_running_loop()
+        self.loop = asyncio.get_running_loop()
         self._parser = AnswerParser()
         self._poll = select.poll()
         self._transport: asyncio.Transport | None = None
@@ -356,13 +356,13 @@ class _Connection(asyncio.Protocol):
 
         Raises `OSError`.
         """
-        await self._loop.create_connection(lambda: self, host, port)
+        await self.loop.create_connection(lambda: self, host, port)
         return self
 
     async def start_tls(self, context: ssl.SSLContext, host: str) -> None:
         """Make the handshake; `host` is what the certificate must be for."""
         assert self._transport is not None, "connected"  # noqa: S101 - by the caller
-        transport = await self._loop.start_tls(self._transport, self, context, server_hostname=host)
+        transport = await self.loop.start_tls(self._transport, self, context, server_hostname=host)
         if transport is None:
             raise ConnectionResetError
         self._transport = transport
@@ -372,7 +372,7 @@ class _Connection(asyncio.Protocol):
 
         The kernel is asked too, since a close may have arrived that the loop has not come to yet.
         """
-        if self._is_closed or self._loop.time() - self.idle_since > idle_s_max:
+        if self._is_closed or self.loop.time() - self.idle_since > idle_s_max:
             return False
         return not self._poll.poll(0)
 
@@ -398,7 +398,7 @@ class _Connection(asyncio.Protocol):
             self._timer.cancel()
             self._timer = None
         if self._timer is None:
-            self._timer = self._loop.call_at(due_at, self._on_due)
+            self._timer = self.loop.call_at(due_at, self._on_due)
 
     def expect_nothing(self) -> None:
         """Nobody waits for the provider just now."""
@@ -408,8 +408,8 @@ class _Connection(asyncio.Protocol):
         self._timer = None
         if self._due_at is None:
             return
-        if self._loop.time() < self._due_at:
-            self._timer = self._loop.call_at(self._due_at, self._on_due)
+        if self.loop.time() < self._due_at:
+            self._timer = self.loop.call_at(self._due_at, self._on_due)
         else:
             self.stop(UpstreamTimeout, SILENT)
 
@@ -436,7 +436,7 @@ class _Connection(asyncio.Protocol):
         )
         if is_reusable:
             self.read_on()
-            self.idle_since = self._loop.time()
+            self.idle_since = self.loop.time()
             self._pool.put_idle(self)
         else:
             self.close()
@@ -491,7 +491,7 @@ class _Connection(asyncio.Protocol):
         transport = cast("asyncio.Transport", self._transport)
         while self._unsent and not self._is_writing_paused and not transport.is_closing():
             if not self._is_reading_paused and self._poll.poll(0):
-                self._loop.call_soon(self._send_more)
+                self.loop.call_soon(self._send_more)
                 return
             piece, self._unsent = self._unsent[:WRITE_BYTES], self._unsent[WRITE_BYTES:]
             transport.write(piece)
@@ -601,7 +601,7 @@ class _Answer:
         self._connection: _Connection | None = connection
         self._provider = provider
         self._idle_s = idle_s
-        self._loop = asyncio.get_running_loop()
+        self._loop = connection.loop
         self._failure: tuple[type[UpstreamFailed], str, BaseException | None] | None = None
         self._is_taken = False
         self._waiter: asyncio.Future[None] | None = None
