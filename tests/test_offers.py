@@ -130,7 +130,7 @@ def flaky():
 def served(database, tmp_path_factory, upstream, flaky):
     """A running server, audited when the tests are through with it."""
     folder = tmp_path_factory.mktemp("served")
-    with audited(folder, database, upstream.base_url, config(flaky[1]), calls_min=1) as server:
+    with audited(folder, database, upstream.base_url, config(flaky[1])) as server:
         yield server
 
 
