@@ -115,6 +115,8 @@ class OpenCall(msgspec.Struct):
 class AtProvider(Deadline):
     """The time of one call, for what its provider has to do in it. Raises `UpstreamTimeout` beyond it."""
 
+    __slots__ = ("_entered", "_opened")
+
     def __init__(self, opened: OpenCall) -> None:
         super().__init__(opened.deadline)
         self._opened = opened

@@ -376,7 +376,7 @@ class Exchange:
         if failed is not None:
             raise _refused(opened.candidate, response, failed, content)
         self._begin(opened)
-        headers = [*answer_headers(opened, response), (b"content-length", str(len(body)).encode())]
+        headers = [*answer_headers(opened, response), (b"content-length", b"%d" % len(body))]
         metered = _reported_plain(opened, content) or await self._counted_plain(opened, content)
         if metered.is_empty and not opened.is_client_gone:
             await self._release(opened)

@@ -182,7 +182,8 @@ class DirectAnswer(WatchedAnswer):
 
     async def write(self, chunk: bytes) -> None:
         """Send `chunk`; returns when the client's connection can take more."""
-        if (data := self._framed(chunk)) and not self._has_sent(data):
+        data = self._framed(chunk)
+        if data and not self._has_sent(data):
             await self._send_later(data)
 
     async def end(self, chunk: bytes = b"") -> None:

@@ -614,7 +614,13 @@ class _Answer:
         while not self.has_head:
             if self._failure is not None:
                 self._raise(*self._failure)
-            await self._wait(deadline)
+            try:
+                await self._expected(deadline)
+            except BaseException:
+                self._stop(UpstreamBroken, SPENT)
+                raise
+            finally:
+                self._expect_nothing()
 
     def chunks(self) -> AsyncIterator[bytes]:
         if self._is_taken:
@@ -631,7 +637,13 @@ class _Answer:
                 self._raise(*self._failure)
             if self._connection is None:
                 raise StopAsyncIteration
-            await self._wait(self._loop.time() + self._idle_s)
+            try:  # as above: a coroutine for both would be one more to step through with each chunk
+                await self._expected(self._loop.time() + self._idle_s)
+            except BaseException:
+                self._stop(UpstreamBroken, SPENT)
+                raise
+            finally:
+                self._expect_nothing()
         chunk = self.pieces[0] if len(self.pieces) == 1 else b"".join(self.pieces)
         self.pieces.clear()
         self.buffered_bytes = 0
@@ -682,19 +694,16 @@ class _Answer:
         if self._connection is not None:
             self._connection.stop(failure, message)
 
-    async def _wait(self, due_at: float) -> None:
-        """Wait for `wake()`, until `due_at`. Whoever is cancelled here gives the answer up."""
+    def _expected(self, due_at: float) -> "asyncio.Future[None]":
+        """What `wake()` ends, until `due_at`. Whoever is cancelled while waiting for it gives the answer up."""
         if self._waiter is not None:
             raise RuntimeError("another task is reading this answer")
-        self._waiter = self._loop.create_future()
+        self._waiter = waiter = self._loop.create_future()
         if self._connection is not None:
             self._connection.expect_by(due_at)
-        try:
-            await self._waiter
-        except BaseException:
-            self._stop(UpstreamBroken, SPENT)
-            raise
-        finally:
-            self._waiter = None
-            if self._connection is not None:
-                self._connection.expect_nothing()
+        return waiter
+
+    def _expect_nothing(self) -> None:
+        self._waiter = None
+        if self._connection is not None:
+            self._connection.expect_nothing()
