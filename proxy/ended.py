@@ -63,5 +63,6 @@ def note_end(metrics: Metrics, opened: OpenCall, outcome: str, charge: Charge | 
             first_byte_ms=None if first_byte_s is None else milliseconds(first_byte_s),
             overhead_ms=round(overhead_s * 1000, 1),
             duration_ms=milliseconds(duration_s),
-        )
+        ),
+        told=f"{call.client_request_id} {request.model}",
     )

@@ -165,7 +165,7 @@ class Line(msgspec.Struct, tag_field="event", tag="call"):
     unset: str | UnsetType = UNSET
 
 configure_logs(format_={format_!r}, level={level!r})
-log_event(Line({model}))
+log_event(Line({model}), str({model}))
 """
 
 
