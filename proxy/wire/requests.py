@@ -84,12 +84,13 @@ class PaidRequest(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     @property
     def maximum(self) -> int | None:
         """The one that bounds whatever a provider makes of them: the largest. None where the client names none."""
-        return max(self.maxima.values()) if self.maxima else None
+        maxima = self.maxima
+        return max(maxima.values()) if maxima else None
 
     @property
     def maxima_bytes(self) -> int:
         """The length of their numbers in the body, which are no prompt."""
-        return sum([len(str(maximum)) for maximum in self.maxima.values()])
+        return len("".join(map(str, self.maxima.values())))
 
 
 class StreamOptions(msgspec.Struct, frozen=True):
