@@ -96,7 +96,7 @@ _decode_request = msgspec.json.Decoder(ChatRequest).decode
 _TOP = Spelling((*ChatRequest.__struct_fields__, _WEB_SEARCH), HARMLESS, _REFUSED)
 _MESSAGE = Spelling((*Message.__struct_fields__, "audio"), ("name", "refusal", "tool_call_id"))
 _PART = Spelling(Part.__struct_fields__, ("cache_control", "file", "image_url", "input_audio", "text"))
-_FILE = Spelling(("file_id",), ("file_data", "filename", "url", "detail", "data", "format"))
+_FILE = Spelling(("file_id",), (*_PART.right, "file_data", "filename", "url", "detail", "data", "format"))
 _TOOL = Spelling(Tool.__struct_fields__, ("custom", "function"))
 
 
@@ -196,7 +196,7 @@ def _content_parts(request: ChatRequest) -> list[Part]:
 def _check_messages(request: ChatRequest, content: list[Part], raw: Raw) -> list[Fields]:
     """The checks of names, and for state at the provider, in each message and each part of its content: the parts."""
     messages = checked_objects([raw], _MESSAGE, "messages")
-    if any(is_set(fields.get("audio")) for fields in messages):
+    if any("audio" in fields and is_set(fields["audio"]) for fields in messages):
         raise unsupported("messages", "Audio kept at the provider is not supported: its size is not known.")
     contents = [
         fields["content"]

@@ -67,9 +67,10 @@ def decode_any(body: bytes) -> Any:
 
 _SPACED = b'": '
 _SPACED_BYTES = 32
-"""Who writes white space after the names of members does it after the first one: then there is no use in looking for a
-compact object, and no harm either.
-"""
+"""Who writes white space after the names of members does it after the first one."""
+
+_SHORT_BYTES = 2_000
+"""Up to here it takes less time to write an object with white space than to tell members of the same name apart."""
 
 _MEMBER_START = re.compile(rb'[\s{,]*"[^"\\]*(?:\\.[^"\\]*)*"\s*:\s*', re.DOTALL)
 """What stands between the values of an object that is known to be well-formed: punctuation and the next name."""
@@ -255,13 +256,39 @@ def _members(raw: bytes | Raw) -> list[tuple[str, Raw]]:
 
 def unique_fields(raw: bytes | Raw, param: str | None = None) -> Fields:
     """The fields of an object. Raises `BadRequest` when a name is there twice."""
-    raw = bytes(raw)
-    if raw.find(_SPACED, 0, _SPACED_BYTES) < 0:
-        fields = decode_fields(raw)
-        # What is just these members, each of them once and without white space, needs no further look.
-        if _encode(fields) == raw:
-            return fields
-    members = _decode_members(raw)
+    said = bytes(raw)
+    fields = _proved(decode_fields, said)
+    return _fields(_decode_members(said), param) if fields is None else fields
+
+
+def _unique_objects(raw: Raw, param: str) -> list[Fields]:
+    """The objects in a list, as the one above."""
+    said = bytes(raw)
+    objects = _proved(_decode_fields_list, said)
+    if objects is not None:
+        return objects
+    decoded = _decode_members_list(said)
+    _check_names(sum(map(len, decoded)), param)
+    return [_fields(members, param) for members in decoded]
+
+
+def _proved(decode: Callable[[bytes], _Shape], said: bytes) -> _Shape | None:
+    """What `said` is decoded as, if it is just that: each member once, as the encoders of most languages write it.
+
+    That is without white space, or, as Python's does, with a space after each comma and colon. None for everything
+    else, and where it takes less time to look at each member.
+    """
+    is_short = len(said) <= _SHORT_BYTES
+    if not is_short and said.find(_SPACED, 0, _SPACED_BYTES) >= 0:
+        return None
+    decoded = decode(said)
+    written = _encode(decoded)
+    if written == said or (is_short and msgspec.json.format(written, indent=0) == said):
+        return decoded
+    return None
+
+
+def _fields(members: _Members, param: str | None) -> Fields:
     fields = {str(name): value for name, value in members.items()}
     if len(fields) != len(members):
         _refuse_duplicates(members, param)
@@ -275,6 +302,11 @@ def _refuse_duplicates(members: _Members, param: str | None) -> None:
             where = _place(name, param)
             raise BadRequest(f"{where} is there more than once.", param=param or name, code="duplicate_field")
         seen.add(name)
+
+
+def _check_names(names: int, param: str) -> None:
+    if names > _NAMES_MAX:
+        raise BadRequest(f"There are more than {_NAMES_MAX} fields in '{param}'.", param=param, code="too_many_fields")
 
 
 def check_spelling(names: Iterable[str], spelling: Spelling, param: str | None = None) -> None:
@@ -293,16 +325,9 @@ def check_spelling(names: Iterable[str], spelling: Spelling, param: str | None =
 
 def checked_objects(lists: Sequence[Raw], spelling: Spelling, param: str) -> list[Fields]:
     """The objects in all these `lists`. Raises `BadRequest` for their names as the two above."""
-    decoded = [_decode_fields_list(raw) for raw in lists]
-    objects = list(chain.from_iterable(decoded))
+    objects = [fields for raw in lists for fields in _unique_objects(raw, param)]
     names = list(chain.from_iterable(objects))
-    if len(names) > _NAMES_MAX:
-        raise BadRequest(f"There are more than {_NAMES_MAX} fields in '{param}'.", param=param, code="too_many_fields")
-    for raw, found in zip(lists, decoded, strict=True):
-        if _encode(found) != bytes(raw):
-            for members, fields in zip(_decode_members_list(raw), found, strict=True):
-                if len(members) != len(fields):
-                    _refuse_duplicates(members, param)
+    _check_names(len(names), param)
     check_spelling(names, spelling, param)
     return objects
 
