@@ -23,7 +23,7 @@ USEFUL_OUTPUT_TOKENS_REASONING = 8_192
 """The least that a call without a maximum of its own is worth starting for; reasoning models think on it first."""
 
 
-class Estimate(msgspec.Struct, frozen=True):
+class Estimate(msgspec.Struct, frozen=True, gc=False):
     """The bound of one call over all of its candidates, in tokens and in nano-credits.
 
     `input_tokens` and `output_tokens` are of the largest candidate, `output_tokens` for all `choices` together,
@@ -36,6 +36,8 @@ class Estimate(msgspec.Struct, frozen=True):
     input_tokens: int
     prompt_tokens: int
     output_tokens: int
+    at_least: Nanos
+    at_most: Nanos
     prompts: int
     choices: int
     prediction_tokens: int
@@ -44,8 +46,6 @@ class Estimate(msgspec.Struct, frozen=True):
     tool_calls_max: int | None
     is_maximum_named: bool
     asks_for_caches: bool
-    at_least: Nanos
-    at_most: Nanos
 
     @property
     def window_tokens(self) -> int:
@@ -62,41 +62,45 @@ def estimate(request: PaidRequest, prompt_tokens: int, offered: Sequence[Offer])
     """
     if request.maxima:
         prompt_tokens = max(0, prompt_tokens - request.maxima_bytes)
-    at_least = at_most = input_most = prompt_most = output_most = 0
-    for offer in offered:
-        candidate = offer.candidate
-        prompt = _prompt_tokens(request, prompt_tokens, candidate)
-        inputs = prompt + tool_uses_max(request, candidate) * (candidate.context_tokens or 0)
-        maximum = output_tokens_max(request, candidate)
-        outputs = (maximum + request.prediction_tokens) * request.choices
-        useful = (_useful_output_tokens(request, candidate, maximum) + request.prediction_tokens) * request.choices
-        most = least = _held(request, offer, inputs, outputs)
-        if useful != outputs:
-            least = _held(request, offer, inputs, useful)
-        at_most = max(at_most, most)
-        at_least = max(at_least, least)
-        input_most = max(input_most, inputs)
-        prompt_most = max(prompt_most, prompt)
-        output_most = max(output_most, outputs)
+    inputs, prompt, outputs, least, most = bounds = _bounds(request, prompt_tokens, offered[0])
+    if len(offered) > 1:
+        others = (_bounds(request, prompt_tokens, offer) for offer in offered[1:])
+        inputs, prompt, outputs, least, most = map(max, zip(bounds, *others, strict=True))
     return Estimate(
-        input_tokens=input_most,
-        prompt_tokens=prompt_most,
-        output_tokens=output_most,
+        inputs,
+        prompt,
+        outputs,
+        least,
+        most,
         prompts=request.prompts,
         choices=request.choices,
         prediction_tokens=request.prediction_tokens,
         images=request.images,
         tools=tuple(request.tools),
         tool_calls_max=request.tool_calls_max,
-        is_maximum_named=request.maximum is not None or not request.has_output,
+        is_maximum_named=bool(request.maxima) or not request.has_output,
         asks_for_caches=request.asks_for_caches,
-        at_least=at_least,
-        at_most=at_most,
     )
 
 
-def _held(request: PaidRequest, offer: Offer, input_tokens: int, output_tokens: int) -> Nanos:
-    uses = tool_uses_max(request, offer.candidate)
+def _bounds(request: PaidRequest, prompt_tokens: int, offer: Offer) -> tuple[int, int, int, Nanos, Nanos]:
+    """The first five numbers of an `Estimate`, of one candidate."""
+    candidate, choices, prediction_tokens = offer.candidate, request.choices, request.prediction_tokens
+    prompt = inputs = _prompt_tokens(request, prompt_tokens, candidate)
+    uses = 0
+    if request.tools:
+        uses = tool_uses_max(request, candidate)
+        inputs += uses * (candidate.context_tokens or 0)
+    maximum = output_tokens_max(request, candidate)
+    outputs = (maximum + prediction_tokens) * choices
+    most = least = _held(request, offer, inputs, outputs, uses)
+    useful = _useful_output_tokens(request, candidate, maximum)
+    if useful != maximum:
+        least = _held(request, offer, inputs, (useful + prediction_tokens) * choices, uses)
+    return inputs, prompt, outputs, least, most
+
+
+def _held(request: PaidRequest, offer: Offer, input_tokens: int, output_tokens: int, tool_uses: int) -> Nanos:
     return bound(
         input_tokens,
         output_tokens,
@@ -104,7 +108,7 @@ def _held(request: PaidRequest, offer: Offer, input_tokens: int, output_tokens: 
         offer.markup_bps,
         images=request.images,
         tools=request.tools,
-        tool_uses=uses,
+        tool_uses=tool_uses,
     )
 
 
@@ -148,7 +152,7 @@ def _readings(asked: PaidRequest | Estimate, candidate: Candidate) -> int:
 
     After each use of a tool it reads everything once more, and providers add that up.
     """
-    return asked.prompts + tool_uses_max(asked, candidate)
+    return asked.prompts + tool_uses_max(asked, candidate) if asked.tools else asked.prompts
 
 
 def maximum_taken(estimated: Estimate, candidate: Candidate, bought: int) -> int:
@@ -178,7 +182,9 @@ def plausible_tokens_max(request: PaidRequest, candidate: Candidate) -> int | No
     """The most tokens that this candidate can have used, even if it ignores maxima; None where nobody knows."""
     if candidate.context_tokens is None:
         return None
-    maximum = max(output_tokens_max(request, candidate), candidate.output_tokens_max or candidate.context_tokens)
+    maximum = candidate.output_tokens_max or candidate.context_tokens
+    if request.maxima:
+        maximum = max(maximum, *request.maxima.values())
     outputs = (maximum + request.prediction_tokens) * request.choices
     return candidate.context_tokens * _readings(request, candidate) + outputs
 
@@ -215,7 +221,7 @@ def output_tokens_max(request: PaidRequest, candidate: Candidate) -> int:
 
 def _useful_output_tokens(request: PaidRequest, candidate: Candidate, maximum: int) -> int:
     """The least output of one choice that is worth starting for, of at most `maximum`."""
-    if not request.has_output or request.maximum is not None:
+    if request.maxima or not request.has_output:
         return maximum
     useful = USEFUL_OUTPUT_TOKENS_REASONING if candidate.is_reasoning else USEFUL_OUTPUT_TOKENS
     if request.thinking_tokens:

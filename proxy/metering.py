@@ -241,6 +241,9 @@ _decode_response_event = reader(_ResponseEvent)
 
 
 _USAGE = b'"usage"'
+_NO_USAGE = b'"usage":null}'
+"""How OpenAI ends every chunk but the last, where usage was asked for."""
+
 _USAGE_OBJECT = re.compile(rb'"usage"\s*:\s*\{')
 _ERROR = b'"error"'
 _ERROR_VALUE = re.compile(rb'"error"\s*:\s*[^\sn]')
@@ -280,7 +283,7 @@ def failure_status(body: bytes) -> int | None:
     Some providers put it into `error.code`, as a number or its digits, or into the `code` of an event of the type
     `error`, others a word; 502 where they do not.
     """
-    if _ERROR not in body:
+    if body.find(_ERROR) < 0:
         return None
     try:
         answer = _decode_chunk(body)
@@ -351,8 +354,9 @@ def meter_reported(endpoint: Endpoint, body: bytes, *, tokens_max: int | None = 
     For calls that may not use tools of the provider's.
     """
     answer = _decoded(endpoint, body)
-    usage = _plausible(answer.usage, tokens_max, has_output=endpoint is not Endpoint.EMBEDDINGS)
-    if usage is not None and (usage.output_tokens or endpoint is Endpoint.EMBEDDINGS):
+    has_output = endpoint is not Endpoint.EMBEDDINGS
+    usage = _plausible(answer.usage, tokens_max, has_output=has_output)
+    if usage is not None and (usage.output_tokens or not has_output):
         return Metered(usage, UsageSource.REPORTED, _model(answer), service_tier=_tier(answer))
     return None
 
@@ -535,7 +539,8 @@ class StreamMeter:
         """Whether an event may hold usage or an error."""
         # Escaped quotes keep these out of strings: inside of one they read \\"usage\\".
         usage_at = data.find(_USAGE)
-        if usage_at >= 0 and _USAGE_OBJECT.search(data, usage_at) is not None:
+        is_null = usage_at >= 0 and data[usage_at:] == _NO_USAGE
+        if usage_at >= 0 and not is_null and _USAGE_OBJECT.search(data, usage_at) is not None:
             return True
         error_at = data.find(_ERROR)
         return error_at >= 0 and _ERROR_VALUE.search(data, error_at) is not None

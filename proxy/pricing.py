@@ -123,7 +123,7 @@ def price_nanos_per_mtok(dollars_per_mtok: Decimal) -> tuple[int, bool]:
 def costs(usage: Usage, price: Price, markup_bps: int) -> tuple[Nanos, Nanos]:
     """`cost` and `provider_cost`."""
     total = _provider_total(usage, price)
-    return _charge(total, markup_bps), _charge(total, 0)
+    return _charge(total, markup_bps), -(-total // _UNITS_PER_PRICE)
 
 
 def cost(usage: Usage, price: Price, markup_bps: int) -> Nanos:
@@ -160,9 +160,10 @@ def bound(  # noqa: PLR0913 - what the cost depends on
 
     Whatever the tokens' classes, and whichever of the tools are used.
     """
-    rates = price.at(input_tokens)
+    rates = price.at(input_tokens) if price.long_context else price
     tokens = input_tokens * rates.dearest_input + output_tokens * rates.dearest_output
-    return _charge(tokens + _beside(price, images, tools, tool_uses), markup_bps)
+    beside = _beside(price, images, tools, tool_uses) if images or tools else price.request
+    return _charge(tokens + beside, markup_bps)
 
 
 def _beside(price: Price, images: int, tools: Collection[str], tool_uses: int) -> int:

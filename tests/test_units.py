@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from datetime import UTC, datetime, timedelta, timezone
 from decimal import Decimal
 
@@ -77,6 +79,26 @@ def test_ids_sort_by_time_and_differ():
     ids = [new_id("req") for _ in range(1000)]
     assert len(set(ids)) == 1000
     assert {len(id_) for id_ in ids} == {len("req_") + 32}
+
+
+FORKING = """
+import os
+from proxy.units import new_id
+
+new_id("req")
+is_child = not os.fork()
+for _ in range(300):
+    os.write(1, f"{new_id('req')[-20:]}\\n".encode())
+if not is_child:
+    os.wait()
+"""
+
+
+def test_processes_share_no_ids():
+    """One that was forked has random parts of its own."""
+    made = subprocess.run([sys.executable, "-c", FORKING], check=True, capture_output=True, text=True, timeout=60)
+    digits = made.stdout.split()
+    assert len(digits) == len(set(digits)) == 600
 
 
 def test_usage_adds_up_by_side():

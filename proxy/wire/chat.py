@@ -14,6 +14,7 @@ from proxy.wire.objects import (
     bad_request,
     check_spelling,
     checked_objects,
+    count_to,
     unique_fields,
 )
 from proxy.wire.requests import (
@@ -84,15 +85,18 @@ del _REFUSED[_WEB_SEARCH]
 _MODALITIES = frozenset({"text", "audio"})
 _ESCAPE = b"\\u00"
 _ESCAPED_LETTER = re.compile(rb"\\u00[567]")
+_UNUSUAL = frozenset({"audio", "modalities", "prediction", "reasoning", "reasoning_effort", "thinking", _WEB_SEARCH})
+"""Names of what may say more of a call than where it goes and how long its answer may be, without any object."""
+
 _NO_EFFORT = frozenset({b"null", b'"none"'})
 _TEXT_PARTS = frozenset({"text", "refusal"})
 
 _decode_request = msgspec.json.Decoder(ChatRequest).decode
 
-_TOP = Spelling((*ChatRequest.__struct_fields__, *_REFUSED, _WEB_SEARCH), HARMLESS)
+_TOP = Spelling((*ChatRequest.__struct_fields__, _WEB_SEARCH), HARMLESS, _REFUSED)
 _MESSAGE = Spelling((*Message.__struct_fields__, "audio"), ("name", "refusal", "tool_call_id"))
 _PART = Spelling(Part.__struct_fields__, ("cache_control", "file", "image_url", "input_audio", "text"))
-_FILE = Spelling(("file_id",), ("file_data", "filename", "url", "detail", "data", "format"))
+_FILE = Spelling(("file_id",), (*_PART.right, "file_data", "filename", "url", "detail", "data", "format"))
 _TOOL = Spelling(Tool.__struct_fields__, ("custom", "function"))
 
 
@@ -105,29 +109,36 @@ def decode_chat(body: bytes) -> PaidRequest:
     """
     try:
         request = _decode_request(body)
-        fields = check_fields(request, body, _TOP, _REFUSED)
-        content = _content_parts(request)
+        fields = check_fields(request, body, _TOP)
         # What remains to be looked at are the objects inside of messages, and tools. When there are no more braces than
         # those of the body, of its messages and of the stream options, then there is no such object, whatever names
         # and strings there may be: the common case, at the price of a memchr.
-        is_plain = body.count(b"{") == 1 + len(request.messages) + (request.stream_options is not None)
+        outer_objects = 1 + len(request.messages) + (request.stream_options is not None)
+        is_plain = count_to(outer_objects + 1, b"{", body) == outer_objects
+        content = [] if is_plain else _content_parts(request)
         parts = _check(request, content, fields, is_plain=is_plain)
     except UNREADABLE as exc:
         raise bad_request(exc) from exc
+    usual = PaidRequest(
+        endpoint=Endpoint.CHAT,
+        model=request.model,
+        is_stream=request.stream is True,
+        wants_usage=request.stream_options is not None and request.stream_options.include_usage is True,
+        maxima=request.named(fields),
+        choices=request.n or 1,
+        service_tier=request.service_tier,
+        must_unstore=request.store is True,
+    )
+    if is_plain and _UNUSUAL.isdisjoint(fields):
+        return usual
     media = [part.type for part in content if part.type not in _TEXT_PARTS]
     images = sum(kind in IMAGE_PARTS for kind in media) if media else 0
     tools = {"web_search": _WEB_SEARCH} if is_switched_on(fields.get(_WEB_SEARCH)) else {}
-    return PaidRequest(
-        endpoint=Endpoint.CHAT,
-        model=request.model,
-        is_stream=bool(request.stream),
-        wants_usage=request.stream_options is not None and bool(request.stream_options.include_usage),
-        maxima=request.named,
-        choices=request.n or 1,
+    return msgspec.structs.replace(
+        usual,
         thinking_tokens=_thinking_tokens(fields),
         # https://platform.openai.com/docs/guides/predicted-outputs: what does not come true is billed as output.
         prediction_tokens=len(request.prediction) if is_set(request.prediction) else 0,
-        service_tier=request.service_tier,
         # What a tool finds becomes prompt.
         is_unsized=bool(media or tools),
         # vLLM lets a request say how finely an image is cut, whatever the model does by default.
@@ -140,7 +151,6 @@ def decode_chat(body: bytes) -> PaidRequest:
         image_bytes=image_bytes(parts) if images else 0,
         tools=tools,
         wants_audio="audio" in (request.modalities or ()) or is_set(fields.get("audio")),
-        must_unstore=bool(request.store),
     )
 
 
@@ -166,9 +176,10 @@ def _check(request: ChatRequest, content: list[Part], fields: Fields, *, is_plai
     """The checks of everything; returns the parts of all messages, unless there are none in need of a closer look."""
     if request.best_of is not None and request.best_of > 1:
         raise unsupported("best_of", "'best_of' is not supported: the choices that are not shown would be billed.")
-    if not _MODALITIES.issuperset(request.modalities or ()):
+    if request.modalities and not _MODALITIES.issuperset(request.modalities):
         raise unsupported("modalities", "Only the output modalities 'text' and 'audio' can be priced here.")
-    check_tools(request.tools or ())
+    if request.tools:
+        check_tools(request.tools)
     check_number(len(request.messages) + len(content), "messages")
     if is_plain:
         return []
@@ -185,7 +196,7 @@ def _content_parts(request: ChatRequest) -> list[Part]:
 def _check_messages(request: ChatRequest, content: list[Part], raw: Raw) -> list[Fields]:
     """The checks of names, and for state at the provider, in each message and each part of its content: the parts."""
     messages = checked_objects([raw], _MESSAGE, "messages")
-    if any(is_set(fields.get("audio")) for fields in messages):
+    if any("audio" in fields and is_set(fields["audio"]) for fields in messages):
         raise unsupported("messages", "Audio kept at the provider is not supported: its size is not known.")
     contents = [
         fields["content"]

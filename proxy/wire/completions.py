@@ -55,7 +55,7 @@ class _EmbeddingRequest(msgspec.Struct, frozen=True, kw_only=True):
 
 _COMPLETION_REFUSED: Final = {**STATE, **OUTSIDE_OF_TOKENS, **_REFUSED_PROMPTS}
 _COMPLETION = Spelling(
-    (*_CompletionRequest.__struct_fields__, *_COMPLETION_REFUSED), (*HARMLESS, "echo", "logit_bias", "suffix")
+    _CompletionRequest.__struct_fields__, (*HARMLESS, "echo", "logit_bias", "suffix"), _COMPLETION_REFUSED
 )
 _EMBEDDING_REFUSED: Final = {
     **_REFUSED_PROMPTS,
@@ -63,7 +63,7 @@ _EMBEDDING_REFUSED: Final = {
     "input_image": "only texts and tokens are priced here",
 }
 _EMBEDDING = Spelling(
-    (*_EmbeddingRequest.__struct_fields__, *_EMBEDDING_REFUSED), ("dimensions", "encoding_format", "user")
+    _EmbeddingRequest.__struct_fields__, ("dimensions", "encoding_format", "user"), _EMBEDDING_REFUSED
 )
 
 _decode_completion = msgspec.json.Decoder(_CompletionRequest).decode
@@ -74,7 +74,7 @@ def decode_completion(body: bytes) -> PaidRequest:
     """The facts of a completion request; errors as with `decode_chat`."""
     try:
         request = _decode_completion(body)
-        check_fields(request, body, _COMPLETION, _COMPLETION_REFUSED)
+        fields = check_fields(request, body, _COMPLETION)
     except UNREADABLE as exc:
         raise bad_request(exc) from exc
     if request.stream and (request.best_of or 1) > (request.n or 1):
@@ -86,7 +86,7 @@ def decode_completion(body: bytes) -> PaidRequest:
         model=request.model,
         is_stream=bool(request.stream),
         wants_usage=request.stream_options is not None and bool(request.stream_options.include_usage),
-        maxima=request.named,
+        maxima=request.named(fields),
         choices=max(request.n or 1, request.best_of or 1) * prompts,
         prompts=prompts,
         service_tier=request.service_tier,
@@ -98,7 +98,7 @@ def decode_embedding(body: bytes) -> PaidRequest:
     """The facts of a request for embeddings, which have no output; errors as with `decode_chat`."""
     try:
         request = _decode_embedding(body)
-        check_fields(request, body, _EMBEDDING, _EMBEDDING_REFUSED)
+        check_fields(request, body, _EMBEDDING)
     except UNREADABLE as exc:
         raise bad_request(exc) from exc
     return PaidRequest(

@@ -11,8 +11,6 @@ from proxy.wire.responses import decode_response
 
 def _check_utf8(body: bytes) -> None:
     """Raises `BadRequest` where the decoders would not look: providers differ in what they make of such bytes."""
-    if body.isascii():
-        return
     try:
         body.decode()
     except UnicodeDecodeError as exc:
@@ -21,7 +19,8 @@ def _check_utf8(body: bytes) -> None:
 
 def decode(endpoint: Endpoint, body: bytes) -> PaidRequest:
     """The facts of a request to `endpoint`. Raises `BadRequest`: see `decode_chat`."""
-    _check_utf8(body)
+    if not body.isascii():
+        _check_utf8(body)
     match endpoint:
         case Endpoint.CHAT:
             return decode_chat(body)

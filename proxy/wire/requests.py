@@ -2,7 +2,6 @@
 
 from collections.abc import Collection, Iterable, Mapping
 from enum import StrEnum
-from functools import cached_property
 from types import MappingProxyType
 from typing import Annotated, Final, Protocol
 
@@ -43,8 +42,10 @@ class Endpoint(StrEnum):
     EMBEDDINGS = "embeddings"
     RESPONSES = "responses"
 
+    __hash__ = str.__hash__  # that of enumerations is Python code
 
-class PaidRequest(msgspec.Struct, frozen=True, kw_only=True, dict=True):
+
+class PaidRequest(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """What decides the cost and the relay of one call, whatever its endpoint.
 
     `maxima` are the client's own, in output tokens of each choice, by the fields that name them. `choices` counts the
@@ -64,11 +65,12 @@ class PaidRequest(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     wants_usage: bool = False
     maxima: dict[str, int] = {}
     choices: int = 1
+    service_tier: str | None = None
+    must_unstore: bool = False
     prompts: int = 1
     thinking_tokens: int = 0
     prediction_tokens: int = 0
     has_output: bool = True
-    service_tier: str | None = None
     is_unsized: bool = False
     has_only_images: bool = False
     has_instructions: bool = False
@@ -78,17 +80,17 @@ class PaidRequest(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     image_bytes: int = 0
     tools: dict[str, str] = {}
     tool_calls_max: int | None = None
-    must_unstore: bool = False
 
-    @cached_property
+    @property
     def maximum(self) -> int | None:
         """The one that bounds whatever a provider makes of them: the largest. None where the client names none."""
-        return max(self.maxima.values()) if self.maxima else None
+        maxima = self.maxima
+        return max(maxima.values()) if maxima else None
 
     @property
     def maxima_bytes(self) -> int:
         """The length of their numbers in the body, which are no prompt."""
-        return sum(len(str(maximum)) for maximum in self.maxima.values())
+        return len("".join(map(str, self.maxima.values())))
 
 
 class StreamOptions(msgspec.Struct, frozen=True):
@@ -112,14 +114,17 @@ class Maxima(msgspec.Struct, frozen=True, kw_only=True):
     n_predict: Tokens | None = None
     num_predict: Tokens | None = None
 
-    @property
-    def named(self) -> dict[str, int]:
-        """Those that are there, by their fields."""
-        maxima = [(field, getattr(self, field, None)) for field in _MAXIMA]
-        return {field: maximum for field, maximum in maxima if maximum is not None}
+    def named(self, fields: Fields) -> dict[str, int]:
+        """Those that are there, by their fields, of which the request has `fields`."""
+        maxima = {}
+        for field in _MAXIMA.intersection(fields):
+            maximum = getattr(self, field)
+            if maximum is not None:
+                maxima[field] = maximum
+        return maxima
 
 
-_MAXIMA: Final = ("max_tokens", *Maxima.__struct_fields__)
+_MAXIMA: Final = frozenset({"max_tokens", *Maxima.__struct_fields__})
 
 
 STATE: Final[Mapping[str, str]] = {
@@ -168,6 +173,7 @@ _SWITCHED_OFF = frozenset({b"null", b"false", b"[]"})
 _NUMBERS = frozenset({"candidate_count", "n", "num_generations", "num_return_sequences"})
 """What a 1 switches off; of anything else, some parsers take it for true."""
 _PRICED_TOOLS = frozenset({"function", "custom"})
+_USUAL_STREAM_OPTIONS = frozenset({b'{"include_usage":true}', b'{"include_usage": true}'})
 _STREAM_OPTIONS = Spelling(StreamOptions.__struct_fields__, ("include_obfuscation",))
 
 
@@ -178,20 +184,20 @@ class _Common(Protocol):
     def stream_options(self) -> StreamOptions | None: ...
 
 
-def check_fields(request: _Common, body: bytes, spelling: Spelling, refused: Mapping[str, str]) -> Fields:
+def check_fields(request: _Common, body: bytes, spelling: Spelling) -> Fields:
     """The fields of `body`, of which each that we read is there once, under its own name.
 
-    Raises `BadRequest` otherwise, and for those that are `refused` with the reasons given there.
+    Raises `BadRequest` otherwise, and for those that `spelling` refuses.
     """
     fields = unique_fields(body)
     if len(fields) > FIELDS_MAX:
         raise BadRequest(f"A request has at most {FIELDS_MAX} fields.", code="too_many_fields")
-    check_spelling(fields, spelling)
-    if not refused.keys().isdisjoint(fields):
-        for field, reason in refused.items():
+    if not spelling.allowed.issuperset(fields):
+        check_spelling(fields, spelling)
+        for field, reason in spelling.refused.items():
             if is_switched_on(fields.get(field), is_number=field in _NUMBERS):
                 raise unsupported(field, f"'{field}' is not supported: {reason}.")
-    if request.stream_options is not None:
+    if request.stream_options is not None and bytes(fields["stream_options"]) not in _USUAL_STREAM_OPTIONS:
         options = unique_fields(fields["stream_options"], "stream_options")
         check_spelling(options, _STREAM_OPTIONS, "stream_options")
     return fields

@@ -75,8 +75,9 @@ _REFUSED: Final = {
     "prompt": "state kept at the provider is not bounded",
 }
 _TOP = Spelling(
-    (*_ResponseRequest.__struct_fields__, *_REFUSED),
+    _ResponseRequest.__struct_fields__,
     (*HARMLESS, "include", "instructions", "prompt_cache_key", "reasoning", "safety_identifier", "text", "truncation"),
+    _REFUSED,
 )
 _ITEM = Spelling(
     _Item.__struct_fields__,
@@ -119,7 +120,7 @@ def decode_response(body: bytes) -> PaidRequest:
     """The facts of a request for a response, of which the cost has a bound; errors as with `decode_chat`."""
     try:
         request = _decode_request(body)
-        fields = check_fields(request, body, _TOP, _REFUSED)
+        fields = check_fields(request, body, _TOP)
         tools = check_tools(request.tools or (), _HOSTED_TOOLS)
         if request.tools:
             for tool, members in zip(request.tools, checked_objects([fields["tools"]], _TOOL, "tools"), strict=True):
@@ -136,7 +137,7 @@ def decode_response(body: bytes) -> PaidRequest:
         endpoint=Endpoint.RESPONSES,
         model=request.model,
         is_stream=bool(request.stream),
-        maxima=request.named,
+        maxima=request.named(fields),
         thinking_tokens=thinking_tokens(fields.get("reasoning")),
         service_tier=request.service_tier,
         # What a tool finds becomes prompt.

@@ -49,10 +49,13 @@ class EventSplitter:
         Raises `EventTooLong` when there are none, and the event that has not ended is over the limit; the stream is
         then of no more use.
         """
-        if b"\r" in chunk:
+        # Searches of single bytes: `in` first tries what it is given as a number.
+        if chunk.find(b"\r") >= 0:
             self._has_cr = True
         if self._unfinished or self._has_cr:
             events = self._finished(chunk)
+        elif chunk.endswith(_PLAIN_END) and chunk.find(_PLAIN_END) == len(chunk) - len(_PLAIN_END):
+            return [chunk]  # one event, as most come
         else:
             *whole, rest = chunk.split(_PLAIN_END)
             events = [event + _PLAIN_END for event in whole]
@@ -99,7 +102,7 @@ def event_data(event: bytes) -> bytes | None:
     """
     if event.startswith(_PLAIN_START) and event.endswith(_PLAIN_END):
         value = event[len(_PLAIN_START) : -len(_PLAIN_END)]
-        if b"\n" not in value and b"\r" not in value:
+        if value.find(b"\n") < 0 and value.find(b"\r") < 0:
             return value
     # Of bytes, unlike of text, `splitlines` knows only the three line ends that the standard has.
     lines = [_value(line) for line in event.removeprefix(_BOM).splitlines() if _is_data(line)]

@@ -35,39 +35,43 @@ def read_usage(reported: bytes | Raw, *, has_output: bool = True) -> Usage | Non
     except UNREADABLE:
         return None
     prompt, completion, total = usage.prompt, usage.completion, usage.total_tokens or 0
-    inside, outside = usage.prompt_details, usage.completion_details
     if not has_output:
         prompt, completion = max(prompt or 0, total), 0
     if prompt is None:
         if completion is None:
             return None
         prompt = max(0, total - completion)
-    output = max(completion or 0, total - prompt)
-    hidden = 0 if completion is None else output - completion
+    hidden, output = 0, completion or 0
+    if total - prompt > output:
+        output = total - prompt
+        hidden = 0 if completion is None else output - completion
     if prompt + output > _INT64_MAX:
         return None
 
-    audio = inside.audio_tokens or 0
-    written, parts = usage.written, usage.parts
-    for_an_hour = 0 if parts is None else parts.ephemeral_1h_input_tokens or 0
-    cached = usage.cached
-    spoken = outside.audio_tokens or 0
-    reasoning = outside.reasoning_tokens or 0
-    if max(audio, written, cached) > prompt or for_an_hour > written or max(spoken, reasoning) > output:
+    inside, outside = usage.prompt_details, usage.completion_details
+    cached, written, audio = usage.cached(inside), usage.written(inside), inside.audio_tokens or 0
+    spoken, reasoning = outside.audio_tokens or 0, outside.reasoning_tokens or 0
+    if audio > prompt or written > prompt or cached > prompt or spoken > output or reasoning > output:
         return None
-    # A token may be in two details, such as audio that was cached: it counts once, where it is dearer.
-    written = min(written, prompt - audio)
-    for_an_hour = min(for_an_hour, written)
-    cached = min(cached, prompt - audio - written)
+    for_an_hour = 0
+    if written or audio:
+        parts = usage.parts(inside)
+        for_an_hour = 0 if parts is None else parts.ephemeral_1h_input_tokens or 0
+        if for_an_hour > written:
+            return None
+        # A token may be in two details, such as audio that was cached: it counts once, where it is dearer.
+        written = min(written, prompt - audio)
+        for_an_hour = min(for_an_hour, written)
+        cached = min(cached, prompt - audio - written)
     return Usage(
         input=prompt - audio - written - cached,
         cached_input=cached,
         cache_write=written - for_an_hour,
-        cache_write_1h=for_an_hour,
         audio_input=audio,
         output=output - spoken,
         audio_output=spoken,
-        reasoning=max(reasoning, hidden),
+        reasoning=max(hidden, reasoning),
+        cache_write_1h=for_an_hour,
     )
 
 
@@ -141,12 +145,13 @@ class _Reported(msgspec.Struct):
     cache_read_input_tokens: _Tokens | None = None
     cache_creation: _CacheCreation | None = None
 
-    @property
-    def written(self) -> int:
-        """Tokens that were written to the cache, for however long."""
-        inside, parts = self.prompt_details, self.parts
+    def written(self, inside: _PromptDetails) -> int:
+        """Tokens that were written to the cache, for however long, with what is said `inside` of the prompt."""
         said = inside.cache_write_tokens or inside.cache_creation_tokens or self.written_beside
-        return parts.total if parts is not None and not said else said
+        if said:
+            return said
+        parts = self.parts(inside)
+        return 0 if parts is None else parts.total
 
     @property
     def written_beside(self) -> int:
@@ -155,16 +160,19 @@ class _Reported(msgspec.Struct):
             return self.cache_creation_input_tokens or 0
         return self.cache_creation.total
 
-    @property
-    def parts(self) -> _CacheCreation | None:
+    def parts(self, inside: _PromptDetails) -> _CacheCreation | None:
         """What was written, by how long it lasts; None where that is not said."""
-        return self.cache_creation or self.prompt_details.cache_creation_token_details
+        return self.cache_creation or inside.cache_creation_token_details
 
-    @property
-    def cached(self) -> int:
+    def cached(self, inside: _PromptDetails) -> int:
         """Tokens that were read from the cache."""
-        inside = self.prompt_details.cached_tokens
-        return inside or self.cached_tokens or self.prompt_cache_hit_tokens or self.cache_read_input_tokens or 0
+        return (
+            inside.cached_tokens
+            or self.cached_tokens
+            or self.prompt_cache_hit_tokens
+            or self.cache_read_input_tokens
+            or 0
+        )
 
     @property
     def prompt_details(self) -> _PromptDetails:

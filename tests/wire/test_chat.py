@@ -315,6 +315,10 @@ def test_fields_that_another_parser_may_read_otherwise(request_body, param):
     assert (error.param, error.code in {"duplicate_field", "ambiguous_field"}) == (param, True)
     for old, new in ((b",", b" , "), (b":", b": "), (b"{", b"{\n")):
         assert refusal(request_body.replace(old, new)).param == param
+    spaced = request_body.replace(b",", b", ").replace(b":", b": ")
+    long = b"x" * 5000
+    for begun in (b'"user": "%b", ' % long, b'"user":"%b",' % long, b""):
+        assert refusal(spaced.replace(b"{", b"{" + begun, 1)).param == param
 
 
 @settings(deadline=None)
