@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from enum import StrEnum
 from fnmatch import fnmatchcase
 from functools import lru_cache
-from typing import assert_never
+from typing import assert_never, final
 
 import msgspec
 
@@ -200,6 +200,7 @@ class State(msgspec.Struct, kw_only=True):
 # ---- what is asked
 
 
+@final
 class Reserve(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """Hold credits for the call `id`: at least `at_least`, at most `at_most`, else nothing.
 
@@ -223,6 +224,7 @@ class Reserve(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     offers: str | None = None
 
 
+@final
 class Settle(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """Charge `cost` for the call `id`, free the rest of what it holds, and count `tokens` in the rate window."""
 
@@ -233,6 +235,7 @@ class Settle(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     receipt: Receipt
 
 
+@final
 class Release(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """Free all that the call `id` holds: nothing was delivered.
 
@@ -246,6 +249,7 @@ class Release(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     is_undelivered: bool = False
 
 
+@final
 class Expire(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """The sweeper's release of the reservation `id`, whose owner is gone."""
 
@@ -253,6 +257,7 @@ class Expire(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     wallet_id: str
 
 
+@final
 class Credit(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """Book `amount` into a wallet by hand: a top-up, a refund of the charge of `reservation_id`, an adjustment.
 
@@ -349,6 +354,7 @@ class Fault(StrEnum):
     ABOVE_CHARGE = "above_charge"
 
 
+@final
 class Faulted(msgspec.Struct, frozen=True, gc=False):
     """The operation changed nothing and never will."""
 
