@@ -557,7 +557,7 @@ class _Decider:
             charged=reservation.charged,
             shortfall=reservation.shortfall,
             balance=wallet.balance,
-            is_late=reservation.is_late is True,
+            is_late=bool(reservation.is_late),
             is_replay=is_replay,
         )
 

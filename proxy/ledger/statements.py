@@ -210,7 +210,9 @@ def literal(text: str) -> str:
     """
     if "\0" in text:
         raise ValueError("a NUL cannot be stored")
-    return "'" + text.replace("'", "''") + "'"
+    if "'" in text:  # found far sooner than counted, which replacing does first
+        text = text.replace("'", "''")
+    return f"'{text}'"
 
 
 def array(texts: Iterable[str]) -> str:
