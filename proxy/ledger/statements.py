@@ -217,7 +217,11 @@ def literal(text: str) -> str:
 
 def array(texts: Iterable[str]) -> str:
     """`texts` as the text of a `text[]`, which costs the driver far less to send than a list does."""
-    return "{" + ",".join(['"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"' for text in texts]) + "}"
+    words = list(texts)
+    all_words = "".join(words)
+    if "\\" in all_words or '"' in all_words:
+        words = [word.replace("\\", "\\\\").replace('"', '\\"') for word in words]
+    return '{"' + '","'.join(words) + '"}' if words else "{}"
 
 
 def _add(table: str, key: dict[str, str], counters: dict[str, str]) -> Statement:

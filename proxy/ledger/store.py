@@ -23,7 +23,6 @@ from proxy.ledger import statements as sql
 from proxy.ledger.decide import (
     Changes,
     Credit,
-    Event,
     Key,
     Operation,
     Outcome,
@@ -36,7 +35,7 @@ from proxy.ledger.decide import (
     decide,
 )
 from proxy.ledger.rollup import UsageDay, by_month
-from proxy.units import new_ids, now_micros
+from proxy.units import new_id, new_ids, now_micros
 
 Row = msgspec.Struct
 Holder = TypeVar("Holder", User, Key)
@@ -139,10 +138,10 @@ def _writes(changes: Changes, owner_id: str | None) -> list[tuple[sql.Statement,
         (sql.INSERT_RESERVATIONS, _reserved_rows(changes, owner_id)),
         (sql.UPDATE_RESERVATIONS, _closed_rows(changes)),
         (sql.UPDATE_REFUNDED, _rows(sql.UPDATE_REFUNDED, changes.refunded.values())),
-        (sql.INSERT_TRANSACTIONS, _new_rows(sql.INSERT_TRANSACTIONS, "txn", changes.transactions)),
+        (sql.INSERT_TRANSACTIONS, _transaction_rows(changes)),
         (sql.ADD_USAGE_DAYS, _rows(sql.ADD_USAGE_DAYS, days)),
         (sql.ADD_USAGE_MONTHS, _rows(sql.ADD_USAGE_MONTHS, by_month(days))),
-        (sql.INSERT_EVENTS, _new_rows(sql.INSERT_EVENTS, "event", changes.events)),
+        (sql.INSERT_EVENTS, _event_rows(changes)),
         (sql.UPDATE_WALLETS, _rows(sql.UPDATE_WALLETS, changes.wallets.values())),
         (sql.UPDATE_KEYS, _rows(sql.UPDATE_KEYS, changes.keys.values())),
     ]
@@ -205,13 +204,33 @@ def _rows(statement: sql.Statement, structs: Collection[Wallet | Key | Reservati
     return [row(*values) for values in map(attrgetter(*statement.columns), structs)]
 
 
-def _new_rows(statement: sql.Statement, prefix: str, structs: Collection[Transaction | Event]) -> list[Row]:
-    """Rows that begin with an id which they are given here."""
-    if not structs:
-        return []
-    row, (_, *columns) = _row_type(statement.columns), statement.columns
-    ids = new_ids(prefix, len(structs))
-    return [row(id_, *values) for id_, values in zip(ids, map(attrgetter(*columns), structs), strict=True)]
+def _transaction_rows(changes: Changes) -> list[Row]:
+    row = _row_type(sql.INSERT_TRANSACTIONS.columns)
+    return [
+        row(
+            id_,
+            transaction.wallet_id,
+            transaction.user_id,
+            transaction.seq,
+            transaction.type,
+            transaction.amount,
+            transaction.description,
+            transaction.balance_before,
+            transaction.balance_after,
+            transaction.reservation_id,
+            transaction.idempotency_key,
+            transaction.created_at,
+        )
+        for id_, transaction in zip(new_ids("txn", len(changes.transactions)), changes.transactions, strict=True)
+    ]
+
+
+def _event_rows(changes: Changes) -> list[Row]:
+    row = _row_type(sql.INSERT_EVENTS.columns)
+    return [
+        row(new_id("event"), event.actor, event.action, event.subject, event.before, event.after, event.created_at)
+        for event in changes.events
+    ]
 
 
 @cache
