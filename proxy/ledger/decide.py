@@ -392,13 +392,13 @@ def decide(state: State, operations: Sequence[Operation]) -> tuple[Changes, list
 
 def _settles_first(operations: Sequence[Operation]) -> Iterable[int]:
     """The operations' indices, reserves last; but never a release or settle before a reserve of its own id."""
-    reserving = {operation.id for operation in operations if isinstance(operation, Reserve)}
+    reserving = {operation.id for operation in operations if type(operation) is Reserve}
     if not reserving:
         return range(len(operations))
     first: list[int] = []
     late: list[int] = []
     for index, operation in enumerate(operations):
-        is_late = not isinstance(operation, Credit) and operation.id in reserving
+        is_late = type(operation) is not Credit and operation.id in reserving
         (late if is_late else first).append(index)
     return first + late
 
@@ -774,7 +774,7 @@ class _Decider:
         """The key with that id, if any, brought up to its current period."""
         key = None if key_id is None else self.state.keys.get(key_id)
         if key is not None:
-            start = period_start(self.state.now, key.limit_period)
+            start = 0 if key.limit_period is None else period_start(self.state.now, key.limit_period)
             if key.period_start != start:
                 key.period_start = start
                 key.period_spent = 0
