@@ -6,6 +6,7 @@ their end, so one timer looks after all of them.
 
 import asyncio
 import math
+from collections import deque
 from types import TracebackType
 from typing import Any, Self
 
@@ -112,28 +113,28 @@ class CommonLimit:
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
-        self._due: dict[asyncio.Future[Any], float] = {}
-        """In the order of their time, since all have the same."""
+        self._due: deque[tuple[asyncio.Future[Any], float]] = deque()
+        """In the order of their time, since all have the same; those that are done leave when they come first."""
         self._timer: asyncio.TimerHandle | None = None
 
     def begin(self, future: "asyncio.Future[Any]") -> None:
         """From now on."""
-        loop = future.get_loop()
-        self._due[future] = due = loop.time() + self._seconds
+        waiting, loop = self._due, future.get_loop()
+        while waiting and waiting[0][0].done():
+            waiting.popleft()
+        due = loop.time() + self._seconds
+        waiting.append((future, due))
         if self._timer is None and due < math.inf:
             self._timer = loop.call_at(due, self._look)
-
-    def end(self, future: "asyncio.Future[Any]") -> None:
-        """No longer; to be called for each that has begun."""
-        self._due.pop(future, None)
 
     def _look(self) -> None:
         self._timer = None
         loop = asyncio.get_running_loop()
-        for future, due in tuple(self._due.items()):
-            if due > loop.time():
-                self._timer = loop.call_at(due, self._look)
-                return
-            del self._due[future]
+        while self._due:
+            future, due = self._due[0]
             if not future.done():
+                if due > loop.time():
+                    self._timer = loop.call_at(due, self._look)
+                    return
                 future.set_exception(TimeoutError())
+            self._due.popleft()

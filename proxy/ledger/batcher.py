@@ -108,15 +108,16 @@ class Batcher:
         The future fails with `LedgerFault` when the operation cannot be booked. Raises `Unavailable` for a reserve
         when too many wait, and once the ledger is closing.
         """
-        if isinstance(operation, Reserve):
+        if type(operation) is Reserve:
             if self._is_closing or self._reserves_waiting >= RESERVES_WAITING_MAX:
                 raise Unavailable("Too many calls are waiting. Try again shortly.")
             self._reserves_waiting += 1
-        elif isinstance(operation, Credit) and operation.idempotency_key is None:
+        elif type(operation) is Credit and operation.idempotency_key is None:
             operation = msgspec.structs.replace(operation, idempotency_key=new_id("idem"))
         future: asyncio.Future[Outcome] = self._loop.create_future()
+        if not self._queue:
+            self._work.set()
         self._queue.append((operation, future))
-        self._work.set()
         return future
 
     async def _run(self) -> None:
@@ -133,20 +134,18 @@ class Batcher:
         """What waits, as far as it fits into one; reserves whose callers have left are dropped, and nothing else is."""
         batch: list[Waiting] = []
         for _ in range(min(BATCH_MAX, len(self._queue))):
-            operation, future = self._queue.popleft()
-            if isinstance(operation, Reserve):
+            operation, future = waiting = self._queue.popleft()
+            if type(operation) is Reserve:
                 self._reserves_waiting -= 1
                 if future.done():
                     continue
-            batch.append((operation, future))
+            batch.append(waiting)
         return batch
 
     async def _write(self, batch: list[Waiting]) -> None:
         if not batch:
             return
-        positions: dict[Operation, int] = {}
-        answered_by = [positions.setdefault(operation, len(positions)) for operation, _ in batch]
-        operations = list(positions)
+        operations, answered_by = _coalesced([operation for operation, _ in batch])
         try:
             outcomes = await self._until_answered(operations, batch)
         except Exception as exc:
@@ -197,16 +196,16 @@ class Batcher:
         return not all(isinstance(operation, Reserve) and future.done() for operation, future in batch)
 
     def _answer(self, operation: Operation, future: "asyncio.Future[Outcome]", outcome: Outcome) -> None:
-        if isinstance(outcome, Faulted) and not isinstance(operation, Credit):
+        if type(outcome) is Faulted and type(operation) is not Credit:
             log.error("ledger_fault", request_id=operation.id, operation=type(operation).__name__, fault=outcome.fault)
         is_waited_for = not future.done()
         if is_waited_for:
             future.set_result(outcome)
-        if isinstance(operation, Reserve):
+        if type(operation) is Reserve:
             if not is_waited_for and isinstance(outcome, Reserved):
                 receipt = Receipt(outcome="caller_gone")
                 self.submit(Release(id=operation.id, wallet_id=operation.wallet_id, receipt=receipt))
-        elif not isinstance(operation, Credit):
+        elif type(operation) is not Credit:
             self._on_ended(operation.id)
 
     def _fail(self, operation: Operation, future: "asyncio.Future[Outcome]", error: TollgateError) -> None:
@@ -214,3 +213,15 @@ class Batcher:
             future.set_exception(error)
         if not isinstance(operation, Reserve | Credit):
             self._on_ended(operation.id)
+
+
+def _coalesced(operations: list[Operation]) -> tuple[list[Operation], Sequence[int]]:
+    """The operations without those that are there already, and by which of them each is answered.
+
+    Where all ids differ nothing more is compared.
+    """
+    if len({operation.id for operation in operations if type(operation) is not Credit}) == len(operations):
+        return operations, range(len(operations))
+    positions: dict[Operation, int] = {}
+    answered_by = [positions.setdefault(operation, len(positions)) for operation in operations]
+    return list(positions), answered_by

@@ -14,7 +14,8 @@ from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from enum import StrEnum
 from fnmatch import fnmatchcase
-from typing import assert_never
+from functools import lru_cache
+from typing import assert_never, final
 
 import msgspec
 
@@ -42,6 +43,11 @@ class CreditType(StrEnum):
     REFUND = "refund"
     ADJUSTMENT = "adjustment"
 
+
+_OPEN, _SETTLED = ReservationState.OPEN, ReservationState.SETTLED
+_RELEASED, _EXPIRED = ReservationState.RELEASED, ReservationState.EXPIRED
+_DEDUCTION = CreditType.DEDUCTION
+"""To find a member by its name takes longer than to compare with it."""
 
 # ---- what is read
 
@@ -194,6 +200,7 @@ class State(msgspec.Struct, kw_only=True):
 # ---- what is asked
 
 
+@final
 class Reserve(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """Hold credits for the call `id`: at least `at_least`, at most `at_most`, else nothing.
 
@@ -217,6 +224,7 @@ class Reserve(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     offers: str | None = None
 
 
+@final
 class Settle(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """Charge `cost` for the call `id`, free the rest of what it holds, and count `tokens` in the rate window."""
 
@@ -227,6 +235,7 @@ class Settle(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     receipt: Receipt
 
 
+@final
 class Release(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """Free all that the call `id` holds: nothing was delivered.
 
@@ -240,6 +249,7 @@ class Release(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     is_undelivered: bool = False
 
 
+@final
 class Expire(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """The sweeper's release of the reservation `id`, whose owner is gone."""
 
@@ -247,6 +257,7 @@ class Expire(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     wallet_id: str
 
 
+@final
 class Credit(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """Book `amount` into a wallet by hand: a top-up, a refund of the charge of `reservation_id`, an adjustment.
 
@@ -343,6 +354,7 @@ class Fault(StrEnum):
     ABOVE_CHARGE = "above_charge"
 
 
+@final
 class Faulted(msgspec.Struct, frozen=True, gc=False):
     """The operation changed nothing and never will."""
 
@@ -380,17 +392,18 @@ def decide(state: State, operations: Sequence[Operation]) -> tuple[Changes, list
 
 def _settles_first(operations: Sequence[Operation]) -> Iterable[int]:
     """The operations' indices, reserves last; but never a release or settle before a reserve of its own id."""
-    reserving = {operation.id for operation in operations if isinstance(operation, Reserve)}
+    reserving = {operation.id for operation in operations if type(operation) is Reserve}
     if not reserving:
         return range(len(operations))
     first: list[int] = []
     late: list[int] = []
     for index, operation in enumerate(operations):
-        is_late = not isinstance(operation, Credit) and operation.id in reserving
+        is_late = type(operation) is not Credit and operation.id in reserving
         (late if is_late else first).append(index)
     return first + late
 
 
+@lru_cache(maxsize=4)
 def period_start(now: Micros, period: str | None) -> Micros:
     """When the UTC day or month that holds `now` began; 0 without a period."""
     if period is None:
@@ -437,19 +450,15 @@ class _Decider:
         user = state.users.get(operation.user_id)
         if wallet is None or user is None:
             return Refused(reason=Refusal.UNKNOWN_CALLER)
-        key = state.keys.get(operation.key_id) if operation.key_id is not None else None
-        if key is not None:
-            self.turn_period(key)
-        refused = (
-            self.refuse_caller(operation, user, key)
-            or self.refuse_rate(operation, user, wallet, key)
-            or _refuse_amount(operation, wallet, key)
-        )
+        key = self.key(operation.key_id)
+        refused = self.refuse_caller(operation, user, key) or self.refuse_rate(operation, user, wallet)
+        if refused is None and key is not None:
+            refused = self.refuse_rate(operation, key, key)
         if refused is not None:
             return refused
-        spendable = wallet.available
-        if key is not None and key.available is not None:
-            spendable = min(spendable, key.available)
+        spendable = _spendable(wallet, key)
+        if spendable < operation.at_least:
+            return _refuse_amount(operation, wallet, key)
         amount = min(operation.at_most, spendable, max(operation.at_least, spendable // 4))
         self.hold(operation, amount, wallet, key)
         return Reserved(amount)
@@ -467,37 +476,39 @@ class _Decider:
             and (key.expires_at is None or key.expires_at > self.state.now)
         ):
             return Refused(reason=Refusal.INVALID_KEY)
-        allowances = [user.allowed_models] if key is None else [user.allowed_models, key.allowed_models]
-        if allowances.count(None) < len(allowances):
-            allowed = [model for model in operation.models if all(allows(patterns, model) for patterns in allowances)]
+        of_key = None if key is None else key.allowed_models
+        if user.allowed_models is not None or of_key is not None:
+            allowed = [one for one in operation.models if allows(user.allowed_models, one) and allows(of_key, one)]
             if len(allowed) < len(operation.models):
                 return Refused(reason=Refusal.MODEL_NOT_ALLOWED, allowed=tuple(allowed))
         return None
 
-    def refuse_rate(self, operation: Reserve, user: User, wallet: Wallet, key: Key | None) -> Refused | None:
-        wait_s = -(-(self.window + WINDOW - self.state.now) // MICROS_PER_SECOND)
-        holders: list[tuple[Limits, Wallet | Key]] = [(user, wallet)]
-        if key is not None:
-            holders.append((key, key))
-        for limits, counters in holders:
+    def refuse_rate(self, operation: Reserve, limits: Limits, counters: Wallet | Key) -> Refused | None:
+        if counters.window_start != self.window:
             self.turn_window(counters)
-            if _is_over(counters.open_calls + 1, limits.concurrent_calls_max):
-                return Refused(reason=Refusal.CONCURRENCY, retry_after_s=1)
-            if _is_over(counters.window_requests + 1, limits.requests_per_minute):
-                return Refused(reason=Refusal.REQUEST_RATE, retry_after_s=wait_s)
-            if _is_over(counters.window_tokens + operation.window_tokens, limits.tokens_per_minute):
-                return Refused(reason=Refusal.TOKEN_RATE, retry_after_s=wait_s)
+        calls_max, requests_max = limits.concurrent_calls_max, limits.requests_per_minute
+        if calls_max is not None and counters.open_calls >= calls_max:
+            return Refused(reason=Refusal.CONCURRENCY, retry_after_s=1)
+        if requests_max is not None and counters.window_requests >= requests_max:
+            return Refused(reason=Refusal.REQUEST_RATE, retry_after_s=self.window_s_left())
+        tokens_max = limits.tokens_per_minute
+        if tokens_max is not None and counters.window_tokens + operation.window_tokens > tokens_max:
+            return Refused(reason=Refusal.TOKEN_RATE, retry_after_s=self.window_s_left())
         return None
 
+    def window_s_left(self) -> int:
+        return -(-(self.window + WINDOW - self.state.now) // MICROS_PER_SECOND)
+
     def hold(self, operation: Reserve, amount: Nanos, wallet: Wallet, key: Key | None) -> None:
+        tokens = operation.window_tokens
         reservation = Reservation(
             id=operation.id,
             wallet_id=operation.wallet_id,
             user_id=operation.user_id,
             key_id=operation.key_id,
             amount=amount,
-            state=ReservationState.OPEN,
-            window_tokens=operation.window_tokens,
+            state=_OPEN,
+            window_tokens=tokens,
             original_model=operation.original_model,
             created_at=self.state.now,
         )
@@ -507,7 +518,7 @@ class _Decider:
             holder.reserved += amount
             holder.open_calls += 1
             holder.window_requests += 1
-            holder.window_tokens += operation.window_tokens
+            holder.window_tokens += tokens
 
     # -- the ends of a call
 
@@ -516,30 +527,28 @@ class _Decider:
         wallet = self.state.wallets.get(operation.wallet_id)
         if reservation is None or wallet is None or reservation.wallet_id != wallet.id:
             return Faulted(Fault.UNKNOWN_RESERVATION)
-        if reservation.state == ReservationState.SETTLED:
+        if reservation.state == _SETTLED:
             if reservation.cost != operation.cost:
                 return Faulted(Fault.OTHER_VALUES)
             return self.settled(reservation, wallet, is_replay=True)
-        if reservation.state == ReservationState.RELEASED:
+        if reservation.state == _RELEASED:
             return Faulted(Fault.NOT_OPEN)
-        key = self.key_of(reservation)
-        is_late = reservation.state == ReservationState.EXPIRED
+        key = self.key(reservation.key_id)
+        holders = self.touched(wallet, key)
+        is_late = reservation.state == _EXPIRED
         held = 0 if is_late else reservation.amount
-        more = max(0, wallet.available)
-        if key is not None and key.available is not None:
-            more = min(more, max(0, key.available))
-        charged = min(operation.cost, held + more)
+        charged = min(operation.cost, held + max(0, _spendable(wallet, key)))
         if is_late:
             self.count_released(reservation, -1, is_perhaps_billed=True)
         else:
-            self.free(reservation, wallet, key)
+            self.free(reservation, holders)
         self.charge(reservation, charged, wallet, key)
-        self.count_tokens(reservation, operation.tokens, wallet, key)
+        self.count_tokens(reservation, operation.tokens, holders)
         reservation.cost = operation.cost
         reservation.charged = charged
         reservation.shortfall = operation.cost - charged
         reservation.is_late = is_late
-        self.close(reservation, ReservationState.SETTLED, operation.receipt)
+        self.close(reservation, _SETTLED, operation.receipt)
         self.count_settled(reservation, operation.receipt)
         return self.settled(reservation, wallet, is_replay=False)
 
@@ -553,24 +562,24 @@ class _Decider:
         )
 
     def charge(self, reservation: Reservation, charged: Nanos, wallet: Wallet, key: Key | None) -> None:
-        deduction = Credit(
-            wallet_id=wallet.id,
-            type=CreditType.DEDUCTION,
+        self.book(
+            wallet,
+            user_id=reservation.user_id,
+            type_=_DEDUCTION,
             amount=-charged,
             description=reservation.original_model,
             reservation_id=reservation.id,
         )
-        self.book(wallet, deduction, -charged, reservation.user_id)
         if key is not None:
             key.spent += charged
             key.period_spent += charged
 
-    def count_tokens(self, reservation: Reservation, tokens: int, wallet: Wallet, key: Key | None) -> None:
+    def count_tokens(self, reservation: Reservation, tokens: int, holders: Iterable[Wallet | Key]) -> None:
         """Correct the window by what was used; a call that began in an earlier one adds only what it used beyond."""
         correction = tokens - reservation.window_tokens
         if reservation.created_at < self.window:
             correction = max(0, correction)
-        for holder in self.touched(wallet, key):
+        for holder in holders:
             holder.window_tokens = max(0, holder.window_tokens + correction)
 
     def release(self, operation: Release) -> Outcome:
@@ -580,9 +589,9 @@ class _Decider:
             return Faulted(Fault.UNKNOWN_RESERVATION)
         match reservation.state:
             case ReservationState.OPEN:
-                key = self.key_of(reservation)
-                self.free(reservation, wallet, key)
-                self.count_tokens(reservation, 0, wallet, key)
+                holders = self.touched(wallet, self.key(reservation.key_id))
+                self.free(reservation, holders)
+                self.count_tokens(reservation, 0, holders)
                 receipt = operation.receipt
                 self.close(reservation, ReservationState.RELEASED, receipt)
                 self.count_released(reservation, 1, is_perhaps_billed=receipt.outcome in PERHAPS_BILLED)
@@ -599,14 +608,14 @@ class _Decider:
         if reservation.refunded and not left:
             return Released(reservation.refunded, is_replay=True)
         if left:
-            refund = Credit(
-                wallet_id=wallet.id,
-                type=CreditType.REFUND,
+            self.book(
+                wallet,
+                user_id=reservation.user_id,
+                type_=CreditType.REFUND,
                 amount=left,
                 description="the answer was not delivered",
                 reservation_id=reservation.id,
             )
-            self.book(wallet, refund, left, reservation.user_id)
             reservation.refunded = reservation.charged
             self.changes.refunded[reservation.id] = reservation
             self.day(reservation).refunded += left
@@ -617,15 +626,15 @@ class _Decider:
         wallet = self.state.wallets.get(operation.wallet_id)
         if reservation is None or wallet is None or reservation.wallet_id != wallet.id:
             return Faulted(Fault.UNKNOWN_RESERVATION)
-        if reservation.state != ReservationState.OPEN:
+        if reservation.state != _OPEN:
             return Released(is_replay=True)
-        self.free(reservation, wallet, self.key_of(reservation))
+        self.free(reservation, self.touched(wallet, self.key(reservation.key_id)))
         self.close(reservation, ReservationState.EXPIRED, Receipt(outcome="expired"))
         self.count_released(reservation, 1, is_perhaps_billed=True)
         return Released()
 
-    def free(self, reservation: Reservation, wallet: Wallet, key: Key | None) -> None:
-        for holder in self.touched(wallet, key):
+    def free(self, reservation: Reservation, holders: Iterable[Wallet | Key]) -> None:
+        for holder in holders:
             holder.reserved -= reservation.amount
             holder.open_calls -= 1
 
@@ -639,19 +648,17 @@ class _Decider:
 
     def day(self, reservation: Reservation) -> UsageDay:
         """The row in which an ended call is counted."""
-        key_id, provider = reservation.key_id or "", reservation.provider or ""
-        day, model = day_of(reservation.settled_at or 0), reservation.original_model
-        key = (reservation.wallet_id, day, reservation.user_id, key_id, model, provider)
+        key = (
+            reservation.wallet_id,
+            day_of(reservation.settled_at or 0),
+            reservation.user_id,
+            reservation.key_id or "",
+            reservation.original_model,
+            reservation.provider or "",
+        )
         row = self.changes.days.get(key)
         if row is None:
-            row = self.changes.days[key] = UsageDay(
-                wallet_id=reservation.wallet_id,
-                day=day,
-                user_id=reservation.user_id,
-                key_id=key_id,
-                model=model,
-                provider=provider,
-            )
+            row = self.changes.days[key] = UsageDay(*key)
         return row
 
     def count_settled(self, reservation: Reservation, receipt: Receipt) -> None:
@@ -660,7 +667,8 @@ class _Decider:
         row.add_tokens(receipt.usage)
         row.charged += reservation.charged
         row.provider_cost += bounded(receipt.provider_cost or 0)
-        row.shortfall += bounded(reservation.shortfall)
+        if reservation.shortfall:
+            row.shortfall += bounded(reservation.shortfall)
 
     def count_released(self, reservation: Reservation, number: int, *, is_perhaps_billed: bool) -> None:
         """Count a call that was released, or with -1 count it no more."""
@@ -685,7 +693,15 @@ class _Decider:
         fault = _refuse_credit(operation, amount, left, wallet)
         if fault is not None or amount is None:
             return Faulted(fault or Fault.OUT_OF_RANGE)
-        transaction = self.book(wallet, operation, amount, wallet.owner_id)
+        transaction = self.book(
+            wallet,
+            user_id=wallet.owner_id,
+            type_=operation.type,
+            amount=amount,
+            description=operation.description,
+            reservation_id=operation.reservation_id,
+            idempotency_key=operation.idempotency_key,
+        )
         if operation.type == CreditType.REFUND and operation.reservation_id is not None:
             reservation = self.state.reservations[operation.reservation_id]
             reservation.refunded += amount
@@ -704,56 +720,64 @@ class _Decider:
 
     # -- shared
 
-    def book(self, wallet: Wallet, credit: Credit, amount: Nanos, user_id: str) -> Transaction:
+    def book(  # noqa: PLR0913 - the columns of a transaction
+        self,
+        wallet: Wallet,
+        *,
+        user_id: str,
+        type_: CreditType,
+        amount: Nanos,
+        description: str,
+        reservation_id: str | None,
+        idempotency_key: str | None = None,
+    ) -> Transaction:
+        before = wallet.balance
+        wallet.balance = before + amount
         wallet.seq += 1
         transaction = Transaction(
             wallet_id=wallet.id,
             user_id=user_id,
             seq=wallet.seq,
-            type=credit.type,
+            type=type_,
             amount=amount,
-            description=credit.description,
-            balance_before=wallet.balance,
-            balance_after=wallet.balance + amount,
-            reservation_id=credit.reservation_id,
-            idempotency_key=credit.idempotency_key,
+            description=description,
+            balance_before=before,
+            balance_after=before + amount,
+            reservation_id=reservation_id,
+            idempotency_key=idempotency_key,
             created_at=self.state.now,
         )
-        wallet.balance += amount
         self.changes.wallets[wallet.id] = wallet
         self.changes.transactions.append(transaction)
-        if credit.idempotency_key is not None:
-            self.state.transactions[wallet.id, credit.idempotency_key] = transaction
+        if idempotency_key is not None:
+            self.state.transactions[wallet.id, idempotency_key] = transaction
         return transaction
 
-    def touched(self, wallet: Wallet, key: Key | None) -> list[Wallet | Key]:
+    def touched(self, wallet: Wallet, key: Key | None) -> tuple[Wallet | Key, ...]:
         """The counters of a call, brought up to the current window and noted as changed."""
-        self.turn_window(wallet)
+        if wallet.window_start != self.window:
+            self.turn_window(wallet)
         self.changes.wallets[wallet.id] = wallet
         if key is None:
-            return [wallet]
-        self.turn_window(key)
+            return (wallet,)
+        if key.window_start != self.window:
+            self.turn_window(key)
         self.changes.keys[key.id] = key
-        return [wallet, key]
+        return wallet, key
 
     def turn_window(self, holder: Wallet | Key) -> None:
-        if holder.window_start != self.window:
-            holder.window_start = self.window
-            holder.window_requests = 0
-            holder.window_tokens = 0
+        holder.window_start = self.window
+        holder.window_requests = 0
+        holder.window_tokens = 0
 
-    def turn_period(self, key: Key) -> None:
-        start = period_start(self.state.now, key.limit_period)
-        if key.period_start != start:
-            key.period_start = start
-            key.period_spent = 0
-
-    def key_of(self, reservation: Reservation) -> Key | None:
-        if reservation.key_id is None:
-            return None
-        key = self.state.keys.get(reservation.key_id)
+    def key(self, key_id: str | None) -> Key | None:
+        """The key with that id, if any, brought up to its current period."""
+        key = None if key_id is None else self.state.keys.get(key_id)
         if key is not None:
-            self.turn_period(key)
+            start = 0 if key.limit_period is None else period_start(self.state.now, key.limit_period)
+            if key.period_start != start:
+                key.period_start = start
+                key.period_spent = 0
         return key
 
 
@@ -765,29 +789,31 @@ def allows(patterns: list[str] | None, model: str) -> bool:
     return any(fnmatchcase(model, pattern) or fnmatchcase(bare, pattern) for pattern in patterns)
 
 
-def _is_over(count: int, limit: int | None) -> bool:
-    return limit is not None and count > limit
+def _spendable(wallet: Wallet, key: Key | None) -> Nanos:
+    """What the wallet has available, and the key's limit leaves of it."""
+    of_wallet = wallet.available
+    of_key = None if key is None else key.available
+    return of_wallet if of_key is None else min(of_wallet, of_key)
 
 
-def _refuse_amount(operation: Reserve, wallet: Wallet, key: Key | None) -> Refused | None:
-    required = operation.at_least
-    if wallet.available < required:
-        return Refused(
-            reason=Refusal.INSUFFICIENT_CREDITS,
-            required=required,
-            available=max(0, wallet.available),
-            reserved=wallet.reserved,
-            is_temporary=wallet.available + wallet.reserved >= required,
-        )
-    if key is not None and key.available is not None and key.available < required:
+def _refuse_amount(operation: Reserve, wallet: Wallet, key: Key | None) -> Refused:
+    """Says who of the two cannot cover the least that is asked."""
+    required, available = operation.at_least, wallet.available
+    if key is not None and key.available is not None and available >= required:
         return Refused(
             reason=Refusal.KEY_LIMIT, required=required, available=max(0, key.available), reserved=key.reserved
         )
-    return None
+    return Refused(
+        reason=Refusal.INSUFFICIENT_CREDITS,
+        required=required,
+        available=max(0, available),
+        reserved=wallet.reserved,
+        is_temporary=available + wallet.reserved >= required,
+    )
 
 
 def _replayed_reserve(existing: Reservation, operation: Reserve) -> Outcome:
-    if existing.state != ReservationState.OPEN:
+    if existing.state != _OPEN:
         return Faulted(Fault.NOT_OPEN)
     if (existing.wallet_id, existing.user_id, existing.key_id) != (
         operation.wallet_id,

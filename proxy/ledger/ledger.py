@@ -107,29 +107,19 @@ class Ledger:
         """
         self._in_flight.add(operation.id)
         try:
-            outcome = await self._reserved(operation)
+            future = self._batcher.submit(operation)
+            self._reserve_limit.begin(future)
+            try:
+                outcome = await future
+            except asyncio.CancelledError:
+                self._give_back(operation, future)
+                raise
+            except TimeoutError as exc:
+                raise Unavailable("The ledger is out of reach just now; nothing was charged.", retry_after_s=2) from exc
+            return _granted(operation, outcome)
         except BaseException:
             self._in_flight.discard(operation.id)
             raise
-        if isinstance(outcome, Reserved):
-            return outcome
-        self._in_flight.discard(operation.id)
-        if isinstance(outcome, Refused):
-            raise _refusal(outcome)
-        raise LedgerFault(f"reserve {operation.id}: {outcome}")
-
-    async def _reserved(self, operation: Reserve) -> Outcome:
-        future = self._batcher.submit(operation)
-        self._reserve_limit.begin(future)
-        try:
-            return await future
-        except asyncio.CancelledError:
-            self._give_back(operation, future)
-            raise
-        except TimeoutError as exc:
-            raise Unavailable("The ledger is out of reach just now; nothing was charged.", retry_after_s=2) from exc
-        finally:
-            self._reserve_limit.end(future)
 
     def _give_back(self, operation: Reserve, future: "asyncio.Future[Outcome]") -> None:
         """Release what was granted in the very moment in which its caller was cancelled.
@@ -167,14 +157,11 @@ class Ledger:
             return outcome
         raise LedgerFault(f"expire {operation.id}: {outcome}")
 
-    async def _end(self, operation: Settle | Release) -> Outcome:
+    def _end(self, operation: Settle | Release) -> "asyncio.Future[Outcome]":
         """The outcome of a call's end. The call is in flight until it is there, though nobody may wait for it."""
         future = self._batcher.submit(operation)
         self._end_limit.begin(future)
-        try:
-            return await future
-        finally:
-            self._end_limit.end(future)
+        return future
 
     async def credit(self, operation: Credit) -> Credited:
         """Book a top-up, refund or adjustment.
@@ -194,6 +181,14 @@ class Ledger:
                 raise _credit_fault(fault)
             case _:
                 raise LedgerFault(f"credit: {outcome}")
+
+
+def _granted(operation: Reserve, outcome: Outcome) -> Reserved:
+    if isinstance(outcome, Reserved):
+        return outcome
+    if isinstance(outcome, Refused):
+        raise _refusal(outcome)
+    raise LedgerFault(f"reserve {operation.id}: {outcome}")
 
 
 def _refusal(refused: Refused) -> TollgateError:

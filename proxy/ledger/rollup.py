@@ -28,7 +28,7 @@ _EPOCH = date(1970, 1, 1)
 DayKey = tuple[str, int, str, str, str, str]
 
 
-class UsageDay(msgspec.Struct, kw_only=True, gc=False):
+class UsageDay(msgspec.Struct, gc=False):
     """A row of `usage_days` or `usage_months`, or what is to be added to it.
 
     Texts are empty where there is no key, or no provider.
@@ -105,7 +105,9 @@ def by_month(days: Iterable[UsageDay]) -> list[UsageDay]:
 
 def bounded(figure: int) -> int:
     """What `figure` of one call adds to a sum."""
-    return min(figure, FIGURE_MAX)
+    if figure > FIGURE_MAX:
+        return FIGURE_MAX
+    return figure
 
 
 def tokens_of(usage: str | None) -> tuple[int, int, int]:

@@ -210,12 +210,18 @@ def literal(text: str) -> str:
     """
     if "\0" in text:
         raise ValueError("a NUL cannot be stored")
-    return "'" + text.replace("'", "''") + "'"
+    if "'" in text:  # found far sooner than counted, which replacing does first
+        text = text.replace("'", "''")
+    return f"'{text}'"
 
 
 def array(texts: Iterable[str]) -> str:
     """`texts` as the text of a `text[]`, which costs the driver far less to send than a list does."""
-    return "{" + ",".join(['"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"' for text in texts]) + "}"
+    words = list(texts)
+    all_words = "".join(words)
+    if "\\" in all_words or '"' in all_words:
+        words = [word.replace("\\", "\\\\").replace('"', '\\"') for word in words]
+    return '{"' + '","'.join(words) + '"}' if words else "{}"
 
 
 def _add(table: str, key: dict[str, str], counters: dict[str, str]) -> Statement:

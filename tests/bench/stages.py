@@ -130,8 +130,8 @@ def ledger_batch() -> Callable[[], object]:
     def batch() -> None:
         open_ones = {id_: msgspec.structs.replace(row) for id_, (row, _) in held.reserved.items()}
         changes, _ = decide(state(open_ones), operations)
-        for statement, rows in _writes(changes, "instance"):
-            _as_json(statement.columns, rows)
+        for _, rows in _writes(changes, "instance"):
+            _as_json(rows)
 
     return batch
 
