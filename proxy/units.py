@@ -192,13 +192,6 @@ def _read_random_digits() -> str:
     return first
 
 
-def new_ids(prefix: str, count: int) -> list[str]:
-    """As many as `count` of what `new_id` makes, for a single question to the system."""
-    head = f"{prefix}_{time.time_ns() // 1_000_000:012x}"
-    random = os.urandom(10 * count).hex()
-    return [head + random[start : start + 20] for start in range(0, len(random), 20)]
-
-
 def is_id(text: str, prefix: str) -> bool:
     """Whether `text` has the form of `new_id(prefix)`; what has not is the id of nothing."""
     return re.fullmatch(rf"{prefix}_[0-9a-f]{{32}}", text) is not None

@@ -17,7 +17,6 @@ from proxy.units import (
     is_id,
     micros_of,
     new_id,
-    new_ids,
     parse_credits,
     parse_percent,
 )
@@ -75,17 +74,12 @@ def test_instants_are_utc_with_microseconds():
     assert format_instant(1_795_426_620_000_001) == "2026-11-23T09:37:00.000001Z"
 
 
-@pytest.mark.parametrize(
-    "make",
-    [lambda: [new_id("req") for _ in range(1000)], lambda: new_ids("req", 1000)],
-    ids=["one by one", "all at once"],
-)
-def test_ids_sort_by_time_and_differ(make):
+def test_ids_sort_by_time_and_differ():
     """A thousand ids are a thousand different ones of the same form."""
-    ids = make()
+    ids = [new_id("req") for _ in range(1000)]
     assert len(set(ids)) == 1000
     assert all(is_id(id_, "req") for id_ in ids)
-    assert ids[0][:16] <= ids[-1][:16] <= make()[0][:16]
+    assert ids[0][:16] <= ids[-1][:16] <= new_id("req")[:16]
 
 
 FORKING = """

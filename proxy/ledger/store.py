@@ -35,7 +35,7 @@ from proxy.ledger.decide import (
     decide,
 )
 from proxy.ledger.rollup import UsageDay, by_month
-from proxy.units import new_id, new_ids, now_micros
+from proxy.units import new_id, now_micros
 
 Row = msgspec.Struct
 Holder = TypeVar("Holder", User, Key)
@@ -208,7 +208,7 @@ def _transaction_rows(changes: Changes) -> list[Row]:
     row = _row_type(sql.INSERT_TRANSACTIONS.columns)
     return [
         row(
-            id_,
+            new_id("txn"),
             transaction.wallet_id,
             transaction.user_id,
             transaction.seq,
@@ -221,7 +221,7 @@ def _transaction_rows(changes: Changes) -> list[Row]:
             transaction.idempotency_key,
             transaction.created_at,
         )
-        for id_, transaction in zip(new_ids("txn", len(changes.transactions)), changes.transactions, strict=True)
+        for transaction in changes.transactions
     ]
 
 
