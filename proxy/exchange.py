@@ -217,17 +217,8 @@ class Exchange:
                 reserved = await self._ledger.reserve(_reserve(call, request, estimated, offered))
             except NotCovered as again:
                 raise _with_affordable(again, estimated, offered) from None
-        return OpenCall(
-            call=call,
-            request=request,
-            estimated=estimated,
-            offered=offered,
-            reserved=reserved.amount,
-            started=started,
-            deadline=started + self._limits.call_s,
-            offer=offered[0],
-            candidate=offered[0].candidate,
-        )
+        first, deadline = offered[0], started + self._limits.call_s
+        return OpenCall(call, request, estimated, offered, reserved.amount, started, deadline, first, first.candidate)
 
     def _offered(self, call: Call, request: PaidRequest) -> Offers:
         """Who may serve the call, and at what price. Raises what `candidates` and `offers` do."""

@@ -10,6 +10,7 @@ import re
 import time
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
+from functools import lru_cache
 from typing import Final
 
 import msgspec
@@ -80,6 +81,7 @@ def parse_credits(text: str | int) -> Nanos:
     return int(nanos)
 
 
+@lru_cache(maxsize=4096)
 def format_credits(nanos: Nanos) -> str:
     """`nanos` as a decimal string of credits without exponent or trailing zeros: `115_000_000` is `"0.115"`."""
     if 0 < nanos < NANOS_PER_CREDIT:  # what most calls cost
