@@ -27,6 +27,7 @@ from uvicorn.protocols.http.httptools_impl import (
 from proxy.deadline import within
 from proxy.edge.answer import BodyLimits, Headers, WatchedAnswer, check_body_headers
 from proxy.errors import BadRequest, BodyTooLarge
+from proxy.outbox import Outbox, outbox_of
 from proxy.units import new_id
 from proxy.wire.objects import error_body
 
@@ -200,7 +201,7 @@ class DirectAnswer(WatchedAnswer):
             return True
         if connection.flow.write_paused:
             return False
-        connection.wire.write(data)
+        connection.write_soon(data)
         return True
 
     def _framed(self, chunk: bytes) -> bytes:
@@ -223,15 +224,18 @@ class DirectAnswer(WatchedAnswer):
         finally:
             self.is_waiting = False
         if not connection.wire.is_closing():
-            connection.wire.write(data)
+            connection.write_soon(data)
 
 
 class _Joining:
     """A transport that can hold what is written, to send it together with what follows: each write is a system call."""
 
-    def __init__(self, transport: asyncio.Transport) -> None:
+    def __init__(self, transport: asyncio.Transport, outbox: Outbox) -> None:
         self._transport = transport
         self._held: list[bytes] | None = None
+        self._soon: list[bytes] = []
+        """What goes out at the end of this tick, or before anything else does."""
+        self._outbox = outbox
         self.is_closing = transport.is_closing
 
     def __getattr__(self, name: str) -> Any:
@@ -239,10 +243,23 @@ class _Joining:
 
     def write(self, data: bytes) -> None:
         """Send `data`, or hold it."""
+        if self._soon:
+            self._write_now()
         if self._held is None:
             self._transport.write(data)
         else:
             self._held.append(data)
+
+    def write_soon(self, data: bytes) -> None:
+        """Send `data` at the end of this tick of the loop."""
+        if not self._soon:
+            self._outbox.add(self._write_now)
+        self._soon.append(data)
+
+    def _write_now(self) -> None:
+        soon, self._soon = self._soon, []
+        if soon and not self.is_closing():
+            self._transport.write(soon[0] if len(soon) == 1 else b"".join(soon))
 
     def hold(self) -> None:
         """Send nothing until `let_go`."""
@@ -257,6 +274,7 @@ class _Joining:
 
     def close(self) -> None:
         """Close, once everything is sent."""
+        self._write_now()
         self.let_go()
         self._transport.close()
 
@@ -330,7 +348,8 @@ class LimitedProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's own
         """Start to wait for the first request."""
         self.wire = transport
-        self._joining = _Joining(transport)
+        self._joining = _Joining(transport, outbox_of(self.loop))
+        self.write_soon = self._joining.write_soon
         super().connection_made(cast("asyncio.Transport", self._joining))
         self._expect_head()
 

@@ -32,6 +32,7 @@ from itertools import zip_longest
 from typing import NoReturn, Self, cast
 
 from proxy.errors import UpstreamBroken, UpstreamFailed, UpstreamTimeout, UpstreamUnreachable
+from proxy.outbox import outbox_of
 from proxy.upstream import Headers, UpstreamResponse
 from proxy.upstream.client import (
     ALL_IN_USE,
@@ -343,6 +344,7 @@ class _Connection(asyncio.Protocol):
         self._poll = select.poll()
         self._transport: asyncio.Transport | None = None
         self._answer: _Answer | None = None
+        self._outbox = outbox_of(self.loop)
         self._unsent = memoryview(b"")
         self._is_writing_paused = False
         self._is_reading_paused = False
@@ -382,11 +384,18 @@ class _Connection(asyncio.Protocol):
         self._answer = answer
         self._parser.start(answer.pieces, is_bodiless=is_bodiless)
         if len(body) <= WRITE_BYTES:
-            self._transport.write(head + body)
+            self._unsent = memoryview(head + body)
+            self._outbox.add(self._send_whole)
             return
         self._transport.write(head)
         self._unsent = memoryview(body)
         self._send_more()
+
+    def _send_whole(self) -> None:
+        """Hand the request to the transport, unless the call has ended in the meantime."""
+        request, self._unsent = self._unsent, memoryview(b"")
+        if request and self._transport is not None and not self._transport.is_closing():
+            self._transport.write(request)
 
     def expect_by(self, due_at: float) -> None:
         """End the call in `UpstreamTimeout` at `due_at`, unless something else is expected by then, or nothing.
