@@ -1,8 +1,8 @@
-"""What is sent in one tick goes out together at its end."""
+"""What is sent in one tick goes out together, at its end at the latest."""
 
 import asyncio
 
-from proxy.outbox import Outbox, outbox_of
+from proxy.outbox import TOGETHER, Outbox, outbox_of
 
 
 async def test_what_is_added_in_a_tick_is_sent_at_its_end():
@@ -29,6 +29,18 @@ async def test_what_is_added_while_sending_is_sent_in_the_next_tick():
     assert not seen
     await asyncio.sleep(0)
     assert seen == ["second"]
+
+
+async def test_many_do_not_wait_for_each_other():
+    """As soon as there are enough, they go out; the rest at the end of the tick."""
+    outbox, seen = Outbox(asyncio.get_running_loop()), []
+    counts = []
+    for number in range(2 * TOGETHER + 1):
+        outbox.add(lambda number=number: seen.append(number))
+        counts.append(len(seen))
+    assert counts == [0] * (TOGETHER - 1) + [TOGETHER] * TOGETHER + [2 * TOGETHER] * 2
+    await asyncio.sleep(0)
+    assert seen == list(range(2 * TOGETHER + 1))
 
 
 async def test_one_that_cannot_be_sent_does_not_keep_the_others():

@@ -251,10 +251,10 @@ class _Joining:
             self._held.append(data)
 
     def write_soon(self, data: bytes) -> None:
-        """Send `data` at the end of this tick of the loop."""
-        if not self._soon:
-            self._outbox.add(self._write_now)
+        """Send `data` at the end of this tick of the loop, together with what others send."""
         self._soon.append(data)
+        if len(self._soon) == 1:
+            self._outbox.add(self._write_now)
 
     def _write_now(self) -> None:
         soon, self._soon = self._soon, []
