@@ -55,6 +55,10 @@ class Deadline:
             self._task.cancel()
 
 
+_LOOK_S = 0.005
+"""Between two looks at all deadlines of a loop at least: each takes time, and thousands may end one after the other."""
+
+
 class _Watch:
     """Ends the deadlines of one event loop when they are due: one timer, for whichever is the first."""
 
@@ -86,7 +90,7 @@ class _Watch:
             del self._due[deadline]
             deadline.end_now()
         if self._due:
-            self._look_at(min(self._due.values()))
+            self._look_at(max(min(self._due.values()), now + _LOOK_S))
 
 
 _watches: list[_Watch] = []

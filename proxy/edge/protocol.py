@@ -235,6 +235,7 @@ class _Joining:
         self._held: list[bytes] | None = None
         self._soon: list[bytes] = []
         """What goes out at the end of this tick, or before anything else does."""
+        self._soon_bytes = 0
         self._outbox = outbox
         self.is_closing = transport.is_closing
 
@@ -251,13 +252,19 @@ class _Joining:
             self._held.append(data)
 
     def write_soon(self, data: bytes) -> None:
-        """Send `data` at the end of this tick of the loop, together with what others send."""
+        """Send `data` at the end of this tick of the loop, together with what others send.
+
+        As much as the connection would make its writer wait for goes out at once, so that it does.
+        """
         self._soon.append(data)
-        if len(self._soon) == 1:
+        self._soon_bytes += len(data)
+        if self._soon_bytes >= HIGH_WATER_LIMIT:
+            self._write_now()
+        elif len(self._soon) == 1:
             self._outbox.add(self._write_now)
 
     def _write_now(self) -> None:
-        soon, self._soon = self._soon, []
+        soon, self._soon, self._soon_bytes = self._soon, [], 0
         if soon and not self.is_closing():
             self._transport.write(soon[0] if len(soon) == 1 else b"".join(soon))
 

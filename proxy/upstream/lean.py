@@ -352,6 +352,7 @@ class _Connection(asyncio.Protocol):
         self._due_at: float | None = None
         """When the provider has been silent for too long; None while nobody waits for it."""
         self._timer: asyncio.TimerHandle | None = None
+        self._looks_at = 0.0
 
     async def connect(self, host: str, port: int) -> Self:
         """Connect to the IP address `host`.
@@ -403,22 +404,26 @@ class _Connection(asyncio.Protocol):
         One timer serves all waits of all calls: it looks, when it is due, what is expected now, and goes on if need be.
         """
         self._due_at = due_at
-        if self._timer is not None and self._timer.when() > due_at:
+        if self._timer is not None and self._looks_at > due_at:
             self._timer.cancel()
             self._timer = None
         if self._timer is None:
-            self._timer = self.loop.call_at(due_at, self._on_due)
+            self._look_at(due_at)
 
     def expect_nothing(self) -> None:
         """Nobody waits for the provider just now."""
         self._due_at = None
+
+    def _look_at(self, at: float) -> None:
+        self._looks_at = at  # what uvloop gives for an instant that has come does not know it
+        self._timer = self.loop.call_at(at, self._on_due)
 
     def _on_due(self) -> None:
         self._timer = None
         if self._due_at is None:
             return
         if self.loop.time() < self._due_at:
-            self._timer = self.loop.call_at(self._due_at, self._on_due)
+            self._look_at(self._due_at)
         else:
             self.stop(UpstreamTimeout, SILENT)
 
@@ -623,8 +628,9 @@ class _Answer:
         while not self.has_head:
             if self._failure is not None:
                 self._raise(*self._failure)
+            waiter = self._expected(deadline)
             try:
-                await self._expected(deadline)
+                await waiter
             except BaseException:
                 self._stop(UpstreamBroken, SPENT)
                 raise
@@ -646,8 +652,9 @@ class _Answer:
                 self._raise(*self._failure)
             if self._connection is None:
                 raise StopAsyncIteration
+            waiter = self._expected(self._loop.time() + self._idle_s)
             try:  # as above: a coroutine for both would be one more to step through with each chunk
-                await self._expected(self._loop.time() + self._idle_s)
+                await waiter
             except BaseException:
                 self._stop(UpstreamBroken, SPENT)
                 raise

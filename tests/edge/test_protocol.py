@@ -10,7 +10,15 @@ import weakref
 import pytest
 from uvicorn.server import ServerState
 
-from proxy.edge.protocol import CONNECTION, HEAD_BYTES_MAX, HEAD_S_MAX, LimitedProtocol, server_config
+from proxy.edge.protocol import (
+    CONNECTION,
+    HEAD_BYTES_MAX,
+    HEAD_S_MAX,
+    DirectAnswer,
+    DirectCycle,
+    LimitedProtocol,
+    server_config,
+)
 from tests.serving import SQLITE, serving
 
 BODY = b'{"model": "demo-chat", "messages": [{"role": "user", "content": "hi"}]}'
@@ -232,3 +240,29 @@ async def test_a_connection_that_is_lost_is_freed(is_answered):
         server.close()
     finally:
         gc.enable()
+
+
+async def test_a_client_that_reads_nothing_holds_up_its_writer_within_one_tick():
+    """What is to be sent soon does not pile up: the writer waits, and the client has gone in the end."""
+
+    async def app(_scope, _receive, _send):
+        raise AssertionError("this connection takes the direct way")
+
+    config = server_config(app, drain_s=1)
+    config.load()
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    with theirs:
+        _, connection = await asyncio.get_running_loop().connect_accepted_socket(
+            lambda: LimitedProtocol(config=config, server_state=ServerState(), app_state={}), ours
+        )
+        cycle = connection.cycle = DirectCycle(None, [], keep_alive=True, expects_continue=False)
+        answer, gone = DirectAnswer("req", connection, cycle, stall_s=0.2), []
+        answer.on_gone(lambda: gone.append(True))
+        await answer.start(200, [(b"content-type", b"text/event-stream")])
+        pieces = 0
+        while not gone and pieces < 1000:
+            await answer.write(b"x" * 20_000)
+            pieces += 1
+    assert gone
+    assert pieces * 20_000 < 2_000_000, "no more than the kernel and the connection hold"
