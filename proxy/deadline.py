@@ -1,4 +1,4 @@
-"""Time limits: on a block of code, at a fifth of the price of `asyncio.timeout`, and on many futures at once, at none.
+"""Time limits: on a block of code, at a third of the price of `asyncio.timeout`, and on many futures at once, at none.
 
 A call has several, and on Python 3.11 each of asyncio's takes as long as decoding the request. Most never come to
 their end, so one timer looks after all of them.
@@ -56,7 +56,10 @@ class Deadline:
 
 
 _LOOK_S = 0.005
-"""Between two looks at all deadlines of a loop at least: each takes time, and thousands may end one after the other."""
+"""Between two looks at all deadlines of a loop at least: each takes time, and thousands may end one after the other.
+
+So a deadline may be kept so many seconds late.
+"""
 
 
 class _Watch:
